@@ -1,0 +1,21 @@
+# nanoGPT's laptop run: 4 layers, 128 wide, 2000 steps. See README.md for the losses to expect.
+out_dir = "out-shakespeare-char-cpu"
+dataset = "shakespeare_char"
+device = "cpu"
+compile = False
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+dropout = 0.0
+batch_size = 12
+gradient_accumulation_steps = 1
+learning_rate = 1e-3
+min_lr = 1e-4
+max_iters = 2000
+lr_decay_iters = 2000
+warmup_iters = 100
+beta2 = 0.99
+eval_interval = 250
+eval_iters = 20
+log_interval = 1

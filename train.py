@@ -1,0 +1,492 @@
+"""
+Train a GPT, on one process or on many.
+
+    python train.py config/demo.py                                    a preset
+    python train.py config/demo.py --block=gpt2 --max_iters=500       and changes to it
+    python train.py --init_from=resume --out_dir=out-demo             continue a run, with the settings it had
+    torchrun --standalone --nproc_per_node=8 train.py config/train_dva.py        eight GPUs
+"""
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import prepare_data
+from config import fail, load
+from model import GPT, ModelConfig
+
+
+@dataclass
+class TrainConfig(ModelConfig):
+    out_dir: str = "out"                     # where checkpoints and metrics go
+    overwrite: bool = False                  # start anew in an out_dir that holds a run
+    init_from: str = "scratch"               # scratch or resume
+    dataset: str = "openwebtext"             # folder in data_dir, made by prepare_data.py
+    data_dir: str = "data"                   # where data sets live
+    batch_size: int = 12                     # sequences per micro-batch
+    gradient_accumulation_steps: int = 40    # micro-batches per step, over all processes together
+    max_iters: int = 600000                  # steps in all
+    optimizer: str = "adamw"                 # adamw, or muon: Muon on the blocks' matrices, AdamW on the rest
+    learning_rate: float = 6e-4              # at its highest
+    weight_decay: float = 1e-1               # on matrices and embeddings; never on vectors and banks
+    beta1: float = 0.9                       # AdamW
+    beta2: float = 0.95                      # AdamW
+    grad_clip: float = 1.0                   # largest norm of the gradient; 0: any
+    decay_lr: bool = True                    # warm-up, then a cosine down to min_lr; otherwise constant
+    warmup_iters: int = 2000                 # steps of linear warm-up
+    lr_decay_iters: int = 600000             # the step at which min_lr is reached
+    min_lr: float = 6e-5                     # the schedule's end; usually learning_rate / 10
+    eval_interval: int = 2000                # steps between evaluations, each followed by a save
+    eval_iters: int = 200                    # batches per evaluation, spread evenly over each split: at most all of it
+    eval_only: bool = False                  # evaluate once and stop
+    log_interval: int = 1                    # steps between lines in metrics.jsonl
+    always_save_checkpoint: bool = True      # save after every evaluation, not only after the best so far
+    seed: int = 1337                         # weights, batches and dropout follow from it
+    device: str = "auto"                     # auto (cuda, else mps, else cpu), or cpu, cuda, cuda:1, mps
+    dtype: str = "auto"                      # auto, float32, bfloat16, float16
+    compile: bool | str = "auto"             # True, False, or auto: on CUDA
+    backend: str = "auto"                    # of torch.distributed: auto, nccl, gloo
+    wandb_log: bool = False                  # log to Weights & Biases too
+    wandb_project: str = "owt"               # its project
+    wandb_run_name: str = "gpt2"             # its run
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least_1 = ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval")
+        at_least_0 = ("max_iters", "warmup_iters", "lr_decay_iters", "min_lr", "learning_rate", "weight_decay",
+                      "grad_clip", "seed")
+        for names, least in ((at_least_1, 1), (at_least_0, 0)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0 and below 1")
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: "
+                             f"add --min_lr={self.learning_rate / 10:g} or --decay_lr=False")
+        choices = {"init_from": ("scratch", "resume"), "optimizer": ("adamw", "muon"), "backend": ("auto", "nccl", "gloo"),
+                   "dtype": ("auto", "float32", "bfloat16", "float16"), "compile": (True, False, "auto")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: there are {', '.join(map(str, allowed))}")
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+def pick_device(name):
+    """The torch.device called name; auto: cuda, else mps, else cpu. Exits with status 2 where it isn't there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, available in there.items() if available)
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not there.get(kind) or index and not (index.isdigit() and int(index) < count):
+        fail(f"device={name!r} is not on this machine: there are {', '.join(k for k, available in there.items() if available)}")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """auto: bfloat16 where the hardware multiplies in it (on a CPU: AMX), else float16 on CUDA, else float32."""
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    elif name == "auto":
+        name = "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
+    return getattr(torch, name)
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+def open_data(cfg):
+    """(meta, train tokens, val tokens) of the data set, the tokens memory-mapped. Exits with status 2 where they won't do."""
+    folder = Path(cfg.data_dir, cfg.dataset)
+    meta = prepare_data.read_meta(folder)
+    splits = [np.memmap(folder / f"{name}.bin", dtype=meta["dtype"], mode="r") if meta["tokens"][name] else np.zeros(0)
+              for name in ("train", "val")]
+    for name, tokens in zip(("train", "val"), splits):
+        if len(tokens) <= cfg.block_size:
+            fail(f"{folder / name}.bin holds {len(tokens)} tokens: block_size={cfg.block_size} needs at least "
+                 f"{cfg.block_size + 1}; use a smaller --block_size or more text")
+    return meta, *splits
+
+
+def windows(tokens, starts, cfg, device):
+    """The windows that begin at starts (B,): inputs and what follows each, (B, T) int64 on the device."""
+    rows = tokens[starts[:, None] + np.arange(cfg.block_size + 1)].astype(np.int64)                   # (B, T + 1)
+    if rows.max() >= cfg.vocab_size:
+        fail(f"{cfg.data_dir}/{cfg.dataset} holds token {rows.max()}, beyond vocab_size={cfg.vocab_size}: "
+             f"check it with  python prepare_data.py {cfg.dataset} --check")
+    rows = torch.from_numpy(rows)
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    rows = rows.to(device)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def get_batch(tokens, cfg, step, micro, device):
+    """
+    Micro-batch `micro` of a step, as windows() gives it: a pure function of (seed, step, micro). The batch of the whole
+    step is drawn at once, so that any number of processes cuts the same tokens, and resuming needs no state.
+    """
+    rng = np.random.default_rng((cfg.seed, step))
+    starts = rng.integers(len(tokens) - cfg.block_size, size=(cfg.gradient_accumulation_steps, cfg.batch_size))
+    return windows(tokens, starts[micro], cfg, device)
+
+
+def seed_dropout(cfg, step, micro):
+    """Dropout, too, is a pure function of (seed, step, micro): there are no random states to save."""
+    torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, micro)).generate_state(1)[0]))
+
+
+@torch.no_grad()
+def evaluate(model, tokens, cfg, device, autocast, rank=0, world=1):
+    """
+    Mean loss over eval_iters x batch_size windows, spread evenly over the split and never overlapping: the same for
+    every run, block and number of processes. Each process takes every world-th batch.
+    """
+    fit = (len(tokens) - 1) // cfg.block_size
+    count = min(cfg.eval_iters * cfg.batch_size, fit)
+    starts = np.arange(count) * fit // count * cfg.block_size
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    model.eval()
+    for first in range(rank * cfg.batch_size, count, world * cfg.batch_size):
+        x, y = windows(tokens, starts[first:first + cfg.batch_size], cfg, device)
+        with autocast:
+            total += model(x, y)[1].to(total.device, torch.float64) * len(x)
+    model.train()
+    if world > 1:
+        dist.all_reduce(total)
+    return total.item() / count
+
+
+# ---- optimizers -----------------------------------------------------------------------------------------------------
+
+def learning_rate(step, cfg):
+    """Linear warm-up, then half a cosine from learning_rate to min_lr, which stays."""
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    done = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(done, 1))) * (cfg.learning_rate - cfg.min_lr)
+
+
+def build_optimizers(model, cfg):
+    """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest. Each parameter is in exactly one group."""
+    groups = model.parameter_groups()
+    matrices = groups.pop("matrices")
+    decayed, plain = groups["embeddings"], groups["banks"] + groups["vectors"]
+    optimizers = []
+    if cfg.optimizer == "muon" and matrices:
+        # Updates as large as AdamW's, so that one learning rate serves both: arXiv 2502.16982
+        optimizers += [torch.optim.Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+                                        adjust_lr_fn="match_rms_adamw")]
+    else:
+        decayed = matrices + decayed
+    optimizers += [torch.optim.AdamW([{"params": decayed, "weight_decay": cfg.weight_decay},
+                                      {"params": plain, "weight_decay": 0.0}],
+                                     lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) and set(held) == set(model.parameters())
+    return optimizers
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+def save(checkpoint, path):
+    """Write aside, flush to the disk, rename: path holds the old checkpoint or the new one, never half of one."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}; the checkpoint before it is untouched")
+
+
+def load_checkpoint(path):
+    """The checkpoint at path, on the CPU. Tensors, numbers and text only: code in it is refused, never run."""
+    if not path.exists():
+        fail(f"no {path}: train first, or give the run's folder as --out_dir")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                         # torch raises a dozen kinds for a damaged file
+        fail(f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
+        fail(f"{path} is not a nanoDVA checkpoint of format 1")
+    return checkpoint
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+def clear_out_dir(cfg):
+    """Make out_dir. An earlier run in it is an error, or with overwrite removed."""
+    out_dir = Path(cfg.out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        there = sorted(p.name for p in out_dir.iterdir())
+    except OSError as error:
+        fail(f"out_dir={cfg.out_dir!r} cannot be used: {error.strerror}")
+    if there and not cfg.overwrite:
+        fail(f"{out_dir} is not empty: it holds {', '.join(there[:5])}; continue with --init_from=resume, "
+             f"start anew with --overwrite=True, or give another --out_dir")
+    for name in ("last.pt", "best.pt", "metrics.jsonl"):
+        (out_dir / name).unlink(missing_ok=True)
+
+
+def cut_metrics(path, step):
+    """Drop the lines from `step` on: the resumed run writes them again, the same."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", -1) < step]
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+
+
+def clock(seconds):
+    """3725 -> 1:02:05"""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def train(cfg, checkpoint=None):
+    """
+    Train as cfg says, from scratch or on from a checkpoint of the same architecture, and return a summary:
+    {step, val_loss, best_val_loss, elapsed_s, stopped}, where `stopped` names the signal that ended the run, or is None.
+    """
+    # -- processes, device, data
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    is_master = rank == 0
+    device = pick_device(cfg.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group({"auto": "nccl" if device.type == "cuda" else "gloo"}.get(cfg.backend, cfg.backend))
+    if cfg.gradient_accumulation_steps % world:
+        fail(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide among {world} processes: "
+             f"use a multiple of {world}")
+    dtype = pick_dtype(cfg.dtype, device)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
+    meta, train_tokens, val_tokens = open_data(cfg)
+    if not cfg.vocab_size:
+        cfg.vocab_size = {50257: 50304}.get(meta["vocab_size"], meta["vocab_size"])   # a multiple of 64 is faster
+    if meta["vocab_size"] > cfg.vocab_size:
+        fail(f"vocab_size={cfg.vocab_size} is smaller than that of {cfg.dataset}: {meta['vocab_size']}")
+
+    # -- where it is all written
+    out_dir = Path(cfg.out_dir)
+    writing = is_master and not cfg.eval_only
+    first_step = checkpoint["step"] if checkpoint else 0
+    if writing and not checkpoint:
+        clear_out_dir(cfg)
+    if writing:
+        cut_metrics(out_dir / "metrics.jsonl", first_step)
+    metrics = open(out_dir / "metrics.jsonl" if writing else os.devnull, "a", buffering=1)
+
+    # -- model and optimizers
+    torch.manual_seed(cfg.seed)
+    architecture = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig)}
+    model = GPT(ModelConfig(**architecture)).to(device)
+    optimizers = build_optimizers(model, cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
+    step, elapsed, best_val_loss = first_step, 0.0, math.inf
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(checkpoint["scaler"])
+        elapsed, best_val_loss = checkpoint["elapsed_s"], checkpoint["best_val_loss"]
+        del checkpoint
+    compiled = torch.compile(model) if cfg.compile is True or cfg.compile == "auto" and device.type == "cuda" else model
+    parallel = DistributedDataParallel(compiled, device_ids=[device.index] if device.type == "cuda" else None) \
+        if world > 1 else compiled
+
+    # -- what is said of it
+    head = {"config": asdict(cfg), "params": model.num_params(), "flops_per_token": model.flops_per_token(),
+            "world_size": world, "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                                              "numpy": np.__version__}}
+    if metrics.tell() == 0:
+        metrics.write(json.dumps(head) + "\n")
+    if cfg.wandb_log and is_master:
+        try:
+            import wandb
+        except ImportError:
+            fail("wandb_log=True needs the package wandb:  pip install wandb")
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
+    bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True,
+               disable=not (is_master and sys.stderr.isatty()) or cfg.eval_only)
+    say = bar.write if is_master else lambda text: None
+    batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    say(f"{cfg.block}: {model.num_params() / 1e6:.2f} M parameters, {model.flops_per_token() / 1e6:.1f} MFLOPs/token; "
+        f"{batch_tokens:,} tokens/step; {device.type}, {str(dtype).removeprefix('torch.')}"
+        f"{', compiled' if compiled is not model else ''}; {cfg.dataset}: {len(train_tokens):,} + {len(val_tokens):,} tokens")
+
+    # -- the first Ctrl-C or SIGTERM ends the run in good order, the second Ctrl-C at once
+    signals = []
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def snapshot(**more):
+        return {"format": 1, "model": model.state_dict(), "model_config": architecture, "config": asdict(cfg),
+                "tokenizer": meta["tokenizer"], "step": step, "best_val_loss": best_val_loss, **more}
+
+    val_loss, last_log = math.nan, (step, elapsed)
+    micro_batches = range(rank, cfg.gradient_accumulation_steps, world)
+    x, y = get_batch(train_tokens, cfg, step, rank, device)
+    started, earlier = time.perf_counter() - elapsed, elapsed
+    while True:
+        # -- schedule
+        lr = learning_rate(step, cfg)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = lr
+        stop = torch.tensor(float(bool(signals)))
+        if world > 1:
+            stop = stop.to(device)
+            dist.all_reduce(stop)                                      # all stop at the same step
+        stopped, finished = stop.item() > 0, step >= cfg.max_iters
+        record, improved = {"step": step, "tokens": step * batch_tokens}, False
+
+        # -- evaluate
+        if not stopped and (finished or cfg.eval_only or step % cfg.eval_interval == 0):
+            paused = time.perf_counter()
+            train_eval, val_loss = (evaluate(compiled, tokens, cfg, device, autocast, rank, world)
+                                    for tokens in (train_tokens, val_tokens))
+            record |= {"train_eval_loss": train_eval, "val_loss": val_loss}
+            last_log = last_log[0], last_log[1] + time.perf_counter() - paused
+            elapsed = time.perf_counter() - started
+            say(f"step {step}: train loss {train_eval:.4f}, val loss {val_loss:.4f}   ({clock(elapsed)})")
+            if not math.isfinite(val_loss):
+                fail(f"the validation loss at step {step} is {val_loss} (lr {lr:g}): nothing was saved of it; "
+                     f"try a lower --learning_rate")
+            improved = val_loss < best_val_loss
+            best_val_loss = min(best_val_loss, val_loss)
+
+        # -- save
+        if writing and step > first_step:
+            if improved:
+                save(snapshot(), out_dir / "best.pt")
+            if stopped or finished or improved or "val_loss" in record and cfg.always_save_checkpoint:
+                save(snapshot(optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                              scaler=scaler.state_dict(), elapsed_s=elapsed), out_dir / "last.pt")
+        if stopped or finished or cfg.eval_only:
+            break
+
+        # -- step: forward and backward, the next micro-batch fetched while the device is busy
+        loss_sum = torch.zeros((), device=device)
+        for micro in micro_batches:
+            if world > 1:                                              # gradients travel once per step
+                parallel.require_backward_grad_sync = micro == micro_batches[-1]
+            seed_dropout(cfg, step, micro)
+            with autocast:
+                _, loss = parallel(x, y)
+            ahead = micro + world
+            x, y = get_batch(train_tokens, cfg, step + ahead // cfg.gradient_accumulation_steps,
+                             ahead % cfg.gradient_accumulation_steps, device)
+            loss_sum += loss.detach() / cfg.gradient_accumulation_steps
+            scaler.scale(loss / len(micro_batches)).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        if world > 1:
+            dist.all_reduce(loss_sum)
+        loss, norm = torch.stack((loss_sum, grad_norm)).tolist()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            fail(f"step {step} is broken: loss {loss}, grad norm {norm}, lr {lr:g}; {out_dir}/last.pt holds the last save; "
+                 f"try a lower --learning_rate")
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+
+        # -- log
+        elapsed = time.perf_counter() - started
+        if step % cfg.log_interval == 0 or "val_loss" in record:
+            rate = (step + 1 - last_log[0]) * batch_tokens / max(elapsed - last_log[1], 1e-9)
+            last_log = step + 1, elapsed
+            record |= {"elapsed_s": round(elapsed, 3), "train_loss": loss, "lr": lr, "grad_norm": norm,
+                       "tokens_per_s": round(rate, 1)}
+            metrics.write(json.dumps(record) + "\n")
+            left = clock((cfg.max_iters - step - 1) * batch_tokens / rate)
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+            if bar.disable:
+                say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, {left} left")
+            if cfg.wandb_log and is_master:
+                wandb.log(record, step=step)
+        step += 1
+        bar.update()
+
+    # -- the end
+    bar.close()
+    if finished:
+        metrics.write(json.dumps(record | {"elapsed_s": round(elapsed, 3)}) + "\n")
+    metrics.close()
+    if cfg.wandb_log and is_master:
+        wandb.log(record, step=step)
+        wandb.finish()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "elapsed_s": elapsed,
+            "tokens_per_s": (step - first_step) * batch_tokens / max(elapsed - earlier, 1e-9),
+            "stopped": signals[0] if stopped else None}
+
+
+def resume(cfg, argv):
+    """(cfg, checkpoint) of the run in out_dir: its own settings, but for those given anew, each of which is named."""
+    checkpoint = load_checkpoint(Path(cfg.out_dir, "last.pt"))
+    saved = checkpoint["config"] | {"overwrite": False, "eval_only": False}
+    cfg = load(TrainConfig, argv, defaults=saved)
+    changed = {name: value for name, value in asdict(cfg).items() if value != saved.get(name) and name != "init_from"}
+    for name in changed:
+        if name in checkpoint["model_config"] and name != "dropout":
+            fail(f"{name}={changed[name]!r} differs from the checkpoint's {saved.get(name)!r}: a run keeps its architecture; "
+                 f"leave --{name} out, or train from scratch")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"resuming {cfg.out_dir} at step {checkpoint['step']}",
+              *(f"{name}={value!r} (was {saved.get(name)!r})" for name, value in changed.items()), sep=", ")
+    return cfg, checkpoint
+
+
+def main(argv=None):
+    sys.stdout.reconfigure(line_buffering=True)                        # lines appear at once in pipes and files, too
+    cfg, checkpoint = load(TrainConfig, argv), None
+    if cfg.init_from == "resume":
+        cfg, checkpoint = resume(cfg, argv)
+    try:
+        done = train(cfg, checkpoint)
+    except KeyboardInterrupt:
+        print("stopped at once", file=sys.stderr)
+        raise SystemExit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if int(os.environ.get("RANK", 0)) == 0 and not cfg.eval_only:
+        print(f"{'stopped at' if done['stopped'] else 'done:'} step {done['step']}, best val loss {done['best_val_loss']:.4f}, "
+              f"{done['tokens_per_s']:,.0f} tokens/s, {clock(done['elapsed_s'])}; checkpoints and metrics are in {cfg.out_dir}/")
+        print(f"continue:  python train.py --init_from=resume --out_dir={cfg.out_dir}" if done["stopped"] else
+              f"sample:    python sample.py --out_dir={cfg.out_dir}")
+    if done["stopped"]:
+        raise SystemExit(128 + done["stopped"])
+
+
+if __name__ == "__main__":
+    main()
