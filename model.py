@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from config import check
+
 
 @dataclass
 class ModelConfig:
@@ -36,22 +38,14 @@ class ModelConfig:
     bank_layers: int = 0         # last N layers take their values from a Bank of Values; the paper: n_layer // 3
 
     def __post_init__(self):
-        at_least_1 = ("block_size", "n_layer", "n_head", "n_embd", "qk_dim")
-        at_least_0 = ("vocab_size", "value_dim")
-        for names, least in ((at_least_1, 1), (at_least_0, 0)):
-            for name in names:
-                if getattr(self, name) < least:
-                    raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}")
-        if self.block not in BLOCKS:
-            raise ValueError(f"block={self.block!r}: there are {', '.join(BLOCKS)}")
+        check(self, least=dict(block_size=1, n_layer=1, n_head=1, n_embd=1, qk_dim=1, vocab_size=0, value_dim=0, dropout=0,
+                               bank_layers=0), choices=dict(block=list(BLOCKS), gelu=["exact", "tanh"]))
         if self.block == "gpt2" and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: it must be at least 0 and below 1")
-        if not 0 <= self.bank_layers <= self.n_layer:
-            raise ValueError(f"bank_layers={self.bank_layers}: it must be between 0 and n_layer={self.n_layer}")
-        if self.gelu not in ("exact", "tanh"):
-            raise ValueError(f"gelu={self.gelu!r}: there are exact, tanh")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout={self.dropout}: it must be below 1")
+        if self.bank_layers > self.n_layer:
+            raise ValueError(f"bank_layers={self.bank_layers}: it must be at most n_layer={self.n_layer}")
 
 
 class Cache:
@@ -90,6 +84,13 @@ def shift_half(x):
     """The first half of the channels of x (B, S, N) moved on by one position (zeros enter at the first)."""
     half = x.size(-1) // 2
     return torch.cat((F.pad(x[:, :-1, :half], (0, 0, 1, 0)), x[..., half:]), dim=-1)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, with the weight in the input's type, as the fused kernel wants it under autocast."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class CausalSelfAttention(nn.Module):
@@ -176,7 +177,7 @@ class DynamicValueAttention(nn.Module):
         self.c_k = nn.Linear(C, D, bias=config.bias)
         self.c_v = None if banked else nn.Linear(C, M, bias=config.bias)
         self.c_gate = nn.Linear(C, M, bias=config.bias)
-        self.norm = nn.RMSNorm(M, eps=1e-5) if config.value_norm else nn.Identity()
+        self.norm = RMSNorm(M, eps=1e-5) if config.value_norm else nn.Identity()
         self.c_proj = nn.Linear(M, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.bank = nn.Embedding(config.vocab_size, M) if banked else None

@@ -6,13 +6,12 @@ Sample text from a trained model, streamed as it is made. A checkpoint is enough
 """
 import codecs
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from config import fail, load
+from config import check, fail, load
 from model import GPT, ModelConfig
 from prepare_data import Tokenizer
 from train import load_checkpoint, pick_device, pick_dtype
@@ -34,13 +33,8 @@ class SampleConfig:
     compile: bool | str = "auto"    # True: compile the model first; auto: don't
 
     def __post_init__(self):
-        for name, least in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, stop_token=-1, seed=0).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}")
-        for name, allowed in {"init_from": ("resume",), "dtype": ("auto", "float32", "bfloat16", "float16"),
-                              "compile": (True, False, "auto")}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: there are {', '.join(map(str, allowed))}")
+        check(self, least=dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, stop_token=-1, seed=0),
+              choices=dict(init_from=["resume"], dtype=["auto", "float32", "bfloat16", "float16"], compile=[True, False, "auto"]))
 
 
 def read_prompt(start):
@@ -66,7 +60,7 @@ def main(argv=None):
     if cfg.compile is True:
         model.compile()
     dtype = pick_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     tokenizer = Tokenizer(checkpoint["tokenizer"])
     prompt = read_prompt(cfg.start)

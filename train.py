@@ -13,7 +13,6 @@ import platform
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare_data
-from config import fail, load
+from config import check, fail, load
 from model import GPT, ModelConfig
 
 
@@ -64,24 +63,16 @@ class TrainConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least_1 = ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval")
-        at_least_0 = ("max_iters", "warmup_iters", "lr_decay_iters", "min_lr", "learning_rate", "weight_decay",
-                      "grad_clip", "seed")
-        for names, least in ((at_least_1, 1), (at_least_0, 0)):
-            for name in names:
-                if getattr(self, name) < least:
-                    raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0 and below 1")
+        check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, eval_interval=1, eval_iters=1, log_interval=1,
+                               max_iters=0, warmup_iters=0, lr_decay_iters=0, min_lr=0, learning_rate=0, weight_decay=0,
+                               grad_clip=0, beta1=0, beta2=0, seed=0),
+              choices=dict(init_from=["scratch", "resume"], optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
+                           dtype=["auto", "float32", "bfloat16", "float16"], compile=[True, False, "auto"]))
+        if max(self.beta1, self.beta2) >= 1:
+            raise ValueError(f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1")
         if self.decay_lr and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: "
                              f"add --min_lr={self.learning_rate / 10:g} or --decay_lr=False")
-        choices = {"init_from": ("scratch", "resume"), "optimizer": ("adamw", "muon"), "backend": ("auto", "nccl", "gloo"),
-                   "dtype": ("auto", "float32", "bfloat16", "float16"), "compile": (True, False, "auto")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: there are {', '.join(map(str, allowed))}")
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
@@ -249,6 +240,16 @@ def clear_out_dir(cfg):
         (out_dir / name).unlink(missing_ok=True)
 
 
+def start_wandb(cfg):
+    """Weights & Biases, where asked for: an optional package."""
+    try:
+        import wandb
+    except ImportError:
+        fail("wandb_log=True needs the package wandb:  pip install wandb")
+    wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
+    return wandb
+
+
 def cut_metrics(path, step):
     """Drop the lines from `step` on: the resumed run writes them again, the same."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -258,21 +259,16 @@ def cut_metrics(path, step):
     os.replace(aside, path)
 
 
-def clock(seconds):
-    """3725 -> 1:02:05"""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
 def train(cfg, checkpoint=None):
     """
-    Train as cfg says, from scratch or on from a checkpoint of the same architecture, and return a summary:
-    {step, val_loss, best_val_loss, elapsed_s, stopped}, where `stopped` names the signal that ended the run, or is None.
+    Train as cfg says, from scratch or on from a checkpoint of the same architecture. Returns {step, val_loss, best_val_loss,
+    elapsed_s, tokens_per_s, stopped}: `stopped` is the number of the signal that ended the run early, or 0.
     """
     # -- processes, device, data
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    is_master = rank == 0
     device = pick_device(cfg.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -282,19 +278,14 @@ def train(cfg, checkpoint=None):
         fail(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide among {world} processes: "
              f"use a multiple of {world}")
     dtype = pick_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     meta, train_tokens, val_tokens = open_data(cfg)
-    if not cfg.vocab_size:
-        cfg.vocab_size = {50257: 50304}.get(meta["vocab_size"], meta["vocab_size"])   # a multiple of 64 is faster
-    if meta["vocab_size"] > cfg.vocab_size:
-        fail(f"vocab_size={cfg.vocab_size} is smaller than that of {cfg.dataset}: {meta['vocab_size']}")
+    cfg.vocab_size = cfg.vocab_size or {50257: 50304}.get(meta["vocab_size"], meta["vocab_size"])     # 64s are faster
 
     # -- where it is all written
-    out_dir = Path(cfg.out_dir)
+    out_dir, first_step = Path(cfg.out_dir), checkpoint["step"] if checkpoint else 0
+    is_master = rank == 0
     writing = is_master and not cfg.eval_only
-    first_step = checkpoint["step"] if checkpoint else 0
     if writing and not checkpoint:
         clear_out_dir(cfg)
     if writing:
@@ -307,37 +298,30 @@ def train(cfg, checkpoint=None):
     model = GPT(ModelConfig(**architecture)).to(device)
     optimizers = build_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
-    step, elapsed, best_val_loss = first_step, 0.0, math.inf
+    step, earlier, best_val_loss = first_step, 0.0, math.inf
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(checkpoint["scaler"])
-        elapsed, best_val_loss = checkpoint["elapsed_s"], checkpoint["best_val_loss"]
-        del checkpoint
+        earlier, best_val_loss = checkpoint["elapsed_s"], checkpoint["best_val_loss"]
+        checkpoint = None                                              # its tensors have been copied: let them go
     compiled = torch.compile(model) if cfg.compile is True or cfg.compile == "auto" and device.type == "cuda" else model
-    parallel = DistributedDataParallel(compiled, device_ids=[device.index] if device.type == "cuda" else None) \
-        if world > 1 else compiled
+    parallel = DistributedDataParallel(compiled) if world > 1 else compiled
 
     # -- what is said of it
-    head = {"config": asdict(cfg), "params": model.num_params(), "flops_per_token": model.flops_per_token(),
-            "world_size": world, "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                                              "numpy": np.__version__}}
+    flops, batch_tokens = model.flops_per_token(), cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     if metrics.tell() == 0:
-        metrics.write(json.dumps(head) + "\n")
-    if cfg.wandb_log and is_master:
-        try:
-            import wandb
-        except ImportError:
-            fail("wandb_log=True needs the package wandb:  pip install wandb")
-        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        metrics.write(json.dumps({"config": asdict(cfg), "params": model.num_params(), "flops_per_token": flops,
+                                  "world_size": world, "versions": versions}) + "\n")
+    wandb = start_wandb(cfg) if cfg.wandb_log and writing else None
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True,
-               disable=not (is_master and sys.stderr.isatty()) or cfg.eval_only)
+               disable=not (writing and sys.stderr.isatty()))
     say = bar.write if is_master else lambda text: None
-    batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    say(f"{cfg.block}: {model.num_params() / 1e6:.2f} M parameters, {model.flops_per_token() / 1e6:.1f} MFLOPs/token; "
-        f"{batch_tokens:,} tokens/step; {device.type}, {str(dtype).removeprefix('torch.')}"
-        f"{', compiled' if compiled is not model else ''}; {cfg.dataset}: {len(train_tokens):,} + {len(val_tokens):,} tokens")
+    say(f"{cfg.block}: {model.num_params() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOPs and {batch_tokens:,} tokens a step; "
+        f"{device.type}, {str(dtype).removeprefix('torch.')}{', compiled' if compiled is not model else ''}; "
+        f"{cfg.dataset}: {len(train_tokens):,} + {len(val_tokens):,} tokens")
 
     # -- the first Ctrl-C or SIGTERM ends the run in good order, the second Ctrl-C at once
     signals = []
@@ -350,104 +334,96 @@ def train(cfg, checkpoint=None):
         return {"format": 1, "model": model.state_dict(), "model_config": architecture, "config": asdict(cfg),
                 "tokenizer": meta["tokenizer"], "step": step, "best_val_loss": best_val_loss, **more}
 
-    val_loss, last_log = math.nan, (step, elapsed)
     micro_batches = range(rank, cfg.gradient_accumulation_steps, world)
     x, y = get_batch(train_tokens, cfg, step, rank, device)
-    started, earlier = time.perf_counter() - elapsed, elapsed
+    val_loss, stopped, logged_step, training_s = math.nan, 0, step, 0.0
+    start = time.perf_counter() - earlier
     while True:
         # -- schedule
         lr = learning_rate(step, cfg)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
-        stop = torch.tensor(float(bool(signals)))
-        if world > 1:
-            stop = stop.to(device)
-            dist.all_reduce(stop)                                      # all stop at the same step
-        stopped, finished = stop.item() > 0, step >= cfg.max_iters
+        last = stopped or cfg.eval_only or step >= cfg.max_iters
         record, improved = {"step": step, "tokens": step * batch_tokens}, False
 
         # -- evaluate
-        if not stopped and (finished or cfg.eval_only or step % cfg.eval_interval == 0):
-            paused = time.perf_counter()
+        if not stopped and (last or step % cfg.eval_interval == 0):
             train_eval, val_loss = (evaluate(compiled, tokens, cfg, device, autocast, rank, world)
                                     for tokens in (train_tokens, val_tokens))
             record |= {"train_eval_loss": train_eval, "val_loss": val_loss}
-            last_log = last_log[0], last_log[1] + time.perf_counter() - paused
-            elapsed = time.perf_counter() - started
-            say(f"step {step}: train loss {train_eval:.4f}, val loss {val_loss:.4f}   ({clock(elapsed)})")
+            say(f"step {step}: train loss {train_eval:.4f}, val loss {val_loss:.4f}, "
+                f"after {bar.format_interval(time.perf_counter() - start)}")
             if not math.isfinite(val_loss):
-                fail(f"the validation loss at step {step} is {val_loss} (lr {lr:g}): nothing was saved of it; "
+                fail(f"the validation loss is {val_loss} at step {step} (lr {lr:g}); what was saved before is untouched; "
                      f"try a lower --learning_rate")
-            improved = val_loss < best_val_loss
-            best_val_loss = min(best_val_loss, val_loss)
+            improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
 
         # -- save
         if writing and step > first_step:
             if improved:
                 save(snapshot(), out_dir / "best.pt")
-            if stopped or finished or improved or "val_loss" in record and cfg.always_save_checkpoint:
-                save(snapshot(optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                              scaler=scaler.state_dict(), elapsed_s=elapsed), out_dir / "last.pt")
-        if stopped or finished or cfg.eval_only:
+            if last or improved or "val_loss" in record and cfg.always_save_checkpoint:
+                save(snapshot(optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
+                              elapsed_s=time.perf_counter() - start), out_dir / "last.pt")
+        if last:
             break
 
         # -- step: forward and backward, the next micro-batch fetched while the device is busy
-        loss_sum = torch.zeros((), device=device)
+        began, loss_sum = time.perf_counter(), torch.zeros((), device=device)
         for micro in micro_batches:
             if world > 1:                                              # gradients travel once per step
                 parallel.require_backward_grad_sync = micro == micro_batches[-1]
             seed_dropout(cfg, step, micro)
             with autocast:
                 _, loss = parallel(x, y)
-            ahead = micro + world
-            x, y = get_batch(train_tokens, cfg, step + ahead // cfg.gradient_accumulation_steps,
-                             ahead % cfg.gradient_accumulation_steps, device)
+            ahead = divmod(micro + world, cfg.gradient_accumulation_steps)
+            x, y = get_batch(train_tokens, cfg, step + ahead[0], ahead[1], device)
             loss_sum += loss.detach() / cfg.gradient_accumulation_steps
             scaler.scale(loss / len(micro_batches)).backward()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        if world > 1:
-            dist.all_reduce(loss_sum)
-        loss, norm = torch.stack((loss_sum, grad_norm)).tolist()
+        shared = torch.stack((loss_sum, torch.tensor(float(signals[0] if signals else 0), device=device)))
+        if world > 1:                                                  # all know the mean loss, and stop at the same step
+            dist.all_reduce(shared)
+        loss, stopped, norm = *shared.tolist(), grad_norm.item()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            fail(f"step {step} is broken: loss {loss}, grad norm {norm}, lr {lr:g}; {out_dir}/last.pt holds the last save; "
+            fail(f"step {step} is broken: loss {loss}, grad norm {norm}, lr {lr:g}; what was saved before is untouched; "
                  f"try a lower --learning_rate")
         for optimizer in optimizers:
             scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         scaler.update()
+        training_s += time.perf_counter() - began
 
         # -- log
-        elapsed = time.perf_counter() - started
         if step % cfg.log_interval == 0 or "val_loss" in record:
-            rate = (step + 1 - last_log[0]) * batch_tokens / max(elapsed - last_log[1], 1e-9)
-            last_log = step + 1, elapsed
-            record |= {"elapsed_s": round(elapsed, 3), "train_loss": loss, "lr": lr, "grad_norm": norm,
+            rate = (step + 1 - logged_step) * batch_tokens / training_s
+            logged_step, training_s = step + 1, 0.0
+            record |= {"elapsed_s": round(time.perf_counter() - start, 3), "train_loss": loss, "lr": lr, "grad_norm": norm,
                        "tokens_per_s": round(rate, 1)}
-            metrics.write(json.dumps(record) + "\n")
-            left = clock((cfg.max_iters - step - 1) * batch_tokens / rate)
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
             if bar.disable:
+                left = bar.format_interval((cfg.max_iters - step - 1) * batch_tokens / rate)
                 say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, {left} left")
-            if cfg.wandb_log and is_master:
+            metrics.write(json.dumps(record) + "\n")
+            if wandb:
                 wandb.log(record, step=step)
         step += 1
         bar.update()
 
     # -- the end
     bar.close()
-    if finished:
+    elapsed = time.perf_counter() - start
+    if not stopped:
         metrics.write(json.dumps(record | {"elapsed_s": round(elapsed, 3)}) + "\n")
+        if wandb:
+            wandb.log(record, step=step)
     metrics.close()
-    if cfg.wandb_log and is_master:
-        wandb.log(record, step=step)
-        wandb.finish()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "elapsed_s": elapsed,
-            "tokens_per_s": (step - first_step) * batch_tokens / max(elapsed - earlier, 1e-9),
-            "stopped": signals[0] if stopped else None}
+            "tokens_per_s": (step - first_step) * batch_tokens / (elapsed - earlier), "stopped": signals[0] if stopped else 0}
 
 
 def resume(cfg, argv):
@@ -481,7 +457,7 @@ def main(argv=None):
             dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0 and not cfg.eval_only:
         print(f"{'stopped at' if done['stopped'] else 'done:'} step {done['step']}, best val loss {done['best_val_loss']:.4f}, "
-              f"{done['tokens_per_s']:,.0f} tokens/s, {clock(done['elapsed_s'])}; checkpoints and metrics are in {cfg.out_dir}/")
+              f"{done['tokens_per_s']:,.0f} tokens/s, {tqdm.format_interval(done['elapsed_s'])}; checkpoints and metrics are in {cfg.out_dir}/")
         print(f"continue:  python train.py --init_from=resume --out_dir={cfg.out_dir}" if done["stopped"] else
               f"sample:    python sample.py --out_dir={cfg.out_dir}")
     if done["stopped"]:

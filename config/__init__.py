@@ -26,6 +26,16 @@ def fail(message):
     raise SystemExit(2)
 
 
+def check(settings, least={}, choices={}):
+    """Raise ValueError, with the value and what it may be, for a setting below its least value or not among its choices."""
+    for name, lowest in least.items():
+        if getattr(settings, name) < lowest:
+            raise ValueError(f"{name}={getattr(settings, name)}: it must be at least {lowest}")
+    for name, allowed in choices.items():
+        if getattr(settings, name) not in allowed:
+            raise ValueError(f"{name}={getattr(settings, name)!r}: there are {', '.join(map(str, allowed))}")
+
+
 def literal(node):
     """The value of an expression tree of literals and arithmetic on them. Raises ValueError for anything else."""
     match node:
