@@ -1,5 +1,5 @@
 # DVA at the shapes of GPT-2 124M on OpenWebText: the same run as train_gpt2.py, five C x C matrices a block, no MLP.
-# 74.9 M parameters against 124.4 M; we have not run it to its end, so no loss is promised. --bank_layers=4 adds banks.
+# 74.8 M parameters against 124.4 M; we have not run it to its end, so no loss is promised. --bank_layers=4 adds banks.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_dva.py
 out_dir = "out-dva"
 dataset = "openwebtext"
