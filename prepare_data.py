@@ -205,7 +205,7 @@ def reading(source):
         with open_file(source, "rt", encoding="utf-8") if kind(source) == "txt" else nullcontext() as file:
             yield file
     except Exception as error:
-        reason, offset = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", 0
+        reason, offset = f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'is it empty?'}", 0
         if kind(source) == "hub":
             fail(f"cannot fetch {source[3:]} from huggingface.co ({reason}): start again where there is a network, it "
                  "continues; or download its files there and give them with --input=PATH")
@@ -266,8 +266,8 @@ def documents(source, config, state):
         import datasets
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         repo, _, revision = source[3:].partition("@")
-        how = {"hub": {"path": repo, "revision": revision or None}, "jsonl": {"path": "json", "data_files": [source]},
-               "parquet": {"path": "parquet", "data_files": [source], "batch_size": 256}}[kind(source)]
+        how = {"hub": {"path": repo, "revision": revision or None}, "jsonl": {"path": "json", "data_files": [glob.escape(source)]},
+               "parquet": {"path": "parquet", "data_files": [glob.escape(source)], "batch_size": 256}}[kind(source)]
         rows = datasets.load_dataset(**how, split="train", streaming=True)
         columns = rows.column_names or list(next(iter(rows), {}))
         if config.column not in columns:
