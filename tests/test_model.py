@@ -59,9 +59,9 @@ def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, shift):
     torch.testing.assert_close(attn(x, None), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("T, D, M", [(16, 8, 24), (16, 24, 24), (1, 8, 24)])
-def test_both_attention_paths_give_the_same(T, D, M):
-    q, k, v = torch.randn(2, 3, T, D), torch.randn(2, 3, 16, D), torch.randn(2, 3, 16, M)
+@pytest.mark.parametrize("T, S, D, M", [(16, 16, 8, 24), (16, 16, 24, 24), (1, 16, 8, 24), (600, 600, 8, 24), (600, 600, 8, 8)])
+def test_both_attention_paths_give_the_same(T, S, D, M):
+    q, k, v = torch.randn(2, 3, T, D), torch.randn(2, 3, S, D), torch.randn(2, 3, S, M)
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     torch.testing.assert_close(model_module.attend(q, k, v), fused, atol=1e-6, rtol=1e-5)
 
