@@ -59,7 +59,7 @@ def main(argv=None):
     model.eval().to(device)
     if cfg.compile is True:
         model.compile()
-    dtype = pick_dtype(cfg.dtype, device)
+    dtype = pick_dtype(cfg.dtype, device, model.config.n_embd)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     tokenizer = Tokenizer(checkpoint["tokenizer"])

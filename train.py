@@ -89,12 +89,16 @@ def pick_device(name):
     return torch.device(name)
 
 
-def pick_dtype(name, device):
-    """auto: bfloat16 where the hardware multiplies in it (on a CPU: AMX), else float16 on CUDA, else float32."""
+def pick_dtype(name, device, width):
+    """
+    auto: on CUDA bfloat16 or, before Ampere, float16; on a CPU with AMX bfloat16 for models at least 256 wide, where
+    products outweigh the casts (measured by tools/bench.py); float32 elsewhere.
+    """
     if name == "auto" and device.type == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     elif name == "auto":
-        name = "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
+        amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        name = "bfloat16" if amx and width >= 256 else "float32"
     return getattr(torch, name)
 
 
@@ -277,7 +281,7 @@ def train(cfg, checkpoint=None):
     if cfg.gradient_accumulation_steps % world:
         fail(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide among {world} processes: "
              f"use a multiple of {world}")
-    dtype = pick_dtype(cfg.dtype, device)
+    dtype = pick_dtype(cfg.dtype, device, cfg.n_embd)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     meta, train_tokens, val_tokens = open_data(cfg)
     cfg.vocab_size = cfg.vocab_size or {50257: 50304}.get(meta["vocab_size"], meta["vocab_size"])     # 64s are faster
