@@ -9,10 +9,13 @@ Train a GPT, on one process or on many.
 import json
 import math
 import os
+import pickle
 import platform
+import re
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -23,8 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare_data
-from config import check, fail, load
+from config import build, check, fail, read
 from model import GPT, ModelConfig
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # torchrun sets them
 
 
 @dataclass
@@ -79,14 +84,15 @@ class TrainConfig(ModelConfig):
 
 def pick_device(name):
     """The torch.device called name; auto: cuda, else mps, else cpu. Exits with status 2 where it isn't there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, available in there.items() if available)
-    kind, _, index = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not there.get(kind) or index and not (index.isdigit() and int(index) < count):
-        fail(f"device={name!r} is not on this machine: there are {', '.join(k for k, available in there.items() if available)}")
-    return torch.device(name)
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    try:
+        device = torch.device(next(kind for kind in count if count[kind]) if name == "auto" else name)
+    except RuntimeError:
+        device = torch.device("meta")                                  # not a device's name: not in the count, either
+    if (device.index or 0) not in range(count.get(device.type, 0)):
+        there = ", ".join(f"{n} x {kind}" for kind, n in count.items() if n)
+        fail(f"device={name!r} is not on this machine: there are auto, {there}")
+    return device
 
 
 def pick_dtype(name, device, width):
@@ -146,7 +152,7 @@ def seed_dropout(cfg, step, micro):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, cfg, device, autocast, rank=0, world=1):
+def evaluate(model, tokens, cfg, device, autocast):
     """
     Mean loss over eval_iters x batch_size windows, spread evenly over the split and never overlapping: the same for
     every run, block and number of processes. Each process takes every world-th batch.
@@ -156,12 +162,12 @@ def evaluate(model, tokens, cfg, device, autocast, rank=0, world=1):
     starts = np.arange(count) * fit // count * cfg.block_size
     total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     model.eval()
-    for first in range(rank * cfg.batch_size, count, world * cfg.batch_size):
+    for first in range(RANK * cfg.batch_size, count, WORLD * cfg.batch_size):
         x, y = windows(tokens, starts[first:first + cfg.batch_size], cfg, device)
         with autocast:
             total += model(x, y)[1].to(total.device, torch.float64) * len(x)
     model.train()
-    if world > 1:
+    if WORLD > 1:
         dist.all_reduce(total)
     return total.item() / count
 
@@ -219,9 +225,17 @@ def load_checkpoint(path):
     if not path.exists():
         fail(f"no {path}: train first, or give the run's folder as --out_dir")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                         # torch raises a dozen kinds for a damaged file
-        fail(f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}")
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()                                # torch.load does not compare the checksums
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        fail(f"{path} holds {code[1] if code else 'a pickle'}, which could run code: refused; only tensors, numbers and text "
+             f"are read")
+    except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        fail(f"{path} is not a checkpoint, or only part of one ({type(error).__name__}: {str(error)[:100]})")
+    if damaged:
+        fail(f"{path} is damaged: {damaged} in it has another checksum than when it was saved")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
         fail(f"{path} is not a nanoDVA checkpoint of format 1")
     return checkpoint
@@ -241,7 +255,8 @@ def clear_out_dir(cfg):
         fail(f"{out_dir} is not empty: it holds {', '.join(there[:5])}; continue with --init_from=resume, "
              f"start anew with --overwrite=True, or give another --out_dir")
     for name in ("last.pt", "best.pt", "metrics.jsonl"):
-        (out_dir / name).unlink(missing_ok=True)
+        for path in (out_dir / name, out_dir / f"{name}.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def start_wandb(cfg):
@@ -256,11 +271,12 @@ def start_wandb(cfg):
 
 def cut_metrics(path, step):
     """Drop the lines from `step` on: the resumed run writes them again, the same."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", -1) < step]
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    try:
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line).get("step", -1) < step]
+    except (ValueError, AttributeError) as error:
+        fail(f"{path} is damaged ({error}): move it away, and resume")
+    prepare_data.write_aside(path, b"".join(kept))
 
 
 def train(cfg, checkpoint=None):
@@ -269,27 +285,30 @@ def train(cfg, checkpoint=None):
     elapsed_s, tokens_per_s, stopped}: `stopped` is the number of the signal that ended the run early, or 0.
     """
     # -- processes, device, data
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(cfg.device)
+    if cfg.gradient_accumulation_steps % WORLD:
+        fail(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide among {WORLD} processes: "
+             f"use a multiple of {WORLD}")
+    if WORLD > 1:
+        if device.type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        try:
+            dist.init_process_group({"auto": "nccl" if device.type == "cuda" else "gloo"}.get(cfg.backend, cfg.backend))
+        except (ValueError, RuntimeError) as error:
+            fail(f"the {WORLD} processes cannot meet (backend={cfg.backend}): {error}")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group({"auto": "nccl" if device.type == "cuda" else "gloo"}.get(cfg.backend, cfg.backend))
-    if cfg.gradient_accumulation_steps % world:
-        fail(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide among {world} processes: "
-             f"use a multiple of {world}")
     dtype = pick_dtype(cfg.dtype, device, cfg.n_embd)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     meta, train_tokens, val_tokens = open_data(cfg)
     cfg.vocab_size = cfg.vocab_size or {50257: 50304}.get(meta["vocab_size"], meta["vocab_size"])     # 64s are faster
+    if checkpoint and checkpoint["tokenizer"] != meta["tokenizer"]:
+        fail(f"dataset={cfg.dataset!r} was made with another tokenizer than the checkpoint's: its ids stand for other text")
 
     # -- where it is all written
     out_dir, first_step = Path(cfg.out_dir), checkpoint["step"] if checkpoint else 0
-    is_master = rank == 0
-    writing = is_master and not cfg.eval_only
+    writing = RANK == 0 and not cfg.eval_only
     if writing and not checkpoint:
         clear_out_dir(cfg)
     if writing:
@@ -305,24 +324,24 @@ def train(cfg, checkpoint=None):
     step, earlier, best_val_loss = first_step, 0.0, math.inf
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})  # weight_decay, betas: cfg's
         scaler.load_state_dict(checkpoint["scaler"])
         earlier, best_val_loss = checkpoint["elapsed_s"], checkpoint["best_val_loss"]
         checkpoint = None                                              # its tensors have been copied: let them go
     compiled = torch.compile(model) if cfg.compile is True or cfg.compile == "auto" and device.type == "cuda" else model
-    parallel = DistributedDataParallel(compiled) if world > 1 else compiled
+    parallel = DistributedDataParallel(compiled) if WORLD > 1 else compiled
 
     # -- what is said of it
     flops, batch_tokens = model.flops_per_token(), cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     if metrics.tell() == 0:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         metrics.write(json.dumps({"config": asdict(cfg), "params": model.num_params(), "flops_per_token": flops,
-                                  "world_size": world, "versions": versions}) + "\n")
+                                  "world_size": WORLD, "versions": versions}) + "\n")
     wandb = start_wandb(cfg) if cfg.wandb_log and writing else None
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True,
                disable=not (writing and sys.stderr.isatty()))
-    say = bar.write if is_master else lambda text: None
+    say = bar.write if RANK == 0 else lambda text: None
     say(f"{cfg.block}: {model.num_params() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOPs and {batch_tokens:,} tokens a step; "
         f"{device.type}, {str(dtype).removeprefix('torch.')}{', compiled' if compiled is not model else ''}; "
         f"{cfg.dataset}: {len(train_tokens):,} + {len(val_tokens):,} tokens")
@@ -338,8 +357,8 @@ def train(cfg, checkpoint=None):
         return {"format": 1, "model": model.state_dict(), "model_config": architecture, "config": asdict(cfg),
                 "tokenizer": meta["tokenizer"], "step": step, "best_val_loss": best_val_loss, **more}
 
-    micro_batches = range(rank, cfg.gradient_accumulation_steps, world)
-    x, y = get_batch(train_tokens, cfg, step, rank, device)
+    micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
+    x, y = get_batch(train_tokens, cfg, step, RANK, device)
     val_loss, stopped, logged_step, training_s = math.nan, 0, step, 0.0
     start = time.perf_counter() - earlier
     while True:
@@ -352,7 +371,7 @@ def train(cfg, checkpoint=None):
 
         # -- evaluate
         if not stopped and (last or step % cfg.eval_interval == 0):
-            train_eval, val_loss = (evaluate(compiled, tokens, cfg, device, autocast, rank, world)
+            train_eval, val_loss = (evaluate(compiled, tokens, cfg, device, autocast)
                                     for tokens in (train_tokens, val_tokens))
             record |= {"train_eval_loss": train_eval, "val_loss": val_loss}
             say(f"step {step}: train loss {train_eval:.4f}, val loss {val_loss:.4f}, "
@@ -363,7 +382,7 @@ def train(cfg, checkpoint=None):
             improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
 
         # -- save
-        if writing and step > first_step:
+        if writing and (step or last):
             if improved:
                 save(snapshot(), out_dir / "best.pt")
             if last or improved or "val_loss" in record and cfg.always_save_checkpoint:
@@ -375,12 +394,12 @@ def train(cfg, checkpoint=None):
         # -- step: forward and backward, the next micro-batch fetched while the device is busy
         began, loss_sum = time.perf_counter(), torch.zeros((), device=device)
         for micro in micro_batches:
-            if world > 1:                                              # gradients travel once per step
+            if WORLD > 1:                                              # gradients travel once per step
                 parallel.require_backward_grad_sync = micro == micro_batches[-1]
             seed_dropout(cfg, step, micro)
             with autocast:
                 _, loss = parallel(x, y)
-            ahead = divmod(micro + world, cfg.gradient_accumulation_steps)
+            ahead = divmod(micro + WORLD, cfg.gradient_accumulation_steps)
             x, y = get_batch(train_tokens, cfg, step + ahead[0], ahead[1], device)
             loss_sum += loss.detach() / cfg.gradient_accumulation_steps
             scaler.scale(loss / len(micro_batches)).backward()
@@ -388,7 +407,7 @@ def train(cfg, checkpoint=None):
             scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         shared = torch.stack((loss_sum, torch.tensor(float(signals[0] if signals else 0), device=device)))
-        if world > 1:                                                  # all know the mean loss, and stop at the same step
+        if WORLD > 1:                                                  # all know the mean loss, and stop at the same step
             dist.all_reduce(shared)
         loss, stopped, norm = *shared.tolist(), grad_norm.item()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
@@ -427,39 +446,45 @@ def train(cfg, checkpoint=None):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "elapsed_s": elapsed,
-            "tokens_per_s": (step - first_step) * batch_tokens / (elapsed - earlier), "stopped": signals[0] if stopped else 0}
+            "tokens_per_s": (step - first_step) * batch_tokens / (elapsed - earlier), "stopped": (signals or [signal.SIGTERM])[0] if stopped else 0}
 
 
-def resume(cfg, argv):
+def resume(given):
     """(cfg, checkpoint) of the run in out_dir: its own settings, but for those given anew, each of which is named."""
-    checkpoint = load_checkpoint(Path(cfg.out_dir, "last.pt"))
+    out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
+    checkpoint = load_checkpoint(out_dir / "last.pt")
+    if "optimizers" not in checkpoint:
+        fail(f"{out_dir}/last.pt holds weights to sample from, without the optimizer's state: it cannot be resumed")
+    if (out_dir / "best.pt").exists():                                 # saved first: a killed run's may be the newer one
+        checkpoint["best_val_loss"] = min(checkpoint["best_val_loss"], load_checkpoint(out_dir / "best.pt")["best_val_loss"])
     saved = checkpoint["config"] | {"overwrite": False, "eval_only": False}
-    cfg = load(TrainConfig, argv, defaults=saved)
+    cfg = build(TrainConfig, saved | given)
     changed = {name: value for name, value in asdict(cfg).items() if value != saved.get(name) and name != "init_from"}
     for name in changed:
-        if name in checkpoint["model_config"] and name != "dropout":
-            fail(f"{name}={changed[name]!r} differs from the checkpoint's {saved.get(name)!r}: a run keeps its architecture; "
-                 f"leave --{name} out, or train from scratch")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"resuming {cfg.out_dir} at step {checkpoint['step']}",
+        if name in checkpoint["model_config"] and name != "dropout" or name == "optimizer":
+            fail(f"{name}={changed[name]!r} differs from the checkpoint's {saved.get(name)!r}: a run keeps its architecture "
+                 f"and optimizer; leave --{name} out, or train from scratch")
+    if RANK == 0:
+        print(f"resuming {out_dir} at step {checkpoint['step']}",
               *(f"{name}={value!r} (was {saved.get(name)!r})" for name, value in changed.items()), sep=", ")
     return cfg, checkpoint
 
 
 def main(argv=None):
     sys.stdout.reconfigure(line_buffering=True)                        # lines appear at once in pipes and files, too
-    cfg, checkpoint = load(TrainConfig, argv), None
-    if cfg.init_from == "resume":
-        cfg, checkpoint = resume(cfg, argv)
     try:
+        given = read(TrainConfig, argv)
+        cfg, checkpoint = resume(given) if given.get("init_from") == "resume" else (build(TrainConfig, given), None)
         done = train(cfg, checkpoint)
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)
         raise SystemExit(130)
+    except OSError as error:                                           # a full disk, most likely
+        fail(f"{error.filename or 'stopped'}: {error.strerror or error}; the checkpoint before it is untouched")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if int(os.environ.get("RANK", 0)) == 0 and not cfg.eval_only:
+    if RANK == 0 and not cfg.eval_only:
         print(f"{'stopped at' if done['stopped'] else 'done:'} step {done['step']}, best val loss {done['best_val_loss']:.4f}, "
               f"{done['tokens_per_s']:,.0f} tokens/s, {tqdm.format_interval(done['elapsed_s'])}; checkpoints and metrics are in {cfg.out_dir}/")
         print(f"continue:  python train.py --init_from=resume --out_dir={cfg.out_dir}" if done["stopped"] else

@@ -63,11 +63,11 @@ def is_number(value):
 
 def coerce(value, kind):
     """value as the declared type: an int is a fine float, 1e4 a fine int. Raises ValueError."""
-    if kind is float and is_number(value) and math.isfinite(value):
+    if kind is float and is_number(value) and abs(value) < 2**1023:            # neither infinite nor beyond a float
         return float(value)
     if kind is int and is_number(value) and value == value // 1 and abs(value) < 2**63:
         return int(value)
-    if kind in (bool, str, bool | str) and isinstance(value, kind):
+    if kind in (bool, str, bool | str) and isinstance(value, kind) and "\0" not in str(value):       # no path holds a NUL
         return value
     raise ValueError
 
@@ -96,11 +96,13 @@ def read_preset(path):
     return settings
 
 
-def read_argument(text):
+def read_argument(text, kinds):
     """'--key=value' as (key, value); the first '=' splits, a bare '--key' means True, values stay text if they must."""
     key, equals, value = text.removeprefix("--").partition("=")
     if not equals:
         return key, True
+    if kinds.get(key) is str:                             # taken as it stands: --start=3, --out_dir=true
+        return key, value
     if value in ("true", "false"):
         return key, value == "true"
     try:
@@ -109,26 +111,21 @@ def read_argument(text):
         return key, value
 
 
-def load(cls, argv=None, defaults={}):
+def read(cls, argv=None):
     """
-    The dataclass cls filled from its defaults, then from presets and arguments in the order given (a later one wins).
-    The mapping `defaults` takes the place of the defaults that cls declares (a resumed run's: its own settings).
+    {name: value} of what presets and arguments set, in the order given (a later one wins), each of its declared type.
 
-    Exits with status 2 and one line for an unknown setting, a value of the wrong type, or a ValueError raised by
-    the dataclass's own __post_init__ (which holds the ranges); with status 0 after printing --help.
+    Exits with status 2 and one line for an unknown setting or a value of the wrong type; with 0 after printing --help.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print_help(cls)
         raise SystemExit(0)
     kinds = {f.name: f.type for f in fields(cls)}
-    settings = dict(defaults)
+    settings = {}
     for argument in argv:
         if argument.startswith("--"):
-            key, value = read_argument(argument)
-            if kinds.get(key) is str and "=" in argument:
-                value = argument.partition("=")[2]        # text is taken as it stands: --start=3, --out_dir=true
-            found, where = {key: value}, "on the command line"
+            found, where = dict([read_argument(argument, kinds)]), "on the command line"
         elif argument.endswith(".py"):
             found, where = read_preset(argument), f"in {argument}"
         else:
@@ -142,11 +139,27 @@ def load(cls, argv=None, defaults={}):
                 settings[key] = coerce(value, kinds[key])
             except ValueError:
                 wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kinds[key], "text")
-                fail(f"{key}={value!r} {where}: it must be {wanted}")
+                fail(f"{key}={shown(value)} {where}: it must be {wanted}")
+    return settings
+
+
+def shown(value):
+    """repr(value), for a message: not all of a very long one, and Python refuses to print very long numbers."""
+    huge = isinstance(value, int) and abs(value) >= 10**60
+    return "a huge number" if huge else text if len(text := repr(value)) < 100 else text[:99] + "..."
+
+
+def build(cls, settings):
+    """cls(**settings); exits with status 2 for a ValueError of its __post_init__, which holds the ranges."""
     try:
         return cls(**settings)
     except ValueError as error:
         fail(error)
+
+
+def load(cls, argv=None):
+    """The dataclass cls, filled from its defaults, presets and arguments: build(read())."""
+    return build(cls, read(cls, argv))
 
 
 def print_help(cls):
