@@ -6,6 +6,7 @@ Train a GPT, on one process or on many.
     python train.py --init_from=resume --out_dir=out-demo             continue a run, with the settings it had
     torchrun --standalone --nproc_per_node=8 train.py config/train_dva.py        eight GPUs
 """
+import importlib.util
 import json
 import math
 import os
@@ -76,23 +77,20 @@ class TrainConfig(ModelConfig):
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1")
         if self.decay_lr and self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: "
-                             f"add --min_lr={self.learning_rate / 10:g} or --decay_lr=False")
+            raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: lower it, or --decay_lr=False")
+        if self.wandb_log and not importlib.util.find_spec("wandb"):
+            raise ValueError("wandb_log=True needs the package wandb:  pip install wandb")
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 def pick_device(name):
     """The torch.device called name; auto: cuda, else mps, else cpu. Exits with status 2 where it isn't there."""
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    try:
-        device = torch.device(next(kind for kind in count if count[kind]) if name == "auto" else name)
-    except RuntimeError:
-        device = torch.device("meta")                                  # not a device's name: not in the count, either
-    if (device.index or 0) not in range(count.get(device.type, 0)):
-        there = ", ".join(f"{n} x {kind}" for kind, n in count.items() if n)
-        fail(f"device={name!r} is not on this machine: there are auto, {there}")
-    return device
+    there = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ["auto", *there]:
+        fail(f"device={name!r} is not on this machine: there are {', '.join(there)}")
+    return torch.device(there[0] if name == "auto" else name)
 
 
 def pick_dtype(name, device, width):
@@ -101,7 +99,7 @@ def pick_dtype(name, device, width):
     products outweigh the casts (measured by tools/bench.py); float32 elsewhere.
     """
     if name == "auto" and device.type == "cuda":
-        name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif name == "auto":
         amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
         name = "bfloat16" if amx and width >= 256 else "float32"
@@ -114,13 +112,11 @@ def open_data(cfg):
     """(meta, train tokens, val tokens) of the data set, the tokens memory-mapped. Exits with status 2 where they won't do."""
     folder = Path(cfg.data_dir, cfg.dataset)
     meta = prepare_data.read_meta(folder)
-    splits = [np.memmap(folder / f"{name}.bin", dtype=meta["dtype"], mode="r") if meta["tokens"][name] else np.zeros(0)
-              for name in ("train", "val")]
-    for name, tokens in zip(("train", "val"), splits):
-        if len(tokens) <= cfg.block_size:
-            fail(f"{folder / name}.bin holds {len(tokens)} tokens: block_size={cfg.block_size} needs at least "
+    for name in ("train", "val"):
+        if meta["tokens"][name] <= cfg.block_size:
+            fail(f"{folder / name}.bin holds {meta['tokens'][name]} tokens: block_size={cfg.block_size} needs at least "
                  f"{cfg.block_size + 1}; use a smaller --block_size or more text")
-    return meta, *splits
+    return meta, *(np.memmap(folder / f"{name}.bin", dtype=meta["dtype"], mode="r") for name in ("train", "val"))
 
 
 def windows(tokens, starts, cfg, device):
@@ -138,17 +134,12 @@ def windows(tokens, starts, cfg, device):
 
 def get_batch(tokens, cfg, step, micro, device):
     """
-    Micro-batch `micro` of a step, as windows() gives it: a pure function of (seed, step, micro). The batch of the whole
-    step is drawn at once, so that any number of processes cuts the same tokens, and resuming needs no state.
+    Micro-batch `micro` of a step, as windows() gives it: a pure function of (seed, step, micro), as dropout is, so that
+    resuming needs no state. The whole step's batch is drawn at once: any number of processes cuts the same tokens.
     """
     rng = np.random.default_rng((cfg.seed, step))
     starts = rng.integers(len(tokens) - cfg.block_size, size=(cfg.gradient_accumulation_steps, cfg.batch_size))
     return windows(tokens, starts[micro], cfg, device)
-
-
-def seed_dropout(cfg, step, micro):
-    """Dropout, too, is a pure function of (seed, step, micro): there are no random states to save."""
-    torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, micro)).generate_state(1)[0]))
 
 
 @torch.no_grad()
@@ -187,17 +178,12 @@ def learning_rate(step, cfg):
 def build_optimizers(model, cfg):
     """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest. Each parameter is in exactly one group."""
     groups = model.parameter_groups()
-    matrices = groups.pop("matrices")
-    decayed, plain = groups["embeddings"], groups["banks"] + groups["vectors"]
-    optimizers = []
-    if cfg.optimizer == "muon" and matrices:
-        # Updates as large as AdamW's, so that one learning rate serves both: arXiv 2502.16982
-        optimizers += [torch.optim.Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-                                        adjust_lr_fn="match_rms_adamw")]
-    else:
-        decayed = matrices + decayed
-    optimizers += [torch.optim.AdamW([{"params": decayed, "weight_decay": cfg.weight_decay},
-                                      {"params": plain, "weight_decay": 0.0}],
+    muon, adamw = (groups["matrices"], []) if cfg.optimizer == "muon" else ([], groups["matrices"])
+    # Updates as large as AdamW's, so that one learning rate serves both: arXiv 2502.16982
+    optimizers = [torch.optim.Muon(muon, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+                                   adjust_lr_fn="match_rms_adamw")] if muon else []
+    optimizers += [torch.optim.AdamW([{"params": adamw + groups["embeddings"], "weight_decay": cfg.weight_decay},
+                                      {"params": groups["banks"] + groups["vectors"], "weight_decay": 0.0}],
                                      lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
     held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) and set(held) == set(model.parameters())
@@ -215,9 +201,9 @@ def save(checkpoint, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:                           # a full disk: torch wraps some of its errors
         aside.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error}; the checkpoint before it is untouched")
+        fail(f"cannot write {path}: {error.__context__ or error}; the checkpoint before it is untouched")
 
 
 def load_checkpoint(path):
@@ -226,57 +212,65 @@ def load_checkpoint(path):
         fail(f"no {path}: train first, or give the run's folder as --out_dir")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()                                # torch.load does not compare the checksums
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            if damaged := archive.testzip():                           # torch.load does not compare the checksums
+                raise ValueError(f"{damaged} in it has another checksum than when it was saved")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
-        fail(f"{path} holds {code[1] if code else 'a pickle'}, which could run code: refused; only tensors, numbers and text "
-             f"are read")
-    except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        fail(f"{path} is not a checkpoint, or only part of one ({type(error).__name__}: {str(error)[:100]})")
-    if damaged:
-        fail(f"{path} is damaged: {damaged} in it has another checksum than when it was saved")
+        fail(f"{path} is refused: it calls for {code[1] if code else 'more'}, and only tensors, numbers and text are read")
+    except Exception as error:                                         # zipfile and torch raise a dozen kinds
+        fail(f"{path} is not a checkpoint, or a damaged one: {str(error)[:200]}")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
         fail(f"{path} is not a nanoDVA checkpoint of format 1")
     return checkpoint
 
 
+def resume(given):
+    """(cfg, checkpoint) of the run in out_dir: its own settings, but for those given anew, each of which is named."""
+    out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
+    checkpoint = load_checkpoint(out_dir / "last.pt")
+    if "optimizers" not in checkpoint:
+        fail(f"{out_dir}/last.pt holds weights to sample from, without the optimizer's state: it cannot be resumed")
+    if (out_dir / "best.pt").exists():                                 # saved first: a killed run's may be the newer one
+        checkpoint["best_val_loss"] = min(checkpoint["best_val_loss"], load_checkpoint(out_dir / "best.pt")["best_val_loss"])
+    saved = checkpoint["config"] | {"overwrite": False, "eval_only": False, "init_from": "resume"}
+    cfg = build(TrainConfig, saved | given)
+    changed = {name: value for name, value in asdict(cfg).items() if value != saved.get(name, value)}
+    for name in changed.keys() & (checkpoint["model_config"].keys() - {"dropout"} | {"optimizer"}):
+        fail(f"{name}={changed[name]!r} differs from the checkpoint's {saved[name]!r}: a run keeps its architecture and "
+             f"optimizer; leave --{name} out, or train from scratch")
+    if RANK == 0:
+        print(f"resuming {out_dir} at step {checkpoint['step']}",
+              *(f"{name}={value!r} (was {saved[name]!r})" for name, value in changed.items()), sep=", ")
+    return cfg, checkpoint
+
+
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-def clear_out_dir(cfg):
-    """Make out_dir. An earlier run in it is an error, or with overwrite removed."""
+def open_metrics(cfg, step):
+    """
+    out_dir/metrics.jsonl, to append to. A run from its start (step None) makes out_dir: an earlier run in it is an error,
+    or with overwrite removed. A resumed run drops the lines from `step` on, and will write them again, the same.
+    """
     out_dir = Path(cfg.out_dir)
+    path = out_dir / "metrics.jsonl"
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        there = sorted(p.name for p in out_dir.iterdir())
+        if step is None:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            there = sorted(p.name for p in out_dir.iterdir())
+            if there and not cfg.overwrite:
+                fail(f"{out_dir} is not empty: it holds {', '.join(there[:5])}; continue with --init_from=resume, "
+                     f"start anew with --overwrite=True, or give another --out_dir")
+            for name in ("last.pt", "best.pt", "metrics.jsonl"):
+                (out_dir / name).unlink(missing_ok=True)
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line).get("step", -1) < step]
+        prepare_data.write_aside(path, b"".join(kept))
+        return open(path, "a", buffering=1)
     except OSError as error:
         fail(f"out_dir={cfg.out_dir!r} cannot be used: {error.strerror}")
-    if there and not cfg.overwrite:
-        fail(f"{out_dir} is not empty: it holds {', '.join(there[:5])}; continue with --init_from=resume, "
-             f"start anew with --overwrite=True, or give another --out_dir")
-    for name in ("last.pt", "best.pt", "metrics.jsonl"):
-        for path in (out_dir / name, out_dir / f"{name}.tmp"):
-            path.unlink(missing_ok=True)
-
-
-def start_wandb(cfg):
-    """Weights & Biases, where asked for: an optional package."""
-    try:
-        import wandb
-    except ImportError:
-        fail("wandb_log=True needs the package wandb:  pip install wandb")
-    wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
-    return wandb
-
-
-def cut_metrics(path, step):
-    """Drop the lines from `step` on: the resumed run writes them again, the same."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    try:
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line).get("step", -1) < step]
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         fail(f"{path} is damaged ({error}): move it away, and resume")
-    prepare_data.write_aside(path, b"".join(kept))
 
 
 def train(cfg, checkpoint=None):
@@ -293,10 +287,7 @@ def train(cfg, checkpoint=None):
         if device.type == "cuda":
             device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
-        try:
-            dist.init_process_group({"auto": "nccl" if device.type == "cuda" else "gloo"}.get(cfg.backend, cfg.backend))
-        except (ValueError, RuntimeError) as error:
-            fail(f"the {WORLD} processes cannot meet (backend={cfg.backend}): {error}")
+        dist.init_process_group({"auto": "nccl" if device.type == "cuda" else "gloo"}.get(cfg.backend, cfg.backend))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                     # TF32 for what stays in float32
     dtype = pick_dtype(cfg.dtype, device, cfg.n_embd)
@@ -306,28 +297,21 @@ def train(cfg, checkpoint=None):
     if checkpoint and checkpoint["tokenizer"] != meta["tokenizer"]:
         fail(f"dataset={cfg.dataset!r} was made with another tokenizer than the checkpoint's: its ids stand for other text")
 
-    # -- where it is all written
-    out_dir, first_step = Path(cfg.out_dir), checkpoint["step"] if checkpoint else 0
-    writing = RANK == 0 and not cfg.eval_only
-    if writing and not checkpoint:
-        clear_out_dir(cfg)
-    if writing:
-        cut_metrics(out_dir / "metrics.jsonl", first_step)
-    metrics = open(out_dir / "metrics.jsonl" if writing else os.devnull, "a", buffering=1)
-
-    # -- model and optimizers
+    # -- where it is all written, model and optimizers
+    out_dir, writing = Path(cfg.out_dir), RANK == 0 and not cfg.eval_only
+    metrics = open_metrics(cfg, checkpoint and checkpoint["step"]) if writing else open(os.devnull, "a")
     torch.manual_seed(cfg.seed)
     architecture = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig)}
     model = GPT(ModelConfig(**architecture)).to(device)
     optimizers = build_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
-    step, earlier, best_val_loss = first_step, 0.0, math.inf
+    step, earlier, best_val_loss = 0, 0.0, math.inf
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})  # weight_decay, betas: cfg's
         scaler.load_state_dict(checkpoint["scaler"])
-        earlier, best_val_loss = checkpoint["elapsed_s"], checkpoint["best_val_loss"]
+        step, earlier, best_val_loss = (checkpoint[key] for key in ("step", "elapsed_s", "best_val_loss"))
         checkpoint = None                                              # its tensors have been copied: let them go
     compiled = torch.compile(model) if cfg.compile is True or cfg.compile == "auto" and device.type == "cuda" else model
     parallel = DistributedDataParallel(compiled) if WORLD > 1 else compiled
@@ -338,7 +322,8 @@ def train(cfg, checkpoint=None):
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         metrics.write(json.dumps({"config": asdict(cfg), "params": model.num_params(), "flops_per_token": flops,
                                   "world_size": WORLD, "versions": versions}) + "\n")
-    wandb = start_wandb(cfg) if cfg.wandb_log and writing else None
+    if wandb := cfg.wandb_log and writing and importlib.import_module("wandb"):
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True,
                disable=not (writing and sys.stderr.isatty()))
     say = bar.write if RANK == 0 else lambda text: None
@@ -353,13 +338,18 @@ def train(cfg, checkpoint=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def log(record):
+        metrics.write(json.dumps(record) + "\n")
+        if wandb:
+            wandb.log(record, step=step)
+
     def snapshot(**more):
         return {"format": 1, "model": model.state_dict(), "model_config": architecture, "config": asdict(cfg),
                 "tokenizer": meta["tokenizer"], "step": step, "best_val_loss": best_val_loss, **more}
 
     micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
     x, y = get_batch(train_tokens, cfg, step, RANK, device)
-    val_loss, stopped, logged_step, training_s = math.nan, 0, step, 0.0
+    first_step, logged_step, stopped, val_loss, training_s = step, step, 0, math.nan, 0.0
     start = time.perf_counter() - earlier
     while True:
         # -- schedule
@@ -396,7 +386,7 @@ def train(cfg, checkpoint=None):
         for micro in micro_batches:
             if WORLD > 1:                                              # gradients travel once per step
                 parallel.require_backward_grad_sync = micro == micro_batches[-1]
-            seed_dropout(cfg, step, micro)
+            torch.manual_seed(np.random.SeedSequence((cfg.seed, step, micro)).generate_state(1)[0].item())     # dropout's
             with autocast:
                 _, loss = parallel(x, y)
             ahead = divmod(micro + WORLD, cfg.gradient_accumulation_steps)
@@ -429,9 +419,7 @@ def train(cfg, checkpoint=None):
             if bar.disable:
                 left = bar.format_interval((cfg.max_iters - step - 1) * batch_tokens / rate)
                 say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, {left} left")
-            metrics.write(json.dumps(record) + "\n")
-            if wandb:
-                wandb.log(record, step=step)
+            log(record)
         step += 1
         bar.update()
 
@@ -439,35 +427,13 @@ def train(cfg, checkpoint=None):
     bar.close()
     elapsed = time.perf_counter() - start
     if not stopped:
-        metrics.write(json.dumps(record | {"elapsed_s": round(elapsed, 3)}) + "\n")
-        if wandb:
-            wandb.log(record, step=step)
+        log(record | {"elapsed_s": round(elapsed, 3)})
     metrics.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "elapsed_s": elapsed,
-            "tokens_per_s": (step - first_step) * batch_tokens / (elapsed - earlier), "stopped": (signals or [signal.SIGTERM])[0] if stopped else 0}
-
-
-def resume(given):
-    """(cfg, checkpoint) of the run in out_dir: its own settings, but for those given anew, each of which is named."""
-    out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
-    checkpoint = load_checkpoint(out_dir / "last.pt")
-    if "optimizers" not in checkpoint:
-        fail(f"{out_dir}/last.pt holds weights to sample from, without the optimizer's state: it cannot be resumed")
-    if (out_dir / "best.pt").exists():                                 # saved first: a killed run's may be the newer one
-        checkpoint["best_val_loss"] = min(checkpoint["best_val_loss"], load_checkpoint(out_dir / "best.pt")["best_val_loss"])
-    saved = checkpoint["config"] | {"overwrite": False, "eval_only": False}
-    cfg = build(TrainConfig, saved | given)
-    changed = {name: value for name, value in asdict(cfg).items() if value != saved.get(name) and name != "init_from"}
-    for name in changed:
-        if name in checkpoint["model_config"] and name != "dropout" or name == "optimizer":
-            fail(f"{name}={changed[name]!r} differs from the checkpoint's {saved.get(name)!r}: a run keeps its architecture "
-                 f"and optimizer; leave --{name} out, or train from scratch")
-    if RANK == 0:
-        print(f"resuming {out_dir} at step {checkpoint['step']}",
-              *(f"{name}={value!r} (was {saved.get(name)!r})" for name, value in changed.items()), sep=", ")
-    return cfg, checkpoint
+            "tokens_per_s": (step - first_step) * batch_tokens / (elapsed - earlier),
+            "stopped": (signals or [signal.SIGTERM])[0] if stopped else 0}           # another process's signal: a SIGTERM
 
 
 def main(argv=None):
@@ -486,9 +452,9 @@ def main(argv=None):
             dist.destroy_process_group()
     if RANK == 0 and not cfg.eval_only:
         print(f"{'stopped at' if done['stopped'] else 'done:'} step {done['step']}, best val loss {done['best_val_loss']:.4f}, "
-              f"{done['tokens_per_s']:,.0f} tokens/s, {tqdm.format_interval(done['elapsed_s'])}; checkpoints and metrics are in {cfg.out_dir}/")
-        print(f"continue:  python train.py --init_from=resume --out_dir={cfg.out_dir}" if done["stopped"] else
-              f"sample:    python sample.py --out_dir={cfg.out_dir}")
+              f"{done['tokens_per_s']:,.0f} tokens/s, {tqdm.format_interval(done['elapsed_s'])}; all is in {cfg.out_dir}/")
+        print("continue:  python train.py --init_from=resume" if done["stopped"] else "sample:    python sample.py",
+              f"--out_dir={cfg.out_dir}")
     if done["stopped"]:
         raise SystemExit(128 + done["stopped"])
 
