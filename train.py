@@ -201,9 +201,10 @@ def save(checkpoint, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:                           # a full disk: torch wraps some of its errors
+    except (OSError, RuntimeError) as error:                           # torch puts its own around the disk's
         aside.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.__context__ or error}; the checkpoint before it is untouched")
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        fail(f"cannot write {path}: {reason}; the checkpoint before it is untouched")
 
 
 def load_checkpoint(path):
