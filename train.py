@@ -46,6 +46,7 @@ class TrainConfig(ModelConfig):
     optimizer: str = "adamw"                 # adamw, or muon: Muon on the blocks' matrices, AdamW on the rest
     learning_rate: float = 6e-4              # at its highest
     weight_decay: float = 1e-1               # on matrices and embeddings; never on vectors and banks
+    bank_lr: float = 1.0                     # learning rate of the banks' tables, as a multiple of learning_rate
     beta1: float = 0.9                       # AdamW
     beta2: float = 0.95                      # AdamW
     grad_clip: float = 1.0                   # largest norm of the gradient; 0: any
@@ -71,7 +72,7 @@ class TrainConfig(ModelConfig):
         super().__post_init__()
         check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, eval_interval=1, eval_iters=1, log_interval=1,
                                max_iters=0, warmup_iters=0, lr_decay_iters=0, min_lr=0, learning_rate=0, weight_decay=0,
-                               grad_clip=0, beta1=0, beta2=0, seed=0),
+                               grad_clip=0, bank_lr=0, beta1=0, beta2=0, seed=0),
               choices=dict(init_from=["scratch", "resume"], optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
                            dtype=["auto", "float32", "bfloat16", "float16"], compile=[True, False, "auto"]))
         if max(self.beta1, self.beta2) >= 1:
@@ -176,18 +177,37 @@ def learning_rate(step, cfg):
 
 
 def build_optimizers(model, cfg):
-    """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest. Each parameter is in exactly one group."""
+    """
+    AdamW for all, or Muon for the blocks' matrices and AdamW for the rest; and for the banks' tables Adam on the rows of
+    the step's own tokens alone: the other rows, nearly all, keep value and moments as they are, and cost nothing.
+    Each parameter is in exactly one group.
+    """
     groups = model.parameter_groups()
     muon, adamw = (groups["matrices"], []) if cfg.optimizer == "muon" else ([], groups["matrices"])
     # Updates as large as AdamW's, so that one learning rate serves both: arXiv 2502.16982
     optimizers = [torch.optim.Muon(muon, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
                                    adjust_lr_fn="match_rms_adamw")] if muon else []
     optimizers += [torch.optim.AdamW([{"params": adamw + groups["embeddings"], "weight_decay": cfg.weight_decay},
-                                      {"params": groups["banks"] + groups["vectors"], "weight_decay": 0.0}],
+                                      {"params": groups["vectors"], "weight_decay": 0.0}],
                                      lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
+    if groups["banks"]:
+        optimizers += [torch.optim.SparseAdam([{"params": groups["banks"], "lr_scale": cfg.bank_lr}],
+                                              lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))]
     held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) and set(held) == set(model.parameters())
     return optimizers
+
+
+def clip_gradients(model, largest):
+    """Scale all gradients down together if their norm is above `largest` (0: never). Returns the norm before."""
+    for bank in model.banks():                                         # one row per token that was seen
+        grad = bank.weight.grad
+        bank.weight.grad = grad.coalesce() if grad.is_sparse else grad.to_sparse(1).coalesce()
+    grads = [p.grad.values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if largest:
+        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1))
+    return norm
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -356,7 +376,7 @@ def train(cfg, checkpoint=None):
         # -- schedule
         lr = learning_rate(step, cfg)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1)
         last = stopped or cfg.eval_only or step >= cfg.max_iters
         record, improved = {"step": step, "tokens": step * batch_tokens}, False
 
@@ -394,9 +414,12 @@ def train(cfg, checkpoint=None):
             x, y = get_batch(train_tokens, cfg, step + ahead[0], ahead[1], device)
             loss_sum += loss.detach() / cfg.gradient_accumulation_steps
             scaler.scale(loss / len(micro_batches)).backward()
+            for bank in model.banks():                                 # micro-batches add up row by row, not side by side
+                if bank.weight.grad.is_sparse:
+                    bank.weight.grad = bank.weight.grad.coalesce()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        grad_norm = clip_gradients(model, cfg.grad_clip)
         shared = torch.stack((loss_sum, torch.tensor(float(signals[0] if signals else 0), device=device)))
         if WORLD > 1:                                                  # all know the mean loss, and stop at the same step
             dist.all_reduce(shared)
