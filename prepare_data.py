@@ -237,7 +237,7 @@ def one_text(path, start=0, chars=2**62, boundary=2**62):
             file.read(min(PIECE, start - done))
         rest = ""
         while start < chars:
-            end = boundary if start < boundary else chars
+            end = min(chars, boundary) if start < boundary else chars
             text = rest + file.read(min(PIECE, end - start) - len(rest))
             if not text:
                 return
@@ -263,7 +263,8 @@ def many_documents(sources, config, position):
                 yield batch, [index, get_state()]
                 batch, size = [], 0
         state = None
-    yield batch, [len(sources), None]
+    if batch:
+        yield batch, [len(sources), None]
 
 
 def documents(source, config, state):
@@ -274,6 +275,7 @@ def documents(source, config, state):
                 yield [file.read() if config.input else plain(file.read())], lambda: "done"
         return
     with reading(source):
+        os.environ["USE_TORCH"] = "0"    # or datasets imports torch: 2 s and 200 MB for nothing
         import datasets
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         repo, _, revision = source[3:].partition("@")
@@ -387,7 +389,7 @@ def prepare(config, folder):
             done, seen = sum(tokens.values()), sum(meta["bytes"].values())
             bar.total = min(config.max_tokens or 2**62, int(size / max(1, seen) * done) or 2**62)
             bar.update(done - bar.n)
-            if results and full:
+            if full:
                 break
             if time.time() > saved + 2:
                 save()
