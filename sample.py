@@ -69,7 +69,7 @@ def main(argv=None):
     except ValueError as error:
         fail(error)
     if not ids:
-        fail("start is empty: give at least one character, as in --start='\\n'")
+        fail("start is empty: give at least one character, or leave it out for a new line")
     torch.manual_seed(cfg.seed)
     idx = torch.tensor([ids], device=device)                           # (1, T)
     try:
