@@ -26,9 +26,9 @@ import config
 import prepare_data
 import train
 
-SETTINGS = dict(dataset="tiny_char", block="dva", bank_layers=1, n_layer=2, n_embd=64, block_size=16, batch_size=4, dropout=0.1,
-                gradient_accumulation_steps=2, optimizer="muon", learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, lr_decay_iters=40,
-                max_iters=40, eval_interval=2, eval_iters=1, device="cpu", dtype="float32", compile=False)
+SETTINGS = dict(dataset="tiny_char", block="dva", bank_layers=1, n_layer=2, n_embd=48, block_size=16, batch_size=4, dropout=0.1,
+                gradient_accumulation_steps=2, optimizer="muon", learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, lr_decay_iters=24,
+                max_iters=24, eval_interval=2, eval_iters=1, device="cpu", dtype="float32", compile=False)
 
 
 @dataclass
