@@ -275,23 +275,21 @@ def open_metrics(cfg, step):
     """
     out_dir = Path(cfg.out_dir)
     path = out_dir / "metrics.jsonl"
+    if step is None:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        there = sorted(p.name for p in out_dir.iterdir())
+        if there and not cfg.overwrite:
+            fail(f"{out_dir} is not empty: it holds {', '.join(there[:5])}; continue with --init_from=resume, "
+                 f"start anew with --overwrite=True, or give another --out_dir")
+        for name in ("last.pt", "best.pt", "metrics.jsonl"):
+            (out_dir / name).unlink(missing_ok=True)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     try:
-        if step is None:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            there = sorted(p.name for p in out_dir.iterdir())
-            if there and not cfg.overwrite:
-                fail(f"{out_dir} is not empty: it holds {', '.join(there[:5])}; continue with --init_from=resume, "
-                     f"start anew with --overwrite=True, or give another --out_dir")
-            for name in ("last.pt", "best.pt", "metrics.jsonl"):
-                (out_dir / name).unlink(missing_ok=True)
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line).get("step", -1) < step]
-        prepare_data.write_aside(path, b"".join(kept))
-        return open(path, "a", buffering=1)
-    except OSError as error:
-        fail(f"out_dir={cfg.out_dir!r} cannot be used: {error.strerror}")
     except ValueError as error:
         fail(f"{path} is damaged ({error}): move it away, and resume")
+    prepare_data.write_aside(path, b"".join(kept))
+    return open(path, "a", buffering=1)
 
 
 def train(cfg, checkpoint=None):
@@ -469,8 +467,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)
         raise SystemExit(130)
-    except OSError as error:                                           # a full disk, most likely
-        fail(f"{error.filename or 'stopped'}: {error.strerror or error}; the checkpoint before it is untouched")
+    except OSError as error:                                           # out_dir cannot be written, or the disk is full
+        fail(f"cannot use {error.filename or cfg.out_dir}: {error.strerror or error}; what was saved before is untouched")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -153,7 +153,7 @@ def build(cls, settings):
     """cls(**settings); exits with status 2 for a ValueError of its __post_init__, which holds the ranges."""
     try:
         return cls(**settings)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:                           # TypeError: a setting of another version's checkpoint
         fail(error)
 
 
