@@ -36,11 +36,12 @@ class ModelConfig:
     value_dim: int = 0           # dva: width M of value and gate; 0: n_embd
     value_norm: bool = True      # dva: RMSNorm on the mixed value
     shift: bool = False          # half of the channels of keys and values come from the previous position
+    num_tokens: int = 0          # rows of the table that are tokens, where weights came with a padded one; 0: all
     bank_layers: int = 0         # last N layers take their values from a Bank of Values; the paper: n_layer // 3
 
     def __post_init__(self):
         check(self, least=dict(block_size=1, n_layer=1, n_head=1, n_embd=1, qk_dim=1, vocab_size=0, value_dim=0, dropout=0,
-                               bank_layers=0), choices=dict(block=list(BLOCKS), gelu=["exact", "tanh"]))
+                               num_tokens=0, bank_layers=0), choices=dict(block=list(BLOCKS), gelu=["exact", "tanh"]))
         if self.block == "gpt2" and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
         if self.dropout >= 1:
@@ -258,7 +259,11 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        # A bank starts as the values that a fresh W_v would make of every token's embedding (arXiv 2606.02780)
+        self.init_banks()
+
+    @torch.no_grad()
+    def init_banks(self):
+        """A bank starts as the values that a fresh W_v would make of every token's embedding (arXiv 2606.02780)."""
         tokens = F.layer_norm(self.transformer.wte.weight, (self.config.n_embd,))                     # (V, C)
         for bank in self.banks():
             w_v = torch.empty(bank.embedding_dim, self.config.n_embd, device=tokens.device).normal_(std=0.02)
@@ -289,19 +294,22 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length = end
+        V = self.config.num_tokens or self.config.vocab_size           # padded rows are no choice, nor part of the loss
         if targets is None:
-            return self.lm_head(x[:, [-1]]), None                      # (B, 1, V)
-        logits = self.lm_head(x)                                       # (B, T, V)
+            return self.lm_head(x[:, [-1]])[..., :V], None             # (B, 1, V)
+        logits = self.lm_head(x)[..., :V]                              # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, stop_token=-1, num_tokens=0, use_cache=True):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, stop_token=-1, num_tokens=0, top_p=1.0,
+               use_cache=True):
         """
         Continue each row of idx (B, T), T >= 1, yielding the next ids (B, 1) one after another.
 
         temperature 0 takes the likeliest token; top_k and num_tokens, where not 0, draw only from the k likeliest and
-        only from ids below num_tokens (a padded table has rows that are no token). A row that has drawn stop_token
-        goes on with stop_token, and when all have, the stream ends.
+        only from ids below num_tokens (a padded table has rows that are no token). What is left by these, top_p below 1
+        cuts to the nucleus: the fewest likeliest tokens that together have this probability (arXiv 1904.09751). A row
+        that has drawn stop_token goes on with stop_token, and when all have, the stream ends.
 
         The cache is filled once with the prompt and then grows by a token at a time. When the window is full (positions
         are learned, so it cannot slide), its newest half becomes the new prompt: a token sees between block_size / 2
@@ -326,6 +334,10 @@ class GPT(nn.Module):
                 if top_k:
                     kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
                     logits = logits.masked_fill(logits < kth, -math.inf)
+                if top_p < 1:
+                    chances, order = logits.softmax(dim=-1).sort(descending=True)
+                    beyond = chances.cumsum(dim=-1) - chances >= top_p         # the likelier ones have it already
+                    logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
                 new = torch.multinomial(logits.softmax(dim=-1), 1)     # (B, 1)
             new = new.masked_fill(stopped, stop_token)
             window = torch.cat((window, new), dim=1)
@@ -362,3 +374,20 @@ class GPT(nn.Module):
                      else "matrices" if name.startswith("transformer.h.") else "embeddings")
             groups[group].append(p)
         return groups
+
+    def load_weights(self, state):
+        """Copy in what fit_weights() returned. Blocks it left out stay fresh, their banks made from the embeddings."""
+        if self.load_state_dict(state, strict=False).missing_keys:
+            self.init_banks()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, **changes):
+        """
+        The GPT whose weights name_or_path names (tools/weights.py says which there are), with changes to its settings:
+        dropout, a smaller block_size, another block. Raises ValueError for a change that contradicts the weights.
+        """
+        from tools.weights import fit_weights, read_weights            # which import this file
+        weights = read_weights(name_or_path)
+        model = cls(ModelConfig(**weights["model_config"] | changes))
+        model.load_weights(fit_weights(weights, model.config))
+        return model

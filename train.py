@@ -10,13 +10,10 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import platform
-import re
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from tqdm import tqdm
 import prepare_data
 from config import build, check, fail, read
 from model import GPT, ModelConfig
+from tools.weights import fit_weights, load_file, read_weights
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # torchrun sets them
 
@@ -37,7 +35,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 class TrainConfig(ModelConfig):
     out_dir: str = "out"                     # where checkpoints and metrics go
     overwrite: bool = False                  # start anew in an out_dir that holds a run
-    init_from: str = "scratch"               # scratch or resume
+    init_from: str = "scratch"               # scratch, resume, weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path
     dataset: str = "openwebtext"             # folder in data_dir, made by prepare_data.py
     data_dir: str = "data"                   # where data sets live
     batch_size: int = 12                     # sequences per micro-batch
@@ -73,7 +71,7 @@ class TrainConfig(ModelConfig):
         check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, eval_interval=1, eval_iters=1, log_interval=1,
                                max_iters=0, warmup_iters=0, lr_decay_iters=0, min_lr=0, learning_rate=0, weight_decay=0,
                                grad_clip=0, bank_lr=0, beta1=0, beta2=0, seed=0),
-              choices=dict(init_from=["scratch", "resume"], optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
+              choices=dict(optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
                            dtype=["auto", "float32", "bfloat16", "float16"], compile=[True, False, "auto"]))
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1")
@@ -228,19 +226,10 @@ def save(checkpoint, path):
 
 
 def load_checkpoint(path):
-    """The checkpoint at path, on the CPU. Tensors, numbers and text only: code in it is refused, never run."""
+    """The checkpoint of ours at path, on the CPU."""
     if not path.exists():
         fail(f"no {path}: train first, or give the run's folder as --out_dir")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():                           # torch.load does not compare the checksums
-                raise ValueError(f"{damaged} in it has another checksum than when it was saved")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        fail(f"{path} is refused: it calls for {code[1] if code else 'more'}, and only tensors, numbers and text are read")
-    except Exception as error:                                         # zipfile and torch raise a dozen kinds
-        fail(f"{path} is not a checkpoint, or a damaged one: {str(error)[:200]}")
+    checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
         fail(f"{path} is not a nanoDVA checkpoint of format 1")
     return checkpoint
@@ -264,6 +253,20 @@ def resume(given):
         print(f"resuming {out_dir} at step {checkpoint['step']}",
               *(f"{name}={value!r} (was {saved[name]!r})" for name, value in changed.items()), sep=", ")
     return cfg, checkpoint
+
+
+def start_from(given):
+    """(cfg, weights) of a new run that begins with the weights init_from names, and has their architecture."""
+    weights = read_weights(given["init_from"])
+    cfg = build(TrainConfig, weights["model_config"] | given)
+    try:
+        weights["model"] = fit_weights(weights, cfg)
+    except ValueError as error:
+        fail(f"init_from={cfg.init_from}: {error}")
+    if RANK == 0:
+        print(f"starting from the weights of {cfg.init_from}" + ("" if cfg.block == weights["model_config"]["block"] else
+              f": embeddings, positions and final norm; the {cfg.n_layer} {cfg.block} blocks start fresh"))
+    return cfg, weights
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -292,10 +295,10 @@ def open_metrics(cfg, step):
     return open(path, "a", buffering=1)
 
 
-def train(cfg, checkpoint=None):
+def train(cfg, checkpoint=None, weights=None):
     """
-    Train as cfg says, from scratch or on from a checkpoint of the same architecture. Returns {step, val_loss, best_val_loss,
-    elapsed_s, tokens_per_s, stopped}: `stopped` is the number of the signal that ended the run early, or 0.
+    Train as cfg says, from scratch, from weights, or on from a checkpoint. Returns {step, val_loss, best_val_loss, elapsed_s,
+    tokens_per_s, stopped}: `stopped` is the number of the signal that ended the run early, or 0.
     """
     # -- processes, device, data
     device = pick_device(cfg.device)
@@ -313,7 +316,7 @@ def train(cfg, checkpoint=None):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     meta, train_tokens, val_tokens = open_data(cfg)
     cfg.vocab_size = cfg.vocab_size or {50257: 50304}.get(meta["vocab_size"], meta["vocab_size"])     # 64s are faster
-    if checkpoint and checkpoint["tokenizer"] != meta["tokenizer"]:
+    if (checkpoint or weights or meta)["tokenizer"] not in (meta["tokenizer"], None):
         fail(f"dataset={cfg.dataset!r} was made with another tokenizer than the checkpoint's: its ids stand for other text")
 
     # -- where it is all written, model and optimizers
@@ -325,13 +328,15 @@ def train(cfg, checkpoint=None):
     optimizers = build_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
     step, earlier, best_val_loss = 0, 0.0, math.inf
+    if weights:
+        model.load_weights(weights["model"])
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})  # weight_decay, betas: cfg's
         scaler.load_state_dict(checkpoint["scaler"])
         step, earlier, best_val_loss = (checkpoint[key] for key in ("step", "elapsed_s", "best_val_loss"))
-        checkpoint = None                                              # its tensors have been copied: let them go
+    checkpoint = weights = None                                        # the tensors have been copied: let them go
     compiled = torch.compile(model) if cfg.compile is True or cfg.compile == "auto" and device.type == "cuda" else model
     parallel = DistributedDataParallel(compiled) if WORLD > 1 else compiled
 
@@ -382,9 +387,10 @@ def train(cfg, checkpoint=None):
         if not stopped and (last or step % cfg.eval_interval == 0):
             train_eval, val_loss = (evaluate(compiled, tokens, cfg, device, autocast)
                                     for tokens in (train_tokens, val_tokens))
-            record |= {"train_eval_loss": train_eval, "val_loss": val_loss}
-            say(f"step {step}: train loss {train_eval:.4f}, val loss {val_loss:.4f}, "
-                f"after {bar.format_interval(time.perf_counter() - start)}")
+            bits = val_loss / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]      # per byte of text
+            record |= {"train_eval_loss": train_eval, "val_loss": val_loss, "val_bits_per_byte": bits}
+            say(f"step {step}: train loss {train_eval:.4f}, val loss {val_loss:.4f} (perplexity "
+                f"{math.exp(min(val_loss, 700)):.2f}, {bits:.3f} bits per byte), after {bar.format_interval(time.perf_counter() - start)}")
             if not math.isfinite(val_loss):
                 fail(f"the validation loss is {val_loss} at step {step} (lr {lr:g}); what was saved before is untouched; "
                      f"try a lower --learning_rate")
@@ -451,6 +457,8 @@ def train(cfg, checkpoint=None):
     if not stopped:
         log(record | {"elapsed_s": round(elapsed, 3)})
     metrics.close()
+    if wandb:
+        wandb.finish()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "elapsed_s": elapsed,
@@ -462,8 +470,15 @@ def main(argv=None):
     sys.stdout.reconfigure(line_buffering=True)                        # lines appear at once in pipes and files, too
     try:
         given = read(TrainConfig, argv)
-        cfg, checkpoint = resume(given) if given.get("init_from") == "resume" else (build(TrainConfig, given), None)
-        done = train(cfg, checkpoint)
+        checkpoint = weights = None
+        match given.get("init_from", "scratch"):
+            case "scratch":
+                cfg = build(TrainConfig, given)
+            case "resume":
+                cfg, checkpoint = resume(given)
+            case _:
+                cfg, weights = start_from(given)
+        done = train(cfg, checkpoint, weights)
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)
         raise SystemExit(130)

@@ -1,0 +1,20 @@
+# Fine-tune OpenAI's GPT-2 on Shakespeare's text: 20 steps of 32,768 tokens at a constant learning rate, about 2 epochs.
+#   pip install safetensors; python prepare_data.py shakespeare; python train.py config/finetune_shakespeare.py
+# nanoGPT's choice is the largest GPT-2: 1.6 B parameters, 25 GB for weights, gradients and AdamW before any activation.
+# --init_from=gpt2 has a twelfth of them, and a shorter --block_size saves memory too.
+import time
+
+out_dir = "out-shakespeare"
+dataset = "shakespeare"
+init_from = "gpt2-xl"
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+learning_rate = 3e-5
+decay_lr = False
+eval_interval = 5
+eval_iters = 40
+always_save_checkpoint = False
+wandb_log = False
+wandb_project = "shakespeare"
+wandb_run_name = "ft-" + str(time.time())

@@ -1,0 +1,1 @@
+"""What measures and converts; the scripts above are what trains and samples."""
