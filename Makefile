@@ -29,6 +29,6 @@ test: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv data/*/ out out-* .pytest_cache .hypothesis __pycache__ */__pycache__
+	rm -rf .venv out out-* $(filter-out %/prepare.py, $(wildcard data/*/*)) .pytest_cache .hypothesis __pycache__ */__pycache__
 
 .PHONY: demo test clean

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import prepare_data
 from config import build, check, fail, read
 from model import GPT, ModelConfig
-from tools.weights import fit_weights, load_file, read_weights
+from tools.weights import OPENAI, fit_weights, load_file, read_weights
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # torchrun sets them
 
@@ -79,6 +79,8 @@ class TrainConfig(ModelConfig):
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: lower it, or --decay_lr=False")
         if self.wandb_log and not importlib.util.find_spec("wandb"):
             raise ValueError("wandb_log=True needs the package wandb:  pip install wandb")
+        if self.init_from not in ("scratch", "resume", *OPENAI) and not Path(self.init_from).exists():
+            raise ValueError(f"init_from={self.init_from!r}: there are scratch, resume, {', '.join(OPENAI)}, or a path")
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
@@ -257,6 +259,7 @@ def resume(given):
 
 def start_from(given):
     """(cfg, weights) of a new run that begins with the weights init_from names, and has their architecture."""
+    build(TrainConfig, {name: given[name] for name in given if not hasattr(ModelConfig, name)})     # before a long download
     weights = read_weights(given["init_from"])
     cfg = build(TrainConfig, weights["model_config"] | given)
     try:

@@ -2,8 +2,6 @@
 #   pip install safetensors; python prepare_data.py shakespeare; python train.py config/finetune_shakespeare.py
 # nanoGPT's choice is the largest GPT-2: 1.6 B parameters, 25 GB for weights, gradients and AdamW before any activation.
 # --init_from=gpt2 has a twelfth of them, and a shorter --block_size saves memory too.
-import time
-
 out_dir = "out-shakespeare"
 dataset = "shakespeare"
 init_from = "gpt2-xl"
@@ -17,4 +15,4 @@ eval_iters = 40
 always_save_checkpoint = False
 wandb_log = False
 wandb_project = "shakespeare"
-wandb_run_name = "ft-" + str(time.time())
+wandb_run_name = "ft-gpt2-xl"

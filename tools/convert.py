@@ -44,7 +44,7 @@ def to_hugging_face(weights):
         if name == "lm_head.weight":                                   # tied
             continue
         state[name] = p.T if name.startswith("transformer.h.") and p.dim() == 2 else p         # Conv1D keeps (in, out)
-        if name.endswith(".weight") and ".w" not in name:              # all but wte and wpe have a bias there
+        if name.endswith(".weight") and not name.startswith("transformer.w"):                  # all but wte, wpe have a bias
             state.setdefault(name.replace(".weight", ".bias"), torch.zeros(p.size(0)))
     state["transformer.wte.weight"] = state["transformer.wte.weight"][:rows]       # padded rows would compete there
     end = 50256 if spec == {"kind": "gpt2"} else None

@@ -37,7 +37,7 @@ def read_weights(source):
     """
     path = Path(source)
     files = [path] if path.is_file() else [path / name for name in ("best.pt", "last.pt", "ckpt.pt")]
-    checkpoint = next((file for file in files if file.is_file()), None)
+    checkpoint = next((file for file in files if file.exists()), None)
     if source in OPENAI:
         weights = read_folder(fetch(f"openai-community/{source}", "config.json", "model.safetensors"))
     elif checkpoint:
