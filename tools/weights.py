@@ -92,11 +92,11 @@ def gpt2_tokenizer(vocab_size):
 
 def fetch(repository, *names):
     """The folder of the Hugging Face hub's cache that holds these files of a repository."""
-    import huggingface_hub as hub                      # datasets brings it
+    from huggingface_hub import constants, hf_hub_download             # datasets brings it
     try:
-        return [Path(hub.hf_hub_download(repository, name)) for name in names][0].parent
+        return [Path(hf_hub_download(repository, name)) for name in names][0].parent
     except Exception as error:                         # whatever the network, a proxy or the disk come up with
-        fail(f"cannot fetch {repository} from {hub.constants.ENDPOINT} ({type(error).__name__}): where there is a network, "
+        fail(f"cannot fetch {repository} from {constants.ENDPOINT} ({type(error).__name__}): where there is a network, "
              f"run  hf download {repository} --local-dir=FOLDER  and come back with --init_from=FOLDER")
 
 
