@@ -192,7 +192,7 @@ def build_optimizers(model, cfg):
                                      lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
     if groups["banks"]:
         optimizers += [torch.optim.SparseAdam([{"params": groups["banks"], "lr_scale": cfg.bank_lr}],
-                                              lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))]
+                                              betas=(cfg.beta1, cfg.beta2))]
     held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) and set(held) == set(model.parameters())
     return optimizers

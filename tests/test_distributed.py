@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import metrics, one_error, runs_differ
 
 import train
