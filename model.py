@@ -383,10 +383,10 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path, **changes):
         """
-        The GPT whose weights name_or_path names (tools/weights.py says which there are), with changes to its settings:
+        The GPT whose weights name_or_path names (checkpoints.py says which there are), with changes to its settings:
         dropout, a smaller block_size, another block. Raises ValueError for a change that contradicts the weights.
         """
-        from tools.weights import fit_weights, read_weights            # which import this file
+        from checkpoints import fit_weights, read_weights            # which import this file
         weights = read_weights(name_or_path)
         model = cls(ModelConfig(**weights["model_config"] | changes))
         model.load_weights(fit_weights(weights, model.config))

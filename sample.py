@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from checkpoints import read_weights
 from config import check, fail, load
 from model import GPT, ModelConfig
 from prepare_data import Tokenizer, read_meta
-from tools.weights import read_weights
 from train import pick_device, pick_dtype
 
 

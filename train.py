@@ -24,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare_data
+from checkpoints import OPENAI, fit_weights, load_checkpoint, read_weights, save
 from config import build, check, fail, read
 from model import GPT, ModelConfig
-from tools.weights import OPENAI, fit_weights, load_file, read_weights
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # torchrun sets them
 
@@ -210,32 +210,7 @@ def clip_gradients(model, largest):
     return norm
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-def save(checkpoint, path):
-    """Write aside, flush to the disk, rename: path holds the old checkpoint or the new one, never half of one."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:                           # torch puts its own around the disk's
-        aside.unlink(missing_ok=True)
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        fail(f"cannot write {path}: {reason}; the checkpoint before it is untouched")
-
-
-def load_checkpoint(path):
-    """The checkpoint of ours at path, on the CPU."""
-    if not path.exists():
-        fail(f"no {path}: train first, or give the run's folder as --out_dir")
-    checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
-        fail(f"{path} is not a nanoDVA checkpoint of format 1")
-    return checkpoint
-
+# ---- starting points -------------------------------------------------------------------------------------------------
 
 def resume(given):
     """(cfg, checkpoint) of the run in out_dir: its own settings, but for those given anew, each of which is named."""

@@ -24,10 +24,10 @@ import config
 import prepare_data
 import sample
 import train
+from checkpoints import read_weights
 from conftest import TINY, one_error, run_main
 from model import BLOCKS, GPT, ModelConfig
 from tools import convert
-from tools.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [dict(n_layer=1, n_head=1, n_embd=16, vocab_size=97), dict(n_layer=3, n_head=4, n_embd=32, vocab_size=130),

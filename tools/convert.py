@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from checkpoints import read_weights
 from config import check, fail, load
 from model import ModelConfig
 from prepare_data import Tokenizer
-from tools.weights import read_weights
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """
-Weights from elsewhere: OpenAI's GPT-2, anything in its Hugging Face format, nanoGPT's checkpoints, and runs of our own.
+Checkpoints: our own written and read, and weights from elsewhere: OpenAI's GPT-2, anything in its Hugging Face format,
+nanoGPT's checkpoints.
 
 train.py and sample.py take them with --init_from, tools/convert.py as its argument, Python code through
 GPT.from_pretrained. Nothing is ever unpickled, and nothing guessed: what GPT-2 has not, is refused in one line.
 """
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -22,6 +24,45 @@ TOKENS, PADDED = 50257, 50304                          # GPT-2's vocabulary, and
 FORMAT = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu"],
           "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
           "tie_word_embeddings": [True], "add_cross_attention": [False]}
+
+
+def save(checkpoint, path):
+    """Write aside, flush to the disk, rename: path holds the old checkpoint or the new one, never half of one."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:                           # torch puts its own around the disk's
+        aside.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        fail(f"cannot write {path}: {reason}; the checkpoint before it is untouched")
+
+
+def load_file(path):
+    """What torch.save wrote, on the CPU. Tensors, numbers and text only: code in it is refused, never run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():           # torch.load does not compare the checksums
+                raise ValueError(f"{damaged} in it has another checksum than when it was saved")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        fail(f"{path} is refused: it calls for {code[1] if code else 'more'}, and only tensors, numbers and text are read")
+    except Exception as error:                         # zipfile and torch raise a dozen kinds
+        fail(f"{path} is not a checkpoint, or a damaged one: {str(error)[:200]}")
+
+
+def load_checkpoint(path):
+    """The checkpoint of ours at path, on the CPU."""
+    if not path.exists():
+        fail(f"no {path}: train first, or give the run's folder as --out_dir")
+    checkpoint = load_file(path)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
+        fail(f"{path} is not a nanoDVA checkpoint of format 1")
+    return checkpoint
 
 
 def read_weights(source):
@@ -59,20 +100,6 @@ def read_weights(source):
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         fail(f"{source}: weights and settings do not belong together: {str(error)[:300]}")
     return weights | {"model": state, "model_config": config}
-
-
-def load_file(path):
-    """What torch.save wrote, on the CPU. Tensors, numbers and text only: code in it is refused, never run."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():           # torch.load does not compare the checksums
-                raise ValueError(f"{damaged} in it has another checksum than when it was saved")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        fail(f"{path} is refused: it calls for {code[1] if code else 'more'}, and only tensors, numbers and text are read")
-    except Exception as error:                         # zipfile and torch raise a dozen kinds
-        fail(f"{path} is not a checkpoint, or a damaged one: {str(error)[:200]}")
 
 
 def read_checkpoint(path):
