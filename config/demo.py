@@ -1,21 +1,21 @@
 # make demo: a small DVA model on Shakespeare's plays, character by character.
-# Two CPU cores: about 75 s, validation loss about 1.5, lines that read like a play.
+# Two CPU cores: about 85 s, validation loss about 1.60 on four plays it never saw, lines that read like a play.
 out_dir = "out-demo"
 dataset = "plays_char"
 block = "dva"
 shift = True
 n_layer = 6
 n_embd = 128
-block_size = 64
-batch_size = 12
+block_size = 128
+batch_size = 8
 gradient_accumulation_steps = 1
 optimizer = "muon"
 learning_rate = 6e-3
 min_lr = 6e-4
-max_iters = 1500
-lr_decay_iters = 1500
+max_iters = 1800
+lr_decay_iters = 1800
 warmup_iters = 100
 beta2 = 0.99
-eval_interval = 250
+eval_interval = 300
 eval_iters = 100
 log_interval = 25

@@ -1,0 +1,23 @@
+# Tiny Shakespeare on a laptop CPU, as fast as we can: below the loss where nanoGPT's laptop run ends (1.886 on the whole
+# validation split), in a fifth of the time of that run: 1.865 after 12.1 s on two cores, process start and all, against 62.8 s.
+out_dir = "out-speedrun"
+dataset = "shakespeare_char"
+device = "cpu"
+compile = False
+block = "dva"
+shift = True
+n_layer = 4
+n_embd = 128
+block_size = 64
+batch_size = 24
+gradient_accumulation_steps = 1
+optimizer = "muon"
+learning_rate = 1.5e-2
+min_lr = 5e-4
+max_iters = 215
+lr_decay_iters = 215
+warmup_iters = 20
+beta2 = 0.99
+eval_interval = 215
+eval_iters = 73
+log_interval = 50
