@@ -259,7 +259,7 @@ class Harm:
 def test_no_checkpoint_is_unpickled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     nanogpt("ckpt.pt", oracle(**SHAPES[0]))
-    torch.save(torch.load("ckpt.pt") | {"config": Harm()}, "ckpt.pt")
+    torch.save(torch.load("ckpt.pt", weights_only=True) | {"config": Harm()}, "ckpt.pt")
     for main in (sample.main, train.main):
         assert "ckpt.pt is refused: it calls for" in one_error(run_main(main, ["--init_from=ckpt.pt"], capsys))
     torch.save({"weights": torch.ones(2)}, "ckpt.pt")
