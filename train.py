@@ -27,6 +27,7 @@ import prepare_data
 from checkpoints import OPENAI, fit_weights, load_checkpoint, read_weights, save
 from config import build, check, fail, read
 from model import GPT, ModelConfig
+from muon import Muon
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # torchrun sets them
 
@@ -184,9 +185,7 @@ def build_optimizers(model, cfg):
     """
     groups = model.parameter_groups()
     muon, adamw = (groups["matrices"], []) if cfg.optimizer == "muon" else ([], groups["matrices"])
-    # Updates as large as AdamW's, so that one learning rate serves both: arXiv 2502.16982
-    optimizers = [torch.optim.Muon(muon, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-                                   adjust_lr_fn="match_rms_adamw")] if muon else []
+    optimizers = [Muon(muon, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)] if muon else []
     optimizers += [torch.optim.AdamW([{"params": adamw + groups["embeddings"], "weight_decay": cfg.weight_decay},
                                       {"params": groups["vectors"], "weight_decay": 0.0}],
                                      lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
