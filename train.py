@@ -108,12 +108,21 @@ def pick_dtype(name, device, width):
     return getattr(torch, name)
 
 
+def pick_compile(setting, device):
+    """Whether to compile the model; auto: on CUDA."""
+    return setting is True or setting == "auto" and device.type == "cuda"
+
+
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 def open_data(cfg):
-    """(meta, train tokens, val tokens) of the data set, the tokens memory-mapped. Exits with status 2 where they won't do."""
+    """
+    (meta, train tokens, val tokens) of the data set, the tokens memory-mapped; cfg.vocab_size, where 0, becomes the data
+    set's. Exits with status 2 where they won't do.
+    """
     folder = Path(cfg.data_dir, cfg.dataset)
     meta = prepare_data.read_meta(folder)
+    cfg.vocab_size = cfg.vocab_size or {50257: 50304}.get(meta["vocab_size"], meta["vocab_size"])     # 64s are faster
     for name in ("train", "val"):
         if meta["tokens"][name] <= cfg.block_size:
             fail(f"{folder / name}.bin holds {meta['tokens'][name]} tokens: block_size={cfg.block_size} needs at least "
@@ -292,7 +301,6 @@ def train(cfg, checkpoint=None, weights=None):
     dtype = pick_dtype(cfg.dtype, device, cfg.n_embd)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     meta, train_tokens, val_tokens = open_data(cfg)
-    cfg.vocab_size = cfg.vocab_size or {50257: 50304}.get(meta["vocab_size"], meta["vocab_size"])     # 64s are faster
     if (checkpoint or weights or meta)["tokenizer"] not in (meta["tokenizer"], None):
         fail(f"dataset={cfg.dataset!r} was made with another tokenizer than the checkpoint's: its ids stand for other text")
 
@@ -314,7 +322,7 @@ def train(cfg, checkpoint=None, weights=None):
         scaler.load_state_dict(checkpoint["scaler"])
         step, earlier, best_val_loss = (checkpoint[key] for key in ("step", "elapsed_s", "best_val_loss"))
     checkpoint = weights = None                                        # the tensors have been copied: let them go
-    compiled = torch.compile(model) if cfg.compile is True or cfg.compile == "auto" and device.type == "cuda" else model
+    compiled = torch.compile(model) if pick_compile(cfg.compile, device) else model
     parallel = DistributedDataParallel(compiled) if WORLD > 1 else compiled
 
     # -- what is said of it

@@ -30,7 +30,8 @@ class BenchConfig(ModelConfig):
     vocab_size: int = 50304         # rows of the token table
     contenders: str = "gpt2,dva:qk_dim=768,dva,gpt2+bank,dva+bank"   # what is timed, against the first of them
     what: str = "train,sample,data" # parts, with commas between
-    batch_size: int = 1             # sequences per step
+    batch_size: int = 1             # sequences per micro-batch
+    gradient_accumulation_steps: int = 1 # micro-batches per step
     optimizer: str = "adamw"        # adamw or muon
     dtypes: str = "float32,bfloat16" # types to try
     compiles: str = "False,True"    # without torch.compile and with it
@@ -43,7 +44,7 @@ class BenchConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, least=dict(vocab_size=1, batch_size=1, rounds=1, max_new_tokens=2, num_samples=1),
+        check(self, least=dict(vocab_size=1, batch_size=1, gradient_accumulation_steps=1, rounds=1, max_new_tokens=2, num_samples=1),
               choices=dict(optimizer=["adamw", "muon"]))
         for name, allowed in dict(what=["train", "sample", "data"], dtypes=["float32", "bfloat16", "float16"],
                                   compiles=["False", "True"]).items():
@@ -53,16 +54,19 @@ class BenchConfig(ModelConfig):
 
 
 def contender(text, cfg):
-    """The ModelConfig that 'dva+bank:qk_dim=32' stands for, all else as in cfg. Exits with status 2 where it stands for none."""
+    """
+    The TrainConfig that 'dva+bank:qk_dim=32:optimizer=muon' stands for, all else as in cfg where it has it. Exits with
+    status 2 where it stands for none.
+    """
     head, *pairs = text.split(":")
     block, plus, bank = head.partition("+")
     if bank != "bank"[:4 * len(plus)]:
         fail(f"contender {text!r}: a block, then +bank or nothing, then :setting=value as often as you like")
-    settings = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig)} | {"block": block}
-    settings |= read(ModelConfig, [f"--{pair}" for pair in pairs])
+    settings = {f.name: getattr(cfg, f.name) for f in fields(train.TrainConfig) if hasattr(cfg, f.name)} | {"block": block}
+    settings |= read(train.TrainConfig, [f"--{pair}" for pair in pairs])
     if bank:
         settings["bank_layers"] = max(1, settings["n_layer"] // 3)
-    return build(ModelConfig, settings)
+    return build(train.TrainConfig, settings)
 
 
 def timed(device, work, *args):
@@ -75,43 +79,49 @@ def timed(device, work, *args):
     return time.perf_counter() - start
 
 
-def bench_training(cfg, contenders, device):
-    """Rows of {contender, dtype, compile, params, flops_per_token, ms_per_step, tokens_per_s, flops_per_s}."""
+def bench_training(contenders, device, dtypes, compiles, rounds, profile=False):
+    """
+    Rows of {contender, dtype, compile, params, flops_per_token, ms_per_step, steps_ms, tokens_per_s, flops_per_s}, one for
+    each of contenders {name: TrainConfig}, dtypes and compiles (as a TrainConfig has them).
+    """
     runs = []
-    for name, model_config in contenders.items():
+    for name, cfg in contenders.items():
         torch.manual_seed(0)
-        model = GPT(model_config).to(device)
-        optimizers = train.build_optimizers(model, train.TrainConfig(optimizer=cfg.optimizer))
-        for dtype in cfg.dtypes.split(","):
-            for compiled in cfg.compiles.split(","):
-                runs.append(dict(contender=name, dtype=dtype, compile=compiled == "True", model=model, optimizers=optimizers,
-                                 forward=torch.compile(model) if compiled == "True" else model, seconds=[]))
-    tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=device)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        model = GPT(cfg).to(device)
+        optimizers = train.build_optimizers(model, cfg)
+        tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=device)
+        for dtype in dtypes:
+            for setting in compiles:
+                compiled = train.pick_compile(setting, device)
+                runs.append(dict(contender=name, dtype=train.pick_dtype(dtype, device, cfg.n_embd), compile=compiled, cfg=cfg,
+                                 model=model, forward=torch.compile(model) if compiled else model, optimizers=optimizers,
+                                 x=tokens[:, :-1].contiguous(), y=tokens[:, 1:].contiguous(), steps_ms=[]))
 
     def step(run):
-        dtype = getattr(torch, run["dtype"])
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            _, loss = run["forward"](x, y)
-        loss.backward()
-        train.clip_gradients(run["model"], 1.0)
+        for _ in range(run["cfg"].gradient_accumulation_steps):
+            with torch.autocast(device.type, run["dtype"], enabled=run["dtype"] != torch.float32):
+                _, loss = run["forward"](run["x"], run["y"])
+            loss.backward()
+        train.clip_gradients(run["model"], run["cfg"].grad_clip)
         for optimizer in run["optimizers"]:
             optimizer.step()
             optimizer.zero_grad()
 
-    for run in tqdm(runs * (cfg.rounds + 2), unit="step", disable=None):
-        run["seconds"].append(timed(device, step, run))
-    for run in runs if cfg.profile else []:
-        with torch.profiler.profile() as profile:
+    for run in tqdm(runs * (rounds + 2), desc="timing", unit="step", disable=None):
+        run["steps_ms"].append(timed(device, step, run) * 1e3)
+    for run in runs if profile else []:
+        with torch.profiler.profile() as operators:
             step(run)
         print(f"\n{run['contender']}, {run['dtype']}{', compiled' if run['compile'] else ''}")
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50))
+        print(operators.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50))
     rows = []
     for run in runs:
-        seconds, flops = statistics.median(run["seconds"][2:]), run["model"].flops_per_token()
-        rate = cfg.batch_size * cfg.block_size / seconds
-        rows.append(dict(contender=run["contender"], dtype=run["dtype"], compile=run["compile"], params=run["model"].num_params(),
-                         flops_per_token=flops, ms_per_step=seconds * 1e3, tokens_per_s=rate, flops_per_s=rate * flops))
+        cfg, flops, steps_ms = run["cfg"], run["model"].flops_per_token(), run["steps_ms"][2:]        # two to warm up
+        ms = statistics.median(steps_ms)
+        rate = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size / ms * 1e3
+        rows.append(dict(contender=run["contender"], dtype=str(run["dtype"]).removeprefix("torch."), compile=run["compile"],
+                         params=run["model"].num_params(), flops_per_token=flops, ms_per_step=ms, steps_ms=steps_ms,
+                         tokens_per_s=rate, flops_per_s=rate * flops))
     return rows
 
 
@@ -170,7 +180,8 @@ def main(argv=None):
     contenders = {text: contender(text, cfg) for text in cfg.contenders.split(",")}
     first, parts, results = next(iter(contenders)), cfg.what.split(","), {"config": asdict(cfg), "device": str(device)}
     if "train" in parts:
-        rows = results["train"] = bench_training(cfg, contenders, device)
+        rows = results["train"] = bench_training(contenders, device, cfg.dtypes.split(","),
+                                                 [text == "True" for text in cfg.compiles.split(",")], cfg.rounds, cfg.profile)
         best = {name: min((r for r in rows if r["contender"] == name), key=lambda r: r["ms_per_step"]) for name in contenders}
         alike = {(r["dtype"], r["compile"]): r["ms_per_step"] for r in rows if r["contender"] == first}
         for row in rows:

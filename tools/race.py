@@ -1,0 +1,354 @@
+"""
+Race blocks against each other on equal terms: the same tokens, batches and validation windows, each at its own best
+learning rate, means over seeds.
+
+    python -m tools.race                                              config/race_laptop.py: two hours on two CPU cores
+    python -m tools.race --match=time --contenders=gpt2,dva:shift=True
+    python -m tools.race config/shakespeare_char.py --max_iters=400 --optimizer=muon --contenders=gpt2,dva,dva:n_layer=12
+
+A contender is a block, perhaps with +bank (the last third of its layers), perhaps with settings of train.py's:
+dva+bank:qk_dim=32:bank_lr=30. The first one is the reference. What is equal for all, --match says:
+
+    tokens   depth, width and tokens
+    time     the reference's training time: steps by the step times measured here
+    params   tokens, and parameters within 5 %, embeddings and banks apart: depth is chosen so (and a bank's third)
+
+Step times are measured first, all contenders in turn, before any training, so let nothing else run until that is done;
+a run's seconds are its steps times that. Every learning rate of --lrs is tried with the first seed, and further ones while the best
+is at an end of those tried; the other seeds follow at the best. Results go to out/race/NAME: results.json, table.md, race.png.
+The same command again goes on where it was stopped; finished runs, kept in out/race/runs, are not run again.
+"""
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import train
+from config import check, fail, load
+from model import GPT
+from prepare_data import write_aside
+from tools.bench import bench_training, contender, show
+
+RACES = Path("out", "race")
+
+
+@dataclass
+class RaceConfig(train.TrainConfig):
+    name: str = ""                           # of the folder in out/race; empty: DATASET-MATCH
+    contenders: str = "gpt2,gpt2:shift=True,dva,dva:shift=True,dva:shift=True:n_layer=6,gpt2+bank,dva+bank"   # with commas
+    match: str = "tokens"                    # what is equal: tokens, time or params
+    seeds: int = 3                           # runs at the best learning rate: seed, seed + 1, ...
+    lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with (a contender may name its own, :learning_rate=)
+    rounds: int = 20                         # timed steps of each contender
+    jobs: int = 1                            # runs at a time, which share the CPU's cores
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, least=dict(seeds=1, rounds=5, jobs=1, max_iters=1), choices=dict(match=["tokens", "time", "params"]))
+        try:
+            assert all(0 < float(lr) < math.inf for lr in self.lrs.split(","))
+        except (ValueError, AssertionError):
+            raise ValueError(f"lrs={self.lrs!r}: give learning rates above 0 with commas between, as in 3e-3,6e-3") from None
+
+
+# ---- who runs, and how far ------------------------------------------------------------------------------------------
+
+def body_params(cfg):
+    """Numbers in the blocks and norms: all but embeddings and banks."""
+    with torch.device("meta"):
+        groups = GPT(cfg).parameter_groups()
+    return sum(p.numel() for p in groups["matrices"] + groups["vectors"])
+
+
+def match_params(text, cfg, target):
+    """cfg with the depth whose body_params() come nearest to target. Exits with status 2 where that is over 5 % away."""
+    def deep(n_layer):
+        return replace(cfg, n_layer=n_layer, bank_layers=max(1, n_layer // 3) if cfg.bank_layers else 0)
+
+    layer = body_params(deep(2)) - body_params(deep(1))
+    guess = round(target / layer)
+    best = cfg if ":n_layer=" in text else min(map(deep, range(max(1, guess // 2), 2 * guess + 2)),
+                                               key=lambda deep: abs(body_params(deep) - target))
+    off = body_params(best) / target - 1
+    if abs(off) > 0.05:
+        fail(f"contender {text!r} has {off:+.1%} parameters with its best depth, n_layer={best.n_layer}: match=params wants "
+             f"5 % at most; change its qk_dim or value_dim, or leave it out")
+    return best
+
+
+def step_times(contenders, cfg, device, folder):
+    """
+    {contender: {"ms": medians of five groups of steps, dtype, compile}}, all timed in turn, or as folder/timing.json says
+    if it times these very contenders. (Delete it to time anew.)
+    """
+    path, described = folder / "timing.json", {name: asdict(c) for name, c in contenders.items()}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("contenders") != described:
+        rows = bench_training(contenders, device, [cfg.dtype], [cfg.compile], cfg.rounds)
+        times = {row["contender"]: {"ms": [statistics.median(row["steps_ms"][i::5]) for i in range(5)], "dtype": row["dtype"],
+                                    "compile": row["compile"]} for row in rows}
+        kept = {"contenders": described, "times": times, "threads": torch.get_num_threads(), "machine": platform.processor()}
+        write_aside(path, json.dumps(kept, indent=1).encode())
+    return kept["times"]
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+def run_of(text, cfg, lr, seed):
+    """The TrainConfig of one run; its folder is named by all that it is, so that the same run is known again."""
+    cfg = replace(cfg, learning_rate=lr, min_lr=lr / 10, seed=seed, out_dir="", overwrite=True)
+    digest = hashlib.sha256(json.dumps(asdict(cfg), sort_keys=True).encode()).hexdigest()[:10]
+    return replace(cfg, out_dir=str(RACES / "runs" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', text)}-lr{lr:g}-seed{seed}-{digest}"))
+
+
+def curve_of(run):
+    """What was evaluated in a finished run, [{step, tokens, val_loss, val_bits_per_byte}]; None if it isn't finished."""
+    path = Path(run.out_dir, "metrics.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
+    if not records or records[-1]["step"] < run.max_iters or "val_loss" not in records[-1]:
+        return None
+    return [record for record in records if "val_loss" in record]
+
+
+def final_loss(run):
+    return curve_of(run)[-1]["val_loss"]
+
+
+def carry_out(run, threads):
+    """Train one run, in a process of its own. What it prints is in its folder; a loss that breaks counts as infinite."""
+    torch.set_num_threads(threads)
+    folder = Path(run.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            train.train(run)
+        except SystemExit:
+            if "is broken" not in (said := (folder / "log.txt").read_text()) and "validation loss is" not in said:
+                print(said.splitlines()[-1], file=sys.__stderr__)
+                raise
+            record = {"step": run.max_iters, "tokens": math.inf, "val_loss": math.inf, "val_bits_per_byte": math.inf}
+            with open(folder / "metrics.jsonl", "a") as metrics:
+                metrics.write(json.dumps(record) + "\n")
+    for name in ("last.pt", "best.pt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def sweep(text, cfg, race):
+    """The runs that try learning rates, as far as they are known, by rising rate; and the best of them once it is known."""
+    lrs = [cfg.learning_rate] if ":learning_rate=" in text else sorted({float(lr) for lr in race.lrs.split(",")})
+    while True:
+        runs = [run_of(text, cfg, lr, race.seed) for lr in lrs]
+        if any(curve_of(run) is None for run in runs):
+            return runs, None
+        best = min(runs, key=final_loss)
+        if len(lrs) == 1 or best not in (runs[0], runs[-1]):
+            return runs, best
+        beyond = lrs[0] ** 2 / lrs[1] if best is runs[0] else lrs[-1] ** 2 / lrs[-2]          # on by the same factor
+        lrs = sorted([*lrs, float(f"{beyond:.3g}")])
+
+
+def runs_at_best(text, best, race):
+    """The runs of all seeds at the best learning rate; the first is the sweep's own."""
+    return [run_of(text, best, best.learning_rate, race.seed + i) for i in range(race.seeds)]
+
+
+def run_all(contenders, race, times, device):
+    """Carry out the runs that are needed and not done, race.jobs at a time, until no more are known to be needed."""
+    threads = max(1, (os.cpu_count() if device.type == "cpu" else torch.get_num_threads()) // race.jobs)
+    start, spent, count, pending, known = time.perf_counter(), 0.0, 0, {}, set()
+    pool = ProcessPoolExecutor(race.jobs, multiprocessing.get_context("spawn"))
+    try:
+        while True:
+            for text, cfg in contenders.items():
+                tried, best = sweep(text, cfg, race)
+                for run in tried + (runs_at_best(text, best, race) if best else []):
+                    if run.out_dir not in known and curve_of(run) is None:
+                        cost = run.max_iters * statistics.fmean(times[text]["ms"])
+                        pending[pool.submit(carry_out, run, threads)] = text, run, cost
+                    known.add(run.out_dir)
+            if not pending:
+                return
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                text, run, cost = pending.pop(future)
+                future.result()
+                if curve_of(run) is None:                              # a signal ended it
+                    raise KeyboardInterrupt
+                count, spent, gone = count + 1, spent + cost, time.perf_counter() - start
+                left = gone * sum(cost for *_, cost in pending.values()) / spent
+                print(f"{count} of {count + len(pending)} runs known to be needed: {text}, learning rate {run.learning_rate:g}, seed "
+                      f"{run.seed}: val loss {final_loss(run):.4f}; {tqdm.format_interval(gone)} gone, about "
+                      f"{tqdm.format_interval(left)} left for these", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- what came of it ------------------------------------------------------------------------------------------------
+
+def spread(values):
+    """{mean, sd, n}; a single value has no sd."""
+    return {"mean": statistics.fmean(values) if values else None, "sd": statistics.stdev(values) if len(values) > 1 else None,
+            "n": len(values)}
+
+
+def tokens_to(curve, target):
+    """Tokens after which a curve [{tokens, val_loss}] first reached the loss target, by straight lines between; None: never."""
+    if curve[0]["val_loss"] <= target:
+        return curve[0]["tokens"]
+    for a, b in zip(curve, curve[1:]):
+        if b["val_loss"] <= target:
+            return a["tokens"] + (b["tokens"] - a["tokens"]) * (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
+    return None
+
+
+def summary(contenders, race, times):
+    """
+    {contender: figures}. The loss to reach is the mean of the reference's final ones; the time that each seed took to it is
+    held against the reference's whole time, and the sd of that ratio holds the spread of the seeds and of both step
+    times. Seeds that never reached it are left out: n says how many did.
+    """
+    results, target, whole = {}, None, None
+    for text, cfg in contenders.items():
+        tried, best = sweep(text, cfg, race)
+        runs = runs_at_best(text, best, race)
+        curves = [curve_of(run) for run in runs]
+        with torch.device("meta"):
+            model = GPT(cfg)
+        ms = spread(times[text]["ms"])
+        batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+        losses = spread([curve[-1]["val_loss"] for curve in curves])
+        if target is None:
+            target, whole = losses["mean"], cfg.max_iters * ms["mean"] / 1e3
+            whole_error = ms["sd"] / ms["mean"]
+        tokens = spread([t for t in (tokens_to(curve, target) for curve in curves) if t is not None])
+        seconds = {key: tokens[key] and tokens[key] / batch_tokens * ms["mean"] / 1e3 for key in ("mean", "sd")} | {"n": tokens["n"]}
+        ratio = {"mean": seconds["mean"] and seconds["mean"] / whole, "sd": None, "n": tokens["n"]}
+        if tokens["n"] > 1:
+            errors = (tokens["sd"] / tokens["mean"], ms["sd"] / ms["mean"], whole_error)
+            ratio["sd"] = ratio["mean"] * math.hypot(*errors)
+        results[text] = {
+            "settings": {name: getattr(cfg, name) for name in ("block", "n_layer", "n_embd", "bank_layers", "optimizer")},
+            "params": spread([model.num_params()] * race.seeds) | {"body": body_params(cfg)},
+            "flops_per_token": model.flops_per_token(), "ms_per_step": ms, "dtype": times[text]["dtype"],
+            "compile": times[text]["compile"], "steps": cfg.max_iters, "learning_rate": best.learning_rate,
+            "final_val_loss": losses, "bits_per_byte": spread([curve[-1]["val_bits_per_byte"] for curve in curves]),
+            "tokens_to_gpt2_loss": tokens, "seconds_to_gpt2_loss": seconds, "time_to_gpt2_loss_ratio": ratio,
+            "seconds": cfg.max_iters * ms["mean"] / 1e3, "sweep": {f"{run.learning_rate:g}": final_loss(run) for run in tried},
+            "curves": [{"seed": run.seed, "tokens": [r["tokens"] for r in curve],
+                        "seconds": [r["step"] * ms["mean"] / 1e3 for r in curve], "val_loss": [r["val_loss"] for r in curve]}
+                       for run, curve in zip(runs, curves)]}
+    return results
+
+
+def pm(figure, digits, scale=1.0):
+    """mean ± sd, as far as there are."""
+    if figure["mean"] is None:
+        return "-"
+    return f"{figure['mean'] / scale:.{digits}f}" + (f" ± {figure['sd'] / scale:.{digits}f}" if figure["sd"] is not None else "")
+
+
+def columns(race, first):
+    """{heading: function of (name, figures)} of the table."""
+    def reached(figure, digits, scale=1.0, unit=""):
+        few = f" ({figure['n']} of {race.seeds} seeds)" if figure["n"] < race.seeds else ""
+        return pm(figure, digits, scale) + unit + few if figure["n"] else "-"
+
+    return {
+        "contender": lambda r: r["name"], "layers": lambda r: r["settings"]["n_layer"],
+        "parameters": lambda r: f"{r['params']['mean'] / 1e6:.2f} M", "MFLOPs/token": lambda r: f"{r['flops_per_token'] / 1e6:.1f}",
+        "ms/step": lambda r: pm(r["ms_per_step"], 1), "steps": lambda r: r["steps"], "seconds": lambda r: f"{r['seconds']:.0f}",
+        "learning rate": lambda r: f"{r['learning_rate']:g}", "val loss": lambda r: pm(r["final_val_loss"], 4),
+        "bits/byte": lambda r: pm(r["bits_per_byte"], 3),
+        f"tokens to {first}'s loss": lambda r: reached(r["tokens_to_gpt2_loss"], 2, 1e6, " M"),
+        "seconds to it": lambda r: reached(r["seconds_to_gpt2_loss"], 1),
+        "its time ratio": lambda r: reached(r["time_to_gpt2_loss_ratio"], 3)}
+
+
+def draw(results, path):
+    """Loss against tokens and against seconds, side by side: mean lines, seeds as bands, names on the lines' ends."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
+    styles = ["-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1))]
+    ends = [r["final_val_loss"]["mean"] for r in results.values()]
+    top = max(ends) + max(0.25, 3 * (max(ends) - min(ends)))           # the first steps would press all else together
+    for panel, x_name, scale in zip(panels, ("tokens", "seconds"), (1e6, 1)):
+        labels = []
+        for i, (name, r) in enumerate(results.items()):
+            x = [value / scale for value in r["curves"][0][x_name]]
+            losses = list(zip(*(curve["val_loss"] for curve in r["curves"])))                    # per point, all seeds
+            grey = f"{0.65 * i / max(1, len(results) - 1):.2f}"
+            panel.plot(x, [statistics.fmean(values) for values in losses], color=grey, linestyle=styles[i % len(styles)],
+                       linewidth=2 if i == 0 else 1.4)
+            panel.fill_between(x, [min(values) for values in losses], [max(values) for values in losses], color=grey, alpha=0.2,
+                               linewidth=0)
+            labels.append((statistics.fmean(losses[-1]), x[-1], name))
+        bottom = min(ends) - 0.1 * (top - min(ends))
+        panel.set(xlabel="training tokens, millions" if x_name == "tokens" else "training time, seconds", ylim=(bottom, top))
+        panel.spines[["top", "right"]].set_visible(False)
+        room, y = (top - bottom) / 24, -math.inf                       # labels one above the other, each with a line to its end
+        right = 1.03 * max(x for _, x, _ in labels)
+        for loss, x, name in sorted(labels):
+            y = max(loss, y + room)
+            panel.annotate(name, (x, loss), (right, y), fontsize=8, va="center", annotation_clip=False,
+                           arrowprops=dict(arrowstyle="-", color="0.75", linewidth=0.5))
+    panels[0].set_ylabel("validation loss, nats per token")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    race = load(RaceConfig, argv if any(text.endswith(".py") for text in argv) else ["config/race_laptop.py", *argv])
+    device = train.pick_device(race.device)
+    _, _, val_tokens = train.open_data(race)
+    folder = RACES / (race.name or f"{race.dataset}-{race.match}")
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = -(-((len(val_tokens) - 1) // race.block_size) // race.batch_size)                    # batches in the whole split
+    base = replace(race, eval_iters=whole, lr_decay_iters=race.max_iters, log_interval=100, wandb_log=False, eval_only=False)
+    contenders = {text: contender(text, base) for text in race.contenders.split(",")}
+    first = next(iter(contenders))
+    if race.match == "params":
+        target = body_params(contenders[first])
+        contenders = {text: cfg if text == first else match_params(text, cfg, target) for text, cfg in contenders.items()}
+    times = step_times(contenders, race, device, folder)
+    for text, cfg in contenders.items():
+        steps = cfg.max_iters
+        if race.match == "time" and ":max_iters=" not in text:
+            steps = round(contenders[first].max_iters * statistics.fmean(times[first]["ms"]) / statistics.fmean(times[text]["ms"]))
+        contenders[text] = replace(cfg, max_iters=steps, lr_decay_iters=steps,              # and as many evaluations for each
+                                   eval_interval=max(1, steps * race.eval_interval // race.max_iters))
+    try:
+        run_all(contenders, race, times, device)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the runs that are finished", file=sys.stderr)
+        raise SystemExit(130)
+    results = summary(contenders, race, times)
+    everything = {"config": asdict(race), "reference": first, "device": str(device), "torch": torch.__version__,
+                  "threads": json.loads((folder / "timing.json").read_text())["threads"], "contenders": results}
+    write_aside(folder / "results.json", (json.dumps(everything, indent=1) + "\n").encode())
+    with open(folder / "table.md", "w") as file, redirect_stdout(file):
+        show([{"name": name} | r for name, r in results.items()], columns(race, first))
+        print("\nThe sweeps, final loss of the first seed by learning rate:\n")
+        for name, r in results.items():
+            print(f"- {name}: " + ", ".join(f"{lr} {loss:.4f}" for lr, loss in r["sweep"].items()))
+    print((folder / "table.md").read_text())
+    draw(results, folder / "race.png")
+    print(f"all is in {folder}/")
+
+
+if __name__ == "__main__":
+    main()
