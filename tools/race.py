@@ -91,8 +91,8 @@ def match_params(text, cfg, target):
 
 def step_times(contenders, cfg, device, folder):
     """
-    {contender: {"ms": medians of five groups of steps, dtype, compile}}, all timed in turn, or as folder/timing.json says
-    if it times these very contenders. (Delete it to time anew.)
+    {"times": {contender: {"ms": medians of five groups of steps, dtype, compile}}, "threads", ...}, all timed in turn; or
+    what folder/timing.json says, if it times these very contenders. (Delete it to time anew.)
     """
     path, described = folder / "timing.json", {name: asdict(c) for name, c in contenders.items()}
     kept = json.loads(path.read_text()) if path.exists() else {}
@@ -102,7 +102,7 @@ def step_times(contenders, cfg, device, folder):
                                     "compile": row["compile"]} for row in rows}
         kept = {"contenders": described, "times": times, "threads": torch.get_num_threads(), "machine": platform.processor()}
         write_aside(path, json.dumps(kept, indent=1).encode())
-    return kept["times"]
+    return kept
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -324,7 +324,8 @@ def main(argv=None):
     if race.match == "params":
         target = body_params(contenders[first])
         contenders = {text: cfg if text == first else match_params(text, cfg, target) for text, cfg in contenders.items()}
-    times = step_times(contenders, race, device, folder)
+    timing = step_times(contenders, race, device, folder)
+    times = timing["times"]
     for text, cfg in contenders.items():
         steps = cfg.max_iters
         if race.match == "time" and ":max_iters=" not in text:
@@ -338,7 +339,7 @@ def main(argv=None):
         raise SystemExit(130)
     results = summary(contenders, race, times)
     everything = {"config": asdict(race), "reference": first, "device": str(device), "torch": torch.__version__,
-                  "threads": json.loads((folder / "timing.json").read_text())["threads"], "contenders": results}
+                  "threads": timing["threads"], "contenders": results}
     write_aside(folder / "results.json", (json.dumps(everything, indent=1) + "\n").encode())
     with open(folder / "table.md", "w") as file, redirect_stdout(file):
         show([{"name": name} | r for name, r in results.items()], columns(race, first))
