@@ -66,18 +66,14 @@ class Cache:
         return [past[:, :end] for past in self.memory[owner]]
 
 
-def attend(q, k, v, dropout=0.0):
-    """
-    Causal softmax attention: q (B, H, T, D), k (B, H, S, D), v (B, H, S, M) -> (B, H, T, M).
+def fused(q, k, v, dropout=0.0):
+    """Causal attention by torch's own kernels; shapes as in attend()."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(-2) > 1)
 
-    Either T == S, or T == 1 and the query is the newest position, which sees all S. Two ways to the same numbers: torch's
-    fused kernels, and the textbook's own lines, in blocks of queries that skip most of the masked half. On a CPU these
-    take 0.2 to 0.9 of the time where D != M, which has no fused kernel there, and for short windows in bfloat16.
-    """
-    T, D, M, rows = q.size(-2), q.size(-1), v.size(-1), 256
-    if q.device.type != "cpu" or D == M and T > rows:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-    q, mixed = q / math.sqrt(D), []
+
+def explicit(q, k, v, dropout=0.0, rows=256):
+    """Causal attention as the textbook writes it, in blocks of queries that skip most of the masked half; shapes as in attend()."""
+    T, q, mixed = q.size(-2), q / math.sqrt(q.size(-1)), []
     for first in range(0, T, rows):
         seen = k.size(-2) if T == 1 else first + rows                  # slices end where the tensor does
         scores = q[..., first:first + rows, :] @ k[..., :seen, :].mT   # (B, H, rows, seen)
@@ -85,6 +81,18 @@ def attend(q, k, v, dropout=0.0):
             scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(first + 1)
         mixed.append(F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype) @ v[..., :seen, :])
     return torch.cat(mixed, dim=-2)
+
+
+def attend(q, k, v, dropout=0.0):
+    """
+    Causal softmax attention: q (B, H, T, D), k (B, H, S, D), v (B, H, S, M) -> (B, H, T, M).
+
+    Either T == S, or T == 1 and the query is the newest position, which sees all S. Of the two ways to the same numbers the
+    explicit one is faster on a CPU where D != M, which has no fused kernel there (0.2 to 0.9 of its time), and for windows
+    up to 256. python -m tools.bench --attentions=fused,explicit tries both.
+    """
+    cpu, alike, short = q.device.type == "cpu", q.size(-1) == v.size(-1), q.size(-2) <= 256
+    return explicit(q, k, v, dropout) if cpu and (short or not alike) else fused(q, k, v, dropout)
 
 
 @torch.compiler.disable                # the compiler has no sparse gradients; it compiles what stands around the look-up
@@ -323,7 +331,8 @@ class GPT(nn.Module):
         and block_size others. Without the cache, which is for tests and timings, the same windows are recomputed.
         """
         size = self.config.block_size
-        window, cache = idx[:, -size:], Cache(size)
+        window = idx[:, -size:]
+        cache = Cache(min(size, window.size(1) + max_new_tokens))
         new = window                                                   # what the cache has not seen
         stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)
         for _ in range(max_new_tokens):

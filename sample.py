@@ -1,5 +1,5 @@
 """
-Sample text from a trained model, streamed as it is made. A checkpoint is enough: its tokenizer is inside.
+Sample text from a trained model: all texts together, the first before your eyes. A checkpoint is enough: its tokenizer is inside.
 
     python sample.py --out_dir=out-demo --start="ROMEO:"
     python sample.py --out_dir=out-demo --start=FILE:prompt.txt --num_samples=3 --temperature=0.8
@@ -97,19 +97,26 @@ def main(argv=None):
     if not ids:
         fail("start is empty: give at least one character, or leave it out for a new line")
     torch.manual_seed(cfg.seed)
-    idx = torch.tensor([ids], device=device)                           # (1, T)
+    idx = torch.tensor([ids] * cfg.num_samples, device=device)         # (B, T): all texts are made together
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in idx]                   # a token may end inside a character
+    texts, stopped = ["" for _ in idx], 0
     try:
-        for _ in range(cfg.num_samples):
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
-            print(prompt, end="", flush=True)
-            with autocast:
-                for new in model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.stop_token,
-                                        tokenizer.vocab_size, cfg.top_p):
-                    print(decoder.decode(tokenizer.decode(new[0].tolist())), end="", flush=True)
-            print("\n---------------", flush=True)
+        print(prompt, end="", flush=True)
+        with autocast:
+            for new in model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.stop_token,
+                                    tokenizer.vocab_size, cfg.top_p):
+                for row, (token,) in enumerate(new.tolist()):
+                    if decoders[row]:
+                        text = decoders[row].decode(tokenizer.decode([token]))
+                        texts[row] += text
+                        print(text if row == 0 else "", end="", flush=True)
+                    if token == cfg.stop_token:
+                        decoders[row] = None                           # this text ends here, others may go on
     except KeyboardInterrupt:
-        print()
-        raise SystemExit(130)
+        stopped = 130
+    print("\n---------------", *(f"{prompt}{text}\n---------------" for text in texts[1:]), sep="\n", flush=True)
+    if stopped:
+        raise SystemExit(stopped)
 
 
 if __name__ == "__main__":

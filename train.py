@@ -284,7 +284,8 @@ def open_metrics(cfg, step):
 def train(cfg, checkpoint=None, weights=None):
     """
     Train as cfg says, from scratch, from weights, or on from a checkpoint. Returns {step, val_loss, best_val_loss, elapsed_s,
-    tokens_per_s, stopped}: `stopped` is the number of the signal that ended the run early, or 0.
+    tokens_per_s, reached, stopped}: `reached` gives for each tenth of validation loss the seconds to the first evaluation at or
+    below it, `stopped` is the number of the signal that ended the run early, or 0.
     """
     # -- processes, device, data
     device = pick_device(cfg.device)
@@ -359,6 +360,7 @@ def train(cfg, checkpoint=None, weights=None):
     micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
     x, y = get_batch(train_tokens, cfg, step, RANK, device)
     first_step, logged_step, stopped, val_loss, training_s = step, step, 0, math.nan, 0.0
+    reached = {}                                                       # tenths of val loss: seconds to the first at or below it
     start = time.perf_counter() - earlier
     while True:
         # -- schedule
@@ -380,6 +382,8 @@ def train(cfg, checkpoint=None, weights=None):
                 fail(f"the validation loss is {val_loss} at step {step} (lr {lr:g}); what was saved before is untouched; "
                      f"try a lower --learning_rate")
             improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+            if improved:
+                reached.setdefault(math.ceil(val_loss * 10) / 10, round(time.perf_counter() - start, 1))
 
         # -- save
         if writing and (step or last):
@@ -446,7 +450,7 @@ def train(cfg, checkpoint=None, weights=None):
         wandb.finish()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    return {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "elapsed_s": elapsed,
+    return {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "elapsed_s": elapsed, "reached": reached,
             "tokens_per_s": (step - first_step) * batch_tokens / (elapsed - earlier),
             "stopped": (signals or [signal.SIGTERM])[0] if stopped else 0}           # another process's signal: a SIGTERM
 
@@ -473,6 +477,8 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     if RANK == 0 and not cfg.eval_only:
+        for level, seconds in done["reached"].items():
+            print(f"val loss {level:.1f} or less after {seconds} s")
         print(f"{'stopped at' if done['stopped'] else 'done:'} step {done['step']}, best val loss {done['best_val_loss']:.4f}, "
               f"{done['tokens_per_s']:,.0f} tokens/s, {tqdm.format_interval(done['elapsed_s'])}; all is in {cfg.out_dir}/")
         print("continue:  python train.py --init_from=resume" if done["stopped"] else "sample:    python sample.py",

@@ -1,8 +1,11 @@
 """tools/bench.py on a tiny shape: what it prints is what it wrote, and its figures are of the right things."""
+import functools
 import json
 
 import pytest
 
+import model
+from model import attend
 from tools import bench
 
 SHAPE = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=8", "--qk_dim=4", "--vocab_size=19", "--batch_size=2",
@@ -20,6 +23,17 @@ def test_it_times_every_contender_and_writes_what_it_prints(tmp_path, capsys):
     # float32: two layers of keys (4) and values (16), and a bank layer of keys and an 8-byte token id
     assert [r["cache_bytes_per_token"] for r in results["sample"]] == [3 * 2 * 16 * 4, 3 * (4 + 32) * 4, 2 * 20 * 4 + 4 * 4 + 8]
     assert 0 < results["data"][0]["ms_per_batch"] < 100
+
+
+def test_attention_paths_take_turns(tmp_path, monkeypatch):
+    used = []
+    for name in ("fused", "explicit"):
+        path = getattr(model, name)
+        monkeypatch.setattr(model, name, functools.wraps(path)(lambda *args, path=path: (used.append(path.__name__), path(*args))[1]))
+    bench.main([*SHAPE, "--contenders=dva", "--what=train", "--attentions=fused,explicit", f"--json={tmp_path / 'bench.json'}"])
+    assert used == ["fused"] * 3 + ["explicit"] * 3 + used[6:] and used.count("fused") == used.count("explicit")   # 3 layers
+    assert [row["attention"] for row in json.loads((tmp_path / "bench.json").read_text())["train"]] == ["fused", "explicit"]
+    assert model.attend is attend                                      # and all is as it was
 
 
 def test_the_profile_names_operators(capsys):

@@ -65,7 +65,8 @@ def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, shift):
 @pytest.mark.parametrize("T, S, D, M", [(16, 16, 8, 24), (16, 16, 24, 24), (1, 16, 8, 24), (600, 600, 8, 24), (600, 600, 8, 8)])
 def test_both_attention_paths_give_the_same(T, S, D, M):
     q, k, v = torch.randn(2, 3, T, D), torch.randn(2, 3, S, D), torch.randn(2, 3, S, M)
-    fused = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+    fused = model_module.fused(q, k, v)
+    torch.testing.assert_close(model_module.explicit(q, k, v), fused, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(model_module.attend(q, k, v), fused, atol=1e-6, rtol=1e-5)
 
 

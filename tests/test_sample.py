@@ -57,6 +57,14 @@ def test_stop_token(text, trained):
     assert text(start="ab", temperature=1, max_new_tokens=200, stop_token=characters.index(stop)) == [whole[:end + 1]]
 
 
+def test_texts_made_together_end_each_at_its_own(text, trained):
+    stop = " "
+    texts = text(start="ab", temperature=1, max_new_tokens=40, num_samples=8, stop_token=alphabet(trained).index(stop))
+    lengths = {len(each) for each in texts}
+    assert len(texts) == 8 and len(lengths) > 2 and max(lengths) <= 42
+    assert all(each.index(stop) == len(each) - 1 for each in texts if len(each) < 42)
+
+
 def test_top_k_1_is_temperature_0(text):
     assert text(start="ab", top_k=1) == text(start="ab", temperature=0)
 

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -340,6 +341,13 @@ def test_best_survives_a_kill_before_last(run, tmp_path, losses):
     losses(3, 2.5)
     run(init_from="resume", max_iters=6, learning_rate=2e-2)
     assert train.load_checkpoint(tmp_path / "out" / "best.pt")["best_val_loss"] == 2
+
+
+def test_when_each_loss_was_reached(run, losses, tmp_path):
+    losses(3.14, 2.5, 2.7, 2.44, 2.41)
+    _, out, _ = run(eval_interval=3)
+    said = re.findall(r"^val loss ([\d.]+) or less after ([\d.]+) s$", out, re.MULTILINE)
+    assert [level for level, _ in said] == ["3.2", "2.5"] and 0 <= float(said[0][1]) <= float(said[1][1])
 
 
 def test_the_last_step_is_saved(run, tmp_path):

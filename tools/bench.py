@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import model as model_module
 import train
 from config import build, check, fail, load, read
-from model import GPT, Cache, ModelConfig
+from model import GPT, Cache, ModelConfig, attend
 
 
 @dataclass
@@ -35,6 +36,7 @@ class BenchConfig(ModelConfig):
     optimizer: str = "adamw"        # adamw or muon
     dtypes: str = "float32,bfloat16" # types to try
     compiles: str = "False,True"    # without torch.compile and with it
+    attentions: str = "attend"      # ways to compute attention: attend chooses between fused and explicit
     rounds: int = 5                 # timed steps of each, after two for warming up
     max_new_tokens: int = 512       # sampled in a timing
     num_samples: int = 8            # texts in a batch, beside one alone
@@ -47,7 +49,7 @@ class BenchConfig(ModelConfig):
         check(self, least=dict(vocab_size=1, batch_size=1, gradient_accumulation_steps=1, rounds=1, max_new_tokens=2, num_samples=1),
               choices=dict(optimizer=["adamw", "muon"]))
         for name, allowed in dict(what=["train", "sample", "data"], dtypes=["float32", "bfloat16", "float16"],
-                                  compiles=["False", "True"]).items():
+                                  compiles=["False", "True"], attentions=["attend", "fused", "explicit"]).items():
             for part in getattr(self, name).split(","):
                 if part not in allowed:
                     raise ValueError(f"{name}: {part!r} is none of {', '.join(allowed)}")
@@ -79,10 +81,10 @@ def timed(device, work, *args):
     return time.perf_counter() - start
 
 
-def bench_training(contenders, device, dtypes, compiles, rounds, profile=False):
+def bench_training(contenders, device, dtypes, compiles, attentions=("attend",), rounds=5, profile=False):
     """
-    Rows of {contender, dtype, compile, params, flops_per_token, ms_per_step, steps_ms, tokens_per_s, flops_per_s}, one for
-    each of contenders {name: TrainConfig}, dtypes and compiles (as a TrainConfig has them).
+    Rows of {contender, dtype, compile, attention, params, flops_per_token, ms_per_step, steps_ms, tokens_per_s, flops_per_s}, one for
+    each of contenders {name: TrainConfig}, dtypes and compiles (as a TrainConfig has them), and attentions of model.py.
     """
     runs = []
     for name, cfg in contenders.items():
@@ -93,11 +95,14 @@ def bench_training(contenders, device, dtypes, compiles, rounds, profile=False):
         for dtype in dtypes:
             for setting in compiles:
                 compiled = train.pick_compile(setting, device)
-                runs.append(dict(contender=name, dtype=train.pick_dtype(dtype, device, cfg.n_embd), compile=compiled, cfg=cfg,
-                                 model=model, forward=torch.compile(model) if compiled else model, optimizers=optimizers,
-                                 x=tokens[:, :-1].contiguous(), y=tokens[:, 1:].contiguous(), steps_ms=[]))
+                forward = torch.compile(model) if compiled else model
+                runs += [dict(contender=name, dtype=train.pick_dtype(dtype, device, cfg.n_embd), compile=compiled, cfg=cfg,
+                              attention=getattr(model_module, attention), model=model, forward=forward, optimizers=optimizers,
+                              x=tokens[:, :-1].contiguous(), y=tokens[:, 1:].contiguous(), steps_ms=[])
+                         for attention in attentions]
 
     def step(run):
+        model_module.attend = run["attention"]                         # the blocks look it up at every call
         for _ in range(run["cfg"].gradient_accumulation_steps):
             with torch.autocast(device.type, run["dtype"], enabled=run["dtype"] != torch.float32):
                 _, loss = run["forward"](run["x"], run["y"])
@@ -114,13 +119,13 @@ def bench_training(contenders, device, dtypes, compiles, rounds, profile=False):
             step(run)
         print(f"\n{run['contender']}, {run['dtype']}{', compiled' if run['compile'] else ''}")
         print(operators.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50))
-    rows = []
+    model_module.attend, rows = attend, []
     for run in runs:
         cfg, flops, steps_ms = run["cfg"], run["model"].flops_per_token(), run["steps_ms"][2:]        # two to warm up
         ms = statistics.median(steps_ms)
         rate = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size / ms * 1e3
         rows.append(dict(contender=run["contender"], dtype=str(run["dtype"]).removeprefix("torch."), compile=run["compile"],
-                         params=run["model"].num_params(), flops_per_token=flops, ms_per_step=ms, steps_ms=steps_ms,
+                         attention=run["attention"].__name__, params=run["model"].num_params(), flops_per_token=flops, ms_per_step=ms, steps_ms=steps_ms,
                          tokens_per_s=rate, flops_per_s=rate * flops))
     return rows
 
@@ -181,15 +186,16 @@ def main(argv=None):
     first, parts, results = next(iter(contenders)), cfg.what.split(","), {"config": asdict(cfg), "device": str(device)}
     if "train" in parts:
         rows = results["train"] = bench_training(contenders, device, cfg.dtypes.split(","),
-                                                 [text == "True" for text in cfg.compiles.split(",")], cfg.rounds, cfg.profile)
+                                                 [text == "True" for text in cfg.compiles.split(",")], cfg.attentions.split(","),
+                                                 cfg.rounds, cfg.profile)
         best = {name: min((r for r in rows if r["contender"] == name), key=lambda r: r["ms_per_step"]) for name in contenders}
-        alike = {(r["dtype"], r["compile"]): r["ms_per_step"] for r in rows if r["contender"] == first}
+        alike = {(r["dtype"], r["compile"], r["attention"]): r["ms_per_step"] for r in rows if r["contender"] == first}
         for row in rows:
-            row["ratio"] = row["ms_per_step"] / alike[row["dtype"], row["compile"]]
+            row["ratio"] = row["ms_per_step"] / alike[row["dtype"], row["compile"], row["attention"]]
             row["best_ratio"] = row["ms_per_step"] / best[first]["ms_per_step"] if row is best[row["contender"]] else None
         show(rows, {"training": lambda r: r["contender"], "parameters": lambda r: f"{r['params'] / 1e6:.2f} M",
                     "MFLOPs/token": lambda r: f"{r['flops_per_token'] / 1e6:.1f}", "dtype": lambda r: r["dtype"],
-                    "compiled": lambda r: r["compile"], "ms/step": lambda r: f"{r['ms_per_step']:.1f}",
+                    "compiled": lambda r: r["compile"], "attention": lambda r: r["attention"], "ms/step": lambda r: f"{r['ms_per_step']:.1f}",
                     "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}", "GFLOP/s": lambda r: f"{r['flops_per_s'] / 1e9:,.0f}",
                     f"/ {first}, alike": lambda r: f"{r['ratio']:.3f}",
                     "best / best": lambda r: f"{r['best_ratio']:.3f}" if r["best_ratio"] else ""})

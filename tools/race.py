@@ -97,7 +97,7 @@ def step_times(contenders, cfg, device, folder):
     path, described = folder / "timing.json", {name: asdict(c) for name, c in contenders.items()}
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("contenders") != described:
-        rows = bench_training(contenders, device, [cfg.dtype], [cfg.compile], cfg.rounds)
+        rows = bench_training(contenders, device, [cfg.dtype], [cfg.compile], rounds=cfg.rounds)
         times = {row["contender"]: {"ms": [statistics.median(row["steps_ms"][i::5]) for i in range(5)], "dtype": row["dtype"],
                                     "compile": row["compile"]} for row in rows}
         kept = {"contenders": described, "times": times, "threads": torch.get_num_threads(), "machine": platform.processor()}
