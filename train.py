@@ -55,6 +55,7 @@ class TrainConfig(ModelConfig):
     min_lr: float = 6e-5                     # the schedule's end; usually learning_rate / 10
     eval_interval: int = 2000                # steps between evaluations, each followed by a save
     eval_iters: int = 200                    # batches per evaluation, spread evenly over each split: at most all of it
+    eval_train: bool = True                  # evaluate on the train split, too, which takes as long as on val
     eval_only: bool = False                  # evaluate once and stop
     log_interval: int = 1                    # steps between lines in metrics.jsonl
     always_save_checkpoint: bool = True      # save after every evaluation, not only after the best so far
@@ -372,11 +373,13 @@ def train(cfg, checkpoint=None, weights=None):
 
         # -- evaluate
         if not stopped and (last or step % cfg.eval_interval == 0):
-            train_eval, val_loss = (evaluate(compiled, tokens, cfg, device, autocast)
-                                    for tokens in (train_tokens, val_tokens))
+            if cfg.eval_train:
+                record["train_eval_loss"] = evaluate(compiled, train_tokens, cfg, device, autocast)
+            val_loss = evaluate(compiled, val_tokens, cfg, device, autocast)
             bits = val_loss / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]      # per byte of text
-            record |= {"train_eval_loss": train_eval, "val_loss": val_loss, "val_bits_per_byte": bits}
-            say(f"step {step}: train loss {train_eval:.4f}, val loss {val_loss:.4f} (perplexity "
+            record |= {"val_loss": val_loss, "val_bits_per_byte": bits}
+            train_loss = f"train loss {record['train_eval_loss']:.4f}, " if cfg.eval_train else ""
+            say(f"step {step}: {train_loss}val loss {val_loss:.4f} (perplexity "
                 f"{math.exp(min(val_loss, 700)):.2f}, {bits:.3f} bits per byte), after {bar.format_interval(time.perf_counter() - start)}")
             if not math.isfinite(val_loss):
                 fail(f"the validation loss is {val_loss} at step {step} (lr {lr:g}); what was saved before is untouched; "

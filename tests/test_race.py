@@ -101,12 +101,12 @@ def test_match_params_finds_the_depth(track, text):
         assert abs(race.body_params(other) - target) >= abs(count - target)
 
 
-def test_tokens_to_a_loss():
-    curve = [{"tokens": t, "val_loss": loss} for t, loss in ((0, 4.0), (100, 3.0), (200, 2.0), (300, 2.5), (400, 1.5))]
-    assert [race.tokens_to(curve, loss) for loss in (4.5, 4.0, 3.5, 2.0, 2.25, 1.75, 1.5)] == [0, 0, 50, 200, 175, 375, 400]
-    assert race.tokens_to(curve, 1.4) is None
-    broken = [{"tokens": 0, "val_loss": 4.0}, {"tokens": math.inf, "val_loss": math.inf}]
-    assert race.tokens_to(broken, 3.0) is None
+def test_steps_to_a_loss():
+    curve = [{"step": step, "val_loss": loss} for step, loss in ((0, 4.0), (100, 3.0), (200, 2.0), (300, 2.5), (400, 1.5))]
+    assert [race.steps_to(curve, loss) for loss in (4.5, 4.0, 3.5, 2.0, 2.25, 1.75, 1.5)] == [0, 0, 50, 200, 175, 375, 400]
+    assert race.steps_to(curve, 1.4) is None
+    broken = [{"step": 0, "val_loss": 4.0}, {"step": 100, "val_loss": math.inf}]
+    assert race.steps_to(broken, 3.0) is None
 
 
 def test_the_ratio_and_its_uncertainty(track, monkeypatch, tmp_path):
@@ -117,13 +117,17 @@ def test_the_ratio_and_its_uncertainty(track, monkeypatch, tmp_path):
     monkeypatch.setattr(race, "curve_of", lambda run: [
         dict(step=step, tokens=step * 16, val_loss=loss, val_bits_per_byte=loss)
         for step, loss in zip((0, 50, 100), ends[run.block][run.seed])])
-    monkeypatch.setattr(race, "sweep", lambda text, cfg, _: ([race.run_of(text, cfg, 0.02, 1337)], race.run_of(text, cfg, 0.02, 1337)))
-    times = {"gpt2": dict(ms=[9.0, 11.0], dtype="", compile=False), "dva": dict(ms=[5.0, 5.0], dtype="", compile=False)}
+    monkeypatch.setattr(race, "sweep", lambda text, cfg, _: ([race.run_of(cfg, 0.02, 1337)], race.run_of(cfg, 0.02, 1337)))
+    times = {"gpt2": dict(ms=[8.0, 12.0], dtype="", compile=False), "dva": dict(ms=[4.0, 6.0], dtype="", compile=False)}
     results = race.summary(contenders, base, times)
     dva = results["dva"]
     assert dva["tokens_to_gpt2_loss"] == pytest.approx({"mean": 62.5 * 16, "sd": 25 / 2**0.5 * 16, "n": 2})
     assert dva["seconds_to_gpt2_loss"] == pytest.approx({"mean": 62.5 * 0.005, "sd": 25 / 2**0.5 * 0.005, "n": 2})
-    relative = math.hypot(25 / 2**0.5 / 62.5, 2**0.5 / 10)             # of the seeds, and of gpt2's step
+    assert dva["step_time_ratio"] == pytest.approx({"mean": 0.5, "sd": 0, "n": 2})   # the machine drifted, the ratio did not
+    assert dva["time_to_gpt2_loss_ratio"] == pytest.approx({"mean": 0.3125, "sd": 0.3125 * 25 / 2**0.5 / 62.5, "n": 2})
+    times["dva"]["ms"] = [4.8, 4.8]                                    # 0.6 and 0.4
+    dva = race.summary(contenders, base, times)["dva"]
+    relative = math.hypot(25 / 2**0.5 / 62.5, 0.2 / 2**0.5 / 0.5)      # of the seeds, and of the steps
     assert dva["time_to_gpt2_loss_ratio"] == pytest.approx({"mean": 0.3125, "sd": 0.3125 * relative, "n": 2})
     assert results["gpt2"]["tokens_to_gpt2_loss"]["n"] == 1            # one of its seeds never got there
 

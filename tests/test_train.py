@@ -343,6 +343,16 @@ def test_best_survives_a_kill_before_last(run, tmp_path, losses):
     assert train.load_checkpoint(tmp_path / "out" / "best.pt")["best_val_loss"] == 2
 
 
+def test_without_the_train_split(run, tmp_path):
+    """Half the work of an evaluation left out changes nothing else."""
+    _, out, _ = run("with")
+    assert "train loss" in out
+    _, out, _ = run("without", eval_train=False)
+    assert "train loss" not in out and "val loss" in out
+    first, second = (metrics(tmp_path / name)[1:] for name in ("with", "without"))
+    assert [{k: v for k, v in record.items() if k != "train_eval_loss"} for record in first] == second != first
+
+
 def test_when_each_loss_was_reached(run, losses, tmp_path):
     losses(3.14, 2.5, 2.7, 2.44, 2.41)
     _, out, _ = run(eval_interval=3)

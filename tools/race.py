@@ -24,13 +24,12 @@ import math
 import multiprocessing
 import os
 import platform
-import re
 import statistics
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -52,7 +51,7 @@ class RaceConfig(train.TrainConfig):
     match: str = "tokens"                    # what is equal: tokens, time or params
     seeds: int = 3                           # runs at the best learning rate: seed, seed + 1, ...
     lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with (a contender may name its own, :learning_rate=)
-    rounds: int = 20                         # timed steps of each contender
+    rounds: int = 30                         # timed steps of each contender
     jobs: int = 1                            # runs at a time, which share the CPU's cores
 
     def __post_init__(self):
@@ -107,11 +106,12 @@ def step_times(contenders, cfg, device, folder):
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
-def run_of(text, cfg, lr, seed):
-    """The TrainConfig of one run; its folder is named by all that it is, so that the same run is known again."""
-    cfg = replace(cfg, learning_rate=lr, min_lr=lr / 10, seed=seed, out_dir="", overwrite=True)
-    digest = hashlib.sha256(json.dumps(asdict(cfg), sort_keys=True).encode()).hexdigest()[:10]
-    return replace(cfg, out_dir=str(RACES / "runs" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', text)}-lr{lr:g}-seed{seed}-{digest}"))
+def run_of(cfg, lr, seed):
+    """The TrainConfig of one run; its folder is named by all its settings, so that the same run is known again."""
+    cfg = replace(cfg, learning_rate=lr, min_lr=lr / 10, seed=seed, overwrite=True)
+    settings = {f.name: value for f in fields(cfg) if (value := getattr(cfg, f.name)) != f.default and f.name != "out_dir"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    return replace(cfg, out_dir=str(RACES / "runs" / f"{cfg.block}-{cfg.n_layer}x{cfg.n_embd}-lr{lr:g}-seed{seed}-{digest}"))
 
 
 def curve_of(run):
@@ -150,7 +150,7 @@ def sweep(text, cfg, race):
     """The runs that try learning rates, as far as they are known, by rising rate; and the best of them once it is known."""
     lrs = [cfg.learning_rate] if ":learning_rate=" in text else sorted({float(lr) for lr in race.lrs.split(",")})
     while True:
-        runs = [run_of(text, cfg, lr, race.seed) for lr in lrs]
+        runs = [run_of(cfg, lr, race.seed) for lr in lrs]
         if any(curve_of(run) is None for run in runs):
             return runs, None
         best = min(runs, key=final_loss)
@@ -160,9 +160,9 @@ def sweep(text, cfg, race):
         lrs = sorted([*lrs, float(f"{beyond:.3g}")])
 
 
-def runs_at_best(text, best, race):
+def runs_at_best(best, race):
     """The runs of all seeds at the best learning rate; the first is the sweep's own."""
-    return [run_of(text, best, best.learning_rate, race.seed + i) for i in range(race.seeds)]
+    return [run_of(best, best.learning_rate, race.seed + i) for i in range(race.seeds)]
 
 
 def run_all(contenders, race, times, device):
@@ -174,7 +174,7 @@ def run_all(contenders, race, times, device):
         while True:
             for text, cfg in contenders.items():
                 tried, best = sweep(text, cfg, race)
-                for run in tried + (runs_at_best(text, best, race) if best else []):
+                for run in tried + (runs_at_best(best, race) if best else []):
                     if run.out_dir not in known and curve_of(run) is None:
                         cost = run.max_iters * statistics.fmean(times[text]["ms"])
                         pending[pool.submit(carry_out, run, threads)] = text, run, cost
@@ -203,49 +203,51 @@ def spread(values):
             "n": len(values)}
 
 
-def tokens_to(curve, target):
-    """Tokens after which a curve [{tokens, val_loss}] first reached the loss target, by straight lines between; None: never."""
+def scaled(figure, factor):
+    """A {mean, sd, n} in another unit."""
+    return figure | {key: figure[key] and figure[key] * factor for key in ("mean", "sd")}
+
+
+def steps_to(curve, target):
+    """The step at which a curve [{step, val_loss}] first reached the loss target, by straight lines between; None: never."""
     if curve[0]["val_loss"] <= target:
-        return curve[0]["tokens"]
+        return curve[0]["step"]
     for a, b in zip(curve, curve[1:]):
         if b["val_loss"] <= target:
-            return a["tokens"] + (b["tokens"] - a["tokens"]) * (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
+            return a["step"] + (b["step"] - a["step"]) * (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
     return None
 
 
 def summary(contenders, race, times):
     """
-    {contender: figures}. The loss to reach is the mean of the reference's final ones; the time that each seed took to it is
-    held against the reference's whole time, and the sd of that ratio holds the spread of the seeds and of both step
-    times. Seeds that never reached it are left out: n says how many did.
+    {contender: figures}. The loss to reach is the mean of the reference's final ones, and the time that a contender's seeds
+    took to it is held against the reference's whole time: the sd of this ratio holds the spread of the seeds and that of
+    the step times' ratio. Seeds that never reached it are left out: n says how many did.
     """
-    results, target, whole = {}, None, None
+    results, first = {}, next(iter(contenders))
     for text, cfg in contenders.items():
         tried, best = sweep(text, cfg, race)
-        runs = runs_at_best(text, best, race)
+        runs = runs_at_best(best, race)
         curves = [curve_of(run) for run in runs]
+        losses = spread([curve[-1]["val_loss"] for curve in curves])
+        target = results[first]["final_val_loss"]["mean"] if results else losses["mean"]
         with torch.device("meta"):
             model = GPT(cfg)
         ms = spread(times[text]["ms"])
-        batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-        losses = spread([curve[-1]["val_loss"] for curve in curves])
-        if target is None:
-            target, whole = losses["mean"], cfg.max_iters * ms["mean"] / 1e3
-            whole_error = ms["sd"] / ms["mean"]
-        tokens = spread([t for t in (tokens_to(curve, target) for curve in curves) if t is not None])
-        seconds = {key: tokens[key] and tokens[key] / batch_tokens * ms["mean"] / 1e3 for key in ("mean", "sd")} | {"n": tokens["n"]}
-        ratio = {"mean": seconds["mean"] and seconds["mean"] / whole, "sd": None, "n": tokens["n"]}
-        if tokens["n"] > 1:
-            errors = (tokens["sd"] / tokens["mean"], ms["sd"] / ms["mean"], whole_error)
-            ratio["sd"] = ratio["mean"] * math.hypot(*errors)
+        step_ratio = spread([ours / theirs for ours, theirs in zip(times[text]["ms"], times[first]["ms"])])      # in turn: drift cancels
+        steps = spread([step for step in (steps_to(curve, target) for curve in curves) if step is not None])
+        ratio = scaled(steps, step_ratio["mean"] / contenders[first].max_iters)
+        if ratio["sd"]:
+            ratio["sd"] = ratio["mean"] * math.hypot(steps["sd"] / steps["mean"], step_ratio["sd"] / step_ratio["mean"])
         results[text] = {
             "settings": {name: getattr(cfg, name) for name in ("block", "n_layer", "n_embd", "bank_layers", "optimizer")},
             "params": spread([model.num_params()] * race.seeds) | {"body": body_params(cfg)},
-            "flops_per_token": model.flops_per_token(), "ms_per_step": ms, "dtype": times[text]["dtype"],
-            "compile": times[text]["compile"], "steps": cfg.max_iters, "learning_rate": best.learning_rate,
+            "flops_per_token": model.flops_per_token(), "dtype": times[text]["dtype"], "compile": times[text]["compile"],
+            "ms_per_step": ms, "step_time_ratio": step_ratio, "steps": cfg.max_iters, "seconds": cfg.max_iters * ms["mean"] / 1e3,
+            "learning_rate": best.learning_rate, "sweep": {f"{run.learning_rate:g}": final_loss(run) for run in tried},
             "final_val_loss": losses, "bits_per_byte": spread([curve[-1]["val_bits_per_byte"] for curve in curves]),
-            "tokens_to_gpt2_loss": tokens, "seconds_to_gpt2_loss": seconds, "time_to_gpt2_loss_ratio": ratio,
-            "seconds": cfg.max_iters * ms["mean"] / 1e3, "sweep": {f"{run.learning_rate:g}": final_loss(run) for run in tried},
+            "tokens_to_gpt2_loss": scaled(steps, cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size),
+            "seconds_to_gpt2_loss": scaled(steps, ms["mean"] / 1e3), "time_to_gpt2_loss_ratio": ratio,
             "curves": [{"seed": run.seed, "tokens": [r["tokens"] for r in curve],
                         "seconds": [r["step"] * ms["mean"] / 1e3 for r in curve], "val_loss": [r["val_loss"] for r in curve]}
                        for run, curve in zip(runs, curves)]}
@@ -268,7 +270,7 @@ def columns(race, first):
     return {
         "contender": lambda r: r["name"], "layers": lambda r: r["settings"]["n_layer"],
         "parameters": lambda r: f"{r['params']['mean'] / 1e6:.2f} M", "MFLOPs/token": lambda r: f"{r['flops_per_token'] / 1e6:.1f}",
-        "ms/step": lambda r: pm(r["ms_per_step"], 1), "steps": lambda r: r["steps"], "seconds": lambda r: f"{r['seconds']:.0f}",
+        "ms/step": lambda r: pm(r["ms_per_step"], 1), f"/ {first}": lambda r: pm(r["step_time_ratio"], 3), "steps": lambda r: r["steps"], "seconds": lambda r: f"{r['seconds']:.0f}",
         "learning rate": lambda r: f"{r['learning_rate']:g}", "val loss": lambda r: pm(r["final_val_loss"], 4),
         "bits/byte": lambda r: pm(r["bits_per_byte"], 3),
         f"tokens to {first}'s loss": lambda r: reached(r["tokens_to_gpt2_loss"], 2, 1e6, " M"),
@@ -318,7 +320,8 @@ def main(argv=None):
     folder = RACES / (race.name or f"{race.dataset}-{race.match}")
     folder.mkdir(parents=True, exist_ok=True)
     whole = -(-((len(val_tokens) - 1) // race.block_size) // race.batch_size)                    # batches in the whole split
-    base = replace(race, eval_iters=whole, lr_decay_iters=race.max_iters, log_interval=100, wandb_log=False, eval_only=False)
+    base = replace(race, eval_iters=whole, lr_decay_iters=race.max_iters, log_interval=100, wandb_log=False, eval_only=False,
+                   eval_train=False)
     contenders = {text: contender(text, base) for text in race.contenders.split(",")}
     first = next(iter(contenders))
     if race.match == "params":
