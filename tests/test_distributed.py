@@ -89,7 +89,7 @@ def test_compiled(run, arguments, tmp_path):
     """Compile and DDP together. Dynamo's whole path, but for the C++ compiler, which would take a minute."""
     script = wrapper(tmp_path, """
 compile = torch.compile
-torch.compile = lambda model: compile(model, backend="aot_eager")""")
+torch.compile = lambda model, **options: compile(model, **options, backend="aot_eager")""")
     status, out, err = torchrun(2, script, arguments("many", compile=True, dropout=0))
     assert status == 0 and "float32, compiled" in out, err
     run("one", dropout=0)

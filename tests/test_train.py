@@ -85,6 +85,20 @@ def test_each_parameter_is_in_one_group(block, banks, optimizer):
     assert sorted(found) == sorted(names.values())
 
 
+def test_compile_is_for_long_runs(monkeypatch, tmp_path):
+    def pick(setting, device, flops):
+        return train.pick_compile(setting, torch.device(device), flops)
+
+    monkeypatch.setattr(train.shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(train.sysconfig, "get_path", lambda name: tmp_path)
+    assert not pick("auto", "cpu", 1e15)                               # no Python.h
+    (tmp_path / "Python.h").touch()
+    assert pick("auto", "cpu", 1e15) and pick("auto", "cuda", 1) and pick(True, "cpu", 1) and pick(True, "mps", 1)
+    assert not (pick("auto", "cpu", 1e14) or pick("auto", "mps", 1e15) or pick(False, "cpu", 1e15) or pick(False, "cuda", 1e15))
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    assert not pick("auto", "cpu", 1e15) and pick(True, "cpu", 1)
+
+
 def test_muon_is_torchs():
     torch.manual_seed(0)
     shapes = [(24, 8), (8, 24), (8, 8), (24, 8), (8, 24), (1, 5)]      # some alike, tall, flat, square, a single row

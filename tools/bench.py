@@ -94,8 +94,9 @@ def bench_training(contenders, device, dtypes, compiles, attentions=("attend",),
         tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=device)
         for dtype in dtypes:
             for setting in compiles:
-                compiled = train.pick_compile(setting, device)
-                forward = torch.compile(model) if compiled else model
+                work = model.flops_per_token() * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size * cfg.max_iters
+                compiled = train.pick_compile(setting, device, work)
+                forward = torch.compile(model, dynamic=False) if compiled else model
                 runs += [dict(contender=name, dtype=train.pick_dtype(dtype, device, cfg.n_embd), compile=compiled, cfg=cfg,
                               attention=getattr(model_module, attention), model=model, forward=forward, optimizers=optimizers,
                               x=tokens[:, :-1].contiguous(), y=tokens[:, 1:].contiguous(), steps_ms=[])
