@@ -346,15 +346,18 @@ class GPT(nn.Module):
             if temperature == 0:
                 new = logits.argmax(dim=-1, keepdim=True)              # (B, 1)
             else:
-                logits = logits / temperature
-                if top_k:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
+                order, chances = None, (logits / temperature).softmax(dim=-1)
+                if top_k or top_p < 1:
+                    V = logits.size(-1)
+                    chances, order = chances.topk(min(top_k or V, V))  # (B, k), the likeliest first
                 if top_p < 1:
-                    chances, order = logits.softmax(dim=-1).sort(descending=True)
-                    beyond = chances.cumsum(dim=-1) - chances >= top_p         # the likelier ones have it already
-                    logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-                new = torch.multinomial(logits.softmax(dim=-1), 1)     # (B, 1)
+                    share = chances / chances.sum(dim=-1, keepdim=True)
+                    chances = chances.masked_fill(share.cumsum(dim=-1) - share >= top_p, 0)      # the likelier ones have it already
+                # One number, and its place among the sums. torch.multinomial draws one for every token of the vocabulary:
+                # on a CPU 4 % (gpt2) to 8 % (dva) of a token's time at the 124M shapes
+                sums = chances.cumsum(dim=-1)
+                new = torch.searchsorted(sums, (1 - torch.rand_like(sums[:, :1])) * sums[:, -1:])      # in (0, 1]: no token of chance 0
+                new = new if order is None else order.gather(-1, new)  # (B, 1)
             new = new.masked_fill(stopped, stop_token)
             window = torch.cat((window, new), dim=1)
             yield new

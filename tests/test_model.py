@@ -260,6 +260,23 @@ def test_temperature_0_takes_the_likeliest():
         assert torch.equal(out[:, t], model(out[:, :t])[0][:, -1].argmax(-1))
 
 
+@pytest.mark.parametrize("options", [dict(), dict(top_k=5), dict(top_p=0.6), dict(top_k=9, top_p=0.8), dict(num_tokens=7), dict(temperature=0.5)], ids=str)
+def test_draws_follow_the_chances(options):
+    """Of 20,000 rows, as many draw a token as its chance says, to 5 standard deviations; one without a chance is never drawn."""
+    model = tiny(vocab_size=23).eval()
+    idx = torch.full((20000, 1), 3)
+    logits = model(idx[:1])[0][0, 0].detach() * 20                     # a fresh model's are nearly alike
+    model.forward = lambda new, cache: (logits.repeat(len(new), 1, 1), None)
+    chances = (logits / options.get("temperature", 1)).masked_fill(torch.arange(23) >= options.get("num_tokens", 23), -math.inf).softmax(0)
+    likeliest = chances.argsort(descending=True)
+    keep = likeliest[:options.get("top_k", 23)]
+    before = (chances[keep] / chances[keep].sum()).cumsum(0) - chances[keep] / chances[keep].sum()
+    keep = keep[before < options.get("top_p", 1.1)]
+    expected = torch.zeros(23).index_copy(0, keep, chances[keep] / chances[keep].sum())
+    drawn = model.generate(idx, 1, **options)[:, 1].bincount(minlength=23) / 20000
+    assert ((drawn - expected).abs() <= 5 * (expected * (1 - expected) / 20000).sqrt()).all()
+
+
 def test_top_k_1_is_the_likeliest_and_padded_rows_are_never_drawn():
     model, idx = shaken(tiny()), tokens(2, 4)
     assert torch.equal(model.generate(idx, 8, top_k=1), model.generate(idx, 8, temperature=0))
