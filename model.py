@@ -35,13 +35,13 @@ class ModelConfig:
     qk_dim: int = 64             # dva: width D of query and key
     value_dim: int = 0           # dva: width M of value and gate; 0: n_embd
     value_norm: bool = True      # dva: RMSNorm on the mixed value
-    shift: bool = False          # half of the channels of keys and values come from the previous position
+    shift: bool | str = "auto"   # half of the channels of keys and values come from the previous position; auto: for dva
     num_tokens: int = 0          # rows of the table that are tokens, where weights came with a padded one; 0: all
     bank_layers: int = 0         # last N layers take their values from a Bank of Values; the paper: n_layer // 3
 
     def __post_init__(self):
         check(self, least=dict(block_size=1, n_layer=1, n_head=1, n_embd=1, qk_dim=1, vocab_size=0, value_dim=0, dropout=0,
-                               num_tokens=0, bank_layers=0), choices=dict(block=list(BLOCKS), gelu=["exact", "tanh"]))
+                               num_tokens=0, bank_layers=0), choices=dict(block=list(BLOCKS), gelu=["exact", "tanh"], shift=[True, False, "auto"]))
         if self.block == "gpt2" and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
         if self.dropout >= 1:
@@ -128,7 +128,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, banked):
         super().__init__()
         C = config.n_embd
-        self.n_head, self.shift, self.dropout = config.n_head, config.shift, config.dropout
+        self.n_head, self.shift, self.dropout = config.n_head, config.shift is True, config.dropout
         self.c_attn = nn.Linear(C, 2 * C if banked else 3 * C, bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -196,12 +196,15 @@ class DynamicValueAttention(nn.Module):
     A tensor of all v_ij would be (T, T, M). It is never built: once i is fixed, v_ij is linear in u_j, so the gate comes
     out of the sum, sum_j s_ij v_ij = g_i * sum_j s_ij u_j, and that is ONE ordinary attention call. The RMSNorm keeps
     this reading, since it only rescales per query: v_ij = (w * g_i / rms_i) * u_j.
+
+    One head looks at one place at a time. With shift, this project's addition, half of the channels of k_j and u_j are those
+    of position j - 1: a look at j sees its neighbour, too, at no weight and no product more.
     """
 
     def __init__(self, config, banked):
         super().__init__()
         C, D, M = config.n_embd, config.qk_dim, config.value_dim or config.n_embd
-        self.shift, self.dropout = config.shift, config.dropout
+        self.shift, self.dropout = config.shift is not False, config.dropout
         self.c_q = nn.Linear(C, D, bias=config.bias)
         self.c_k = nn.Linear(C, D, bias=config.bias)
         self.c_v = None if banked else nn.Linear(C, M, bias=config.bias)

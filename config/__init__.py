@@ -77,8 +77,8 @@ def read_preset(path):
     try:
         tree = ast.parse(Path(path).read_bytes())
     except OSError as error:
-        presets = " ".join(sorted(str(p) for p in Path("config").glob("*.py") if p.stem != "__init__"))
-        fail(f"cannot read the preset {path}: {error.strerror or error}; there are: {presets}")
+        presets = " ".join(sorted(p.stem for p in Path("config").glob("*.py") if p.stem != "__init__"))
+        fail(f"cannot read the preset {path}: {error.strerror or error}; config/NAME.py is there for {presets}")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         fail(f"{path} is not a preset, assignments like 'n_layer = 6': {error}")
     settings = {}

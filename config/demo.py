@@ -3,7 +3,6 @@
 out_dir = "out-demo"
 dataset = "plays_char"
 block = "dva"
-shift = True
 n_layer = 6
 n_embd = 128
 block_size = 128

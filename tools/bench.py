@@ -6,7 +6,7 @@ Time training steps, sampling and data loading of the blocks, each at its own be
     python -m tools.bench --contenders=gpt2,dva:qk_dim=768,dva+bank --dtypes=bfloat16 --profile=True
     python -m tools.bench --what=sample,data
 
-A contender is a block, perhaps with +bank (the last third of its layers), perhaps with settings: dva+bank:qk_dim=32:shift=True.
+A contender is a block, perhaps with +bank (the last third of its layers), perhaps with settings: dva+bank:qk_dim=32:shift=False.
 Contenders and settings take turns, step by step, so that a machine whose speed drifts treats them alike; figures are
 medians, and ratios are to the first contender.
 """

@@ -3,7 +3,7 @@ Race blocks against each other on equal terms: the same tokens, batches and vali
 learning rate, means over seeds.
 
     python -m tools.race                                              config/race_laptop.py: two hours on two CPU cores
-    python -m tools.race --match=time --contenders=gpt2,dva:shift=True
+    python -m tools.race --match=time --contenders=gpt2,gpt2:shift=True,dva
     python -m tools.race config/shakespeare_char.py --max_iters=400 --optimizer=muon --contenders=gpt2,dva,dva:n_layer=12
 
 A contender is a block, perhaps with +bank (the last third of its layers), perhaps with settings of train.py's:
@@ -47,7 +47,7 @@ RACES = Path("out", "race")
 @dataclass
 class RaceConfig(train.TrainConfig):
     name: str = ""                           # of the folder in out/race; empty: DATASET-MATCH
-    contenders: str = "gpt2,gpt2:shift=True,dva,dva:shift=True,dva:shift=True:n_layer=6,gpt2+bank,dva+bank"   # with commas
+    contenders: str = "gpt2,gpt2:shift=True,dva,dva:shift=False,dva:n_layer=6,dva:value_dim=256,gpt2+bank,dva+bank"   # the first is the reference
     match: str = "tokens"                    # what is equal: tokens, time or params
     seeds: int = 3                           # runs at the best learning rate: seed, seed + 1, ...
     lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with (a contender may name its own, :learning_rate=)
