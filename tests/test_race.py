@@ -31,7 +31,7 @@ def track(tmp_path, monkeypatch, data_dir):
     monkeypatch.setattr(race, "RACES", tmp_path / "out" / "race")
     monkeypatch.setattr(race, "ProcessPoolExecutor", InThisProcess)
     def track(**changes):
-        settings = TINY | dict(data_dir=data_dir, gradient_accumulation_steps=1, name="tiny", contenders="gpt2,dva:shift=True",
+        settings = TINY | dict(data_dir=data_dir, gradient_accumulation_steps=1, name="tiny", contenders="gpt2,dva:shift=False",
                                seeds=2, lrs="0.002,0.02,0.2", rounds=5, max_iters=6, eval_interval=3) | changes
         settings.pop("learning_rate"), settings.pop("min_lr")          # the race's own
         return ["config/race_laptop.py", *(f"--{name}={value}" for name, value in settings.items())]
@@ -43,7 +43,7 @@ def test_a_race_of_two(track, tmp_path, capsys, monkeypatch):
     race.main(track(jobs=2))
     folder, printed = tmp_path / "out" / "race" / "tiny", capsys.readouterr().out
     results, table = json.loads((folder / "results.json").read_text()), (folder / "table.md").read_text()
-    assert list(results["contenders"]) == ["gpt2", "dva:shift=True"] and table in printed
+    assert list(results["contenders"]) == ["gpt2", "dva:shift=False"] and table in printed
     assert (folder / "race.png").read_bytes().startswith(b"\x89PNG")
     for name, r in results["contenders"].items():
         rates = {float(lr): loss for lr, loss in r["sweep"].items()}
@@ -70,6 +70,11 @@ def test_a_race_of_two(track, tmp_path, capsys, monkeypatch):
     again = json.loads((folder / "results.json").read_text())
     assert changed == [lost] and again == results
     assert not list(folder.parent.glob("runs/*/*.pt"))
+
+    race.main(track(name="more", max_iters=7, lrs=folder / "results.json", seeds=1))             # its learning rates, taken over
+    more = json.loads((folder.parent / "more" / "results.json").read_text())
+    for name, r in more["contenders"].items():
+        assert [float(lr) for lr in r["sweep"]] == [r["learning_rate"]] == [results["contenders"][name]["learning_rate"]]
 
 
 def test_match_time_gives_each_the_reference_time(track, tmp_path, monkeypatch):
@@ -141,6 +146,8 @@ def test_a_rate_that_breaks_loses(track, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, said", [(dict(match="steps"), "match='steps': there are tokens, time, params"),
                                           (dict(lrs="1e-3,fast"), "lrs='1e-3,fast': give learning rates"),
+                                          (dict(lrs="0"), "lrs='0': give learning rates"),
+                                          (dict(lrs="nowhere.json"), "lrs='nowhere.json' has no learning rate for 'gpt2'"),
                                           (dict(contenders="gpt2,dvaa"), "there are gpt2, dva"), (dict(seeds=0), "at least 1"),
                                           (dict(contenders="gpt2,dva:qk=3"), "unknown setting 'qk'"),
                                           (dict(match="params", contenders="gpt2,dva:n_layer=1"), "match=params wants 5 %"),

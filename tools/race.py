@@ -15,7 +15,8 @@ dva+bank:qk_dim=32:bank_lr=30. The first one is the reference. What is equal for
 
 Step times are measured first, all contenders in turn, before any training, so let nothing else run until that is done;
 a run's seconds are its steps times that. Every learning rate of --lrs is tried with the first seed, and further ones while the best
-is at an end of those tried; the other seeds follow at the best. Results go to out/race/NAME: results.json, table.md, race.png.
+is at an end of those tried; the other seeds follow at the best. --lrs=out/race/NAME/results.json takes the best of another race.
+Results go to out/race/NAME: results.json, table.md, race.png.
 The same command again goes on where it was stopped; finished runs, kept in out/race/runs, are not run again.
 """
 import hashlib
@@ -24,6 +25,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -50,17 +52,34 @@ class RaceConfig(train.TrainConfig):
     contenders: str = "gpt2,gpt2:shift=True,dva,dva:shift=False,dva:n_layer=6,dva:value_dim=256,gpt2+bank,dva+bank"   # the first is the reference
     match: str = "tokens"                    # what is equal: tokens, time or params
     seeds: int = 3                           # runs at the best learning rate: seed, seed + 1, ...
-    lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with (a contender may name its own, :learning_rate=)
+    lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with, or another race's results.json, to take the best ones
     rounds: int = 30                         # timed steps of each contender
     jobs: int = 1                            # runs at a time, which share the CPU's cores
 
     def __post_init__(self):
         super().__post_init__()
         check(self, least=dict(seeds=1, rounds=5, jobs=1, max_iters=1), choices=dict(match=["tokens", "time", "params"]))
+        for text in self.contenders.split(","):
+            rates(text, self)
+
+
+def rates(text, race):
+    """
+    The learning rates to begin with for a contender: its own, :learning_rate=, or those of race.lrs, a list or the
+    results.json of a race that it was in. Raises ValueError for anything else.
+    """
+    if own := re.search(":learning_rate=([^:]+)", text):
+        return [float(own[1])]
+    if race.lrs.endswith(".json"):
         try:
-            assert all(0 < float(lr) < math.inf for lr in self.lrs.split(","))
-        except (ValueError, AssertionError):
-            raise ValueError(f"lrs={self.lrs!r}: give learning rates above 0 with commas between, as in 3e-3,6e-3") from None
+            return [json.loads(Path(race.lrs).read_text())["contenders"][text]["learning_rate"]]
+        except (OSError, ValueError, KeyError):
+            raise ValueError(f"lrs={race.lrs!r} has no learning rate for {text!r}: give results.json of a race that it was in") from None
+    try:
+        assert all(0 < float(lr) < math.inf for lr in race.lrs.split(","))
+    except (ValueError, AssertionError):
+        raise ValueError(f"lrs={race.lrs!r}: give learning rates above 0 with commas between, as in 3e-3,6e-3") from None
+    return sorted({float(lr) for lr in race.lrs.split(",")})
 
 
 # ---- who runs, and how far ------------------------------------------------------------------------------------------
@@ -130,6 +149,7 @@ def final_loss(run):
 def carry_out(run, threads):
     """Train one run, in a process of its own. What it prints is in its folder; a loss that breaks counts as infinite."""
     torch.set_num_threads(threads)
+    torch.compiler.reset()                                             # it gives up on a model that it saw in many forms
     folder = Path(run.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "w", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
@@ -148,7 +168,7 @@ def carry_out(run, threads):
 
 def sweep(text, cfg, race):
     """The runs that try learning rates, as far as they are known, by rising rate; and the best of them once it is known."""
-    lrs = [cfg.learning_rate] if ":learning_rate=" in text else sorted({float(lr) for lr in race.lrs.split(",")})
+    lrs = rates(text, race)
     while True:
         runs = [run_of(cfg, lr, race.seed) for lr in lrs]
         if any(curve_of(run) is None for run in runs):
