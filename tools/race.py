@@ -110,11 +110,11 @@ def match_params(text, cfg, target):
 def step_times(contenders, cfg, device, folder):
     """
     {"times": {contender: {"ms": medians of five groups of steps, dtype, compile}}, "threads", ...}, all timed in turn; or
-    what folder/timing.json says, if it times these very contenders. (Delete it to time anew.)
+    what folder/timing.json says, if it has these very contenders. (Delete it to time anew.)
     """
     path, described = folder / "timing.json", {name: asdict(c) for name, c in contenders.items()}
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("contenders") != described:
+    kept = json.loads(path.read_text()) if path.exists() else {"contenders": {}}
+    if not described.items() <= kept["contenders"].items():
         rows = bench_training(contenders, device, [cfg.dtype], [cfg.compile], rounds=cfg.rounds)
         times = {row["contender"]: {"ms": [statistics.median(row["steps_ms"][i::5]) for i in range(5)], "dtype": row["dtype"],
                                     "compile": row["compile"]} for row in rows}
