@@ -63,7 +63,7 @@ def test_a_race_of_two(track, tmp_path, capsys, monkeypatch):
     runs = {path: path.stat().st_mtime_ns for path in folder.parent.glob("runs/*/metrics.jsonl")}
     lost = next(path for path in runs if "seed1338" in str(path))
     lines = lost.read_text().splitlines(keepends=True)
-    lost.write_text("".join(lines[:-1]))                               # as a run that was killed leaves it
+    lost.write_text("".join(lines[:-1]) + lines[-1][:20])              # as a run that was killed leaves it
     monkeypatch.setattr(race, "ProcessPoolExecutor", InThisProcess)
     race.main(track(jobs=2))
     changed = [path for path in runs if path.stat().st_mtime_ns != runs[path]]

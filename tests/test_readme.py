@@ -11,14 +11,15 @@ import prepare_data
 import sample
 import train
 from model import BLOCKS, GPT, DVABlock, GPT2Block, ModelConfig
-from tools import bench
+from tools import bench, race
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line.split("   ")[0].strip() for _, text in FENCES for line in text.splitlines()
             if re.match(r"(python|torchrun|make) ", line)]
-CONFIGS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "-m tools.bench": bench.BenchConfig}
+CONFIGS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "-m tools.bench": bench.BenchConfig,
+           "-m tools.race": race.RaceConfig}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -136,7 +136,8 @@ def run_of(cfg, lr, seed):
 def curve_of(run):
     """What was evaluated in a finished run, [{step, tokens, val_loss, val_bits_per_byte}]; None if it isn't finished."""
     path = Path(run.out_dir, "metrics.jsonl")
-    records = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
     if not records or records[-1]["step"] < run.max_iters or "val_loss" not in records[-1]:
         return None
     return [record for record in records if "val_loss" in record]
@@ -240,7 +241,7 @@ def steps_to(curve, target):
 
 def summary(contenders, race, times):
     """
-    {contender: figures}. The loss to reach is the mean of the reference's final ones, and the time that a contender's seeds
+    {contender: figures}, where "gpt2" in a key stands for the reference. The loss to reach is the mean of the reference's final ones, and the time that a contender's seeds
     took to it is held against the reference's whole time: the sd of this ratio holds the spread of the seeds and that of
     the step times' ratio. Seeds that never reached it are left out: n says how many did.
     """
