@@ -2,7 +2,7 @@
 Race blocks against each other on equal terms: the same tokens, batches and validation windows, each at its own best
 learning rate, means over seeds.
 
-    python -m tools.race                                              config/race_laptop.py: two hours on two CPU cores
+    python -m tools.race --jobs=2                                     config/race_laptop.py: 40 minutes on two CPU cores
     python -m tools.race --match=time --contenders=gpt2,gpt2:shift=True,dva
     python -m tools.race config/shakespeare_char.py --max_iters=400 --optimizer=muon --contenders=gpt2,dva,dva:n_layer=12
 
