@@ -109,7 +109,8 @@ def main(argv=None):
                     if decoders[row]:
                         text = decoders[row].decode(tokenizer.decode([token]))
                         texts[row] += text
-                        print(text if row == 0 else "", end="", flush=True)
+                        if row == 0:
+                            print(text, end="", flush=True)
                     if token == cfg.stop_token:
                         decoders[row] = None                           # this text ends here, others may go on
     except KeyboardInterrupt:

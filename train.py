@@ -111,14 +111,15 @@ def pick_dtype(name, device, width):
     return getattr(torch, name)
 
 
-def pick_compile(setting, device, flops):
+def pick_compile(cfg, device, flops_per_token):
     """
-    Whether to compile the model for a run of so many FLOPs. auto: on CUDA; on a CPU from 3e14, ten minutes of two cores,
-    where g++ and Python's headers are there: that takes up to a minute, and a step then 0.6 to 0.95 of its time.
+    Whether to compile the model. auto: on CUDA; on a CPU for runs of over 3e14 FLOPs, ten minutes of two cores, where g++
+    and Python's headers are there: that takes up to a minute, and a step then 0.6 to 0.95 of its time.
     """
-    if device.type == "cpu" and setting == "auto":
-        return flops > 3e14 and bool(shutil.which("g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
-    return setting is True or setting == "auto" and device.type == "cuda"
+    if device.type == "cpu" and cfg.compile == "auto":
+        tokens = 0 if cfg.eval_only else cfg.max_iters * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+        return flops_per_token * tokens > 3e14 and bool(shutil.which("g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
+    return cfg.compile is True or cfg.compile == "auto" and device.type == "cuda"
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -332,8 +333,7 @@ def train(cfg, checkpoint=None, weights=None):
         step, earlier, best_val_loss = (checkpoint[key] for key in ("step", "elapsed_s", "best_val_loss"))
     checkpoint = weights = None                                        # the tensors have been copied: let them go
     flops, batch_tokens = model.flops_per_token(), cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    work = 0 if cfg.eval_only else flops * batch_tokens * cfg.max_iters
-    compiled = torch.compile(model, dynamic=False) if pick_compile(cfg.compile, device, work) else model     # evaluations differ in shape
+    compiled = torch.compile(model, dynamic=False) if pick_compile(cfg, device, flops) else model    # evaluations differ in shape
     parallel = DistributedDataParallel(compiled) if WORLD > 1 else compiled
 
     # -- what is said of it

@@ -86,15 +86,16 @@ def test_each_parameter_is_in_one_group(block, banks, optimizer):
 
 
 def test_compile_is_for_long_runs(monkeypatch, tmp_path):
-    def pick(setting, device, flops):
-        return train.pick_compile(setting, torch.device(device), flops)
+    def pick(setting, device, flops, eval_only=False):
+        cfg = TrainConfig(compile=setting, max_iters=10, gradient_accumulation_steps=2, batch_size=5, block_size=1, eval_only=eval_only)
+        return train.pick_compile(cfg, torch.device(device), flops / 100)
 
     monkeypatch.setattr(train.shutil, "which", lambda name: "/usr/bin/g++")
     monkeypatch.setattr(train.sysconfig, "get_path", lambda name: tmp_path)
     assert not pick("auto", "cpu", 1e15)                               # no Python.h
     (tmp_path / "Python.h").touch()
     assert pick("auto", "cpu", 1e15) and pick("auto", "cuda", 1) and pick(True, "cpu", 1) and pick(True, "mps", 1)
-    assert not (pick("auto", "cpu", 1e14) or pick("auto", "mps", 1e15) or pick(False, "cpu", 1e15) or pick(False, "cuda", 1e15))
+    assert not (pick("auto", "cpu", 1e14) or pick("auto", "cpu", 1e15, eval_only=True) or pick("auto", "mps", 1e15) or pick(False, "cpu", 1e15) or pick(False, "cuda", 1e15))
     monkeypatch.setattr(train.shutil, "which", lambda name: None)
     assert not pick("auto", "cpu", 1e15) and pick(True, "cpu", 1)
 

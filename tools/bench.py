@@ -13,7 +13,7 @@ medians, and ratios are to the first contender.
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +94,7 @@ def bench_training(contenders, device, dtypes, compiles, attentions=("attend",),
         tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=device)
         for dtype in dtypes:
             for setting in compiles:
-                work = model.flops_per_token() * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size * cfg.max_iters
-                compiled = train.pick_compile(setting, device, work)
+                compiled = train.pick_compile(replace(cfg, compile=setting), device, model.flops_per_token())
                 forward = torch.compile(model, dynamic=False) if compiled else model
                 runs += [dict(contender=name, dtype=train.pick_dtype(dtype, device, cfg.n_embd), compile=compiled, cfg=cfg,
                               attention=getattr(model_module, attention), model=model, forward=forward, optimizers=optimizers,
