@@ -479,14 +479,20 @@ def main(argv=None):
             case _:
                 cfg, weights = start_from(given)
         done = train(cfg, checkpoint, weights)
+        if WORLD > 1:
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)
         raise SystemExit(130)
     except OSError as error:                                           # out_dir cannot be written, or the disk is full
         fail(f"cannot use {error.filename or cfg.out_dir}: {error.strerror or error}; what was saved before is untouched")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if dist.is_initialized():                                      # a process of many failed: it leaves as it stands, since
+            problem = sys.exception()                                  # tidying up may wait for threads that wait for it
+            if not isinstance(problem, SystemExit):
+                sys.excepthook(*sys.exc_info())
+            sys.stderr.flush()
+            os._exit(problem.code if isinstance(problem, SystemExit) else 1)
     if RANK == 0 and not cfg.eval_only:
         for level, seconds in done["reached"].items():
             print(f"val loss {level:.1f} or less after {seconds} s")
