@@ -29,7 +29,7 @@ import prepare_data
 from checkpoints import OPENAI, fit_weights, load_checkpoint, read_weights, save
 from config import build, check, fail, read
 from model import GPT, ModelConfig
-from muon import Muon
+from optimizers import build_optimizers, clip_gradients, learning_rate
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # torchrun sets them
 
@@ -181,50 +181,6 @@ def evaluate(model, tokens, cfg, device, autocast):
     if WORLD > 1:
         dist.all_reduce(total)
     return total.item() / count
-
-
-# ---- optimizers -----------------------------------------------------------------------------------------------------
-
-def learning_rate(step, cfg):
-    """Linear warm-up, then half a cosine from learning_rate to min_lr, which stays."""
-    if not cfg.decay_lr:
-        return cfg.learning_rate
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
-    done = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(done, 1))) * (cfg.learning_rate - cfg.min_lr)
-
-
-def build_optimizers(model, cfg):
-    """
-    AdamW for all, or Muon for the blocks' matrices and AdamW for the rest; and for the banks' tables Adam on the rows of
-    the step's own tokens alone: the other rows, nearly all, keep value and moments as they are, and cost nothing.
-    Each parameter is in exactly one group.
-    """
-    groups = model.parameter_groups()
-    muon, adamw = (groups["matrices"], []) if cfg.optimizer == "muon" else ([], groups["matrices"])
-    optimizers = [Muon(muon, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)] if muon else []
-    optimizers += [torch.optim.AdamW([{"params": adamw + groups["embeddings"], "weight_decay": cfg.weight_decay},
-                                      {"params": groups["vectors"], "weight_decay": 0.0}],
-                                     lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
-    if groups["banks"]:
-        optimizers += [torch.optim.SparseAdam([{"params": groups["banks"], "lr_scale": cfg.bank_lr}],
-                                              betas=(cfg.beta1, cfg.beta2))]
-    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == set(model.parameters())
-    return optimizers
-
-
-def clip_gradients(model, largest):
-    """Scale all gradients down together if their norm is above `largest` (0: never). Returns the norm before."""
-    for bank in model.banks():                                         # one row per token that was seen
-        grad = bank.weight.grad
-        bank.weight.grad = grad.coalesce() if grad.is_sparse else grad.to_sparse(1).coalesce()
-    grads = [p.grad.values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if largest:
-        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1))
-    return norm
 
 
 # ---- starting points -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import prepare_data
 import sample
 import train
 from model import BLOCKS, GPT, Cache, ModelConfig
+from optimizers import build_optimizers, clip_gradients
 
 SYSTEMS = [dict(block=block, bank_layers=banks, shift=shift)
            for block, banks, shift in itertools.product(BLOCKS, (0, 1), (False, True))]
@@ -163,7 +164,7 @@ def test_the_loss_at_initialisation_is_that_of_guessing(system):
 @each_system
 def test_fifty_steps_learn_one_batch_by_heart(system):
     model, idx = tiny(n_embd=64, n_head=4, **system).train(), tokens(4, 17)
-    optimizers = train.build_optimizers(model, train.TrainConfig(learning_rate=1e-2))
+    optimizers = build_optimizers(model, train.TrainConfig(learning_rate=1e-2))
     for _ in range(50):
         loss = model(idx[:, :-1], idx[:, 1:])[1]
         loss.backward()
@@ -182,12 +183,12 @@ def test_a_banks_sparse_gradient_trains_as_a_dense_one_and_leaves_unseen_rows_al
             monkeypatch.setattr(model_module, "look_up", lambda table, ids: F.embedding(ids, table))
         model = tiny(block=block, bank_layers=1).train()
         before = model.transformer.h[-1].attn.bank.weight.detach().clone()
-        optimizers = train.build_optimizers(model, train.TrainConfig(learning_rate=1e-2))
+        optimizers = build_optimizers(model, train.TrainConfig(learning_rate=1e-2))
         for step in range(3):
             for half in tokens(4, 17, 20, seed=step).split(2):             # ids below 20 only, in two micro-batches
                 model(half[:, :-1], half[:, 1:])[1].backward()
             assert model.transformer.h[-1].attn.bank.weight.grad.is_sparse == sparse
-            norm = train.clip_gradients(model, clip)
+            norm = clip_gradients(model, clip)
             grads = torch.cat([p.grad.to_dense().flatten() for p in model.parameters()])
             assert grads.norm().item() == pytest.approx(min(clip, norm.item()) if clip else norm.item(), rel=1e-4)
             for optimizer in optimizers:

@@ -11,6 +11,7 @@ import prepare_data
 import sample
 import train
 from model import BLOCKS, GPT, DVABlock, GPT2Block, ModelConfig
+from optimizers import build_optimizers
 from tools import bench, race
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +58,7 @@ def test_the_readmes_block_trains_and_samples_as_any_other(monkeypatch):
     monkeypatch.setitem(BLOCKS, "mine", names["BLOCKS"]["mine"])
     torch.manual_seed(0)
     model = GPT(ModelConfig(block="mine", vocab_size=11, n_layer=2, n_embd=32, block_size=8))
-    optimizers = train.build_optimizers(model, train.TrainConfig(learning_rate=1e-2))
+    optimizers = build_optimizers(model, train.TrainConfig(learning_rate=1e-2))
     idx = torch.arange(36).view(4, 9) % 11
     losses = []
     for _ in range(20):

@@ -18,7 +18,7 @@ from conftest import TINY, metrics, one_error, run_main, runs_differ
 import sample
 import train
 from model import BLOCKS, GPT, ModelConfig
-from muon import Muon
+from optimizers import Muon, build_optimizers, learning_rate
 from train import TrainConfig
 
 ON_LINUX = os.path.exists("/proc/self/statm")
@@ -50,19 +50,19 @@ def contents(folder):
 
 def test_schedule():
     cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=24)
-    rates = [train.learning_rate(step, cfg) for step in range(40)]
+    rates = [learning_rate(step, cfg) for step in range(40)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[14] == pytest.approx(0.55)                            # half way down the cosine
     assert all(a > b for a, b in zip(rates[4:24], rates[5:25]))
     assert rates[24:] == pytest.approx([0.1] * 16)
     cfg.decay_lr = False
-    assert {train.learning_rate(step, cfg) for step in range(40)} == {1.0}
+    assert {learning_rate(step, cfg) for step in range(40)} == {1.0}
 
 
 @pytest.mark.parametrize("warmup, decay", [(0, 0), (0, 10), (10, 10), (10, 0), (1, 1)])
 def test_schedule_edges(warmup, decay):
     cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, lr_decay_iters=decay)
-    rates = [train.learning_rate(step, cfg) for step in range(30)]
+    rates = [learning_rate(step, cfg) for step in range(30)]
     assert all(0 < rate <= 1 for rate in rates) and rates[warmup] == 1.0 and rates[-1] == pytest.approx(0.1)
 
 
@@ -73,7 +73,7 @@ def test_each_parameter_is_in_one_group(block, banks, optimizer):
     model = GPT(ModelConfig(block=block, bank_layers=banks, vocab_size=9, n_layer=2, n_head=2, n_embd=8, qk_dim=4, bias=True))
     names = {p: name for name, p in model.named_parameters()}
     found = []
-    for each in train.build_optimizers(model, TrainConfig(optimizer=optimizer)):
+    for each in build_optimizers(model, TrainConfig(optimizer=optimizer)):
         for group in each.param_groups:
             for p in group["params"]:
                 found.append(names[p])

@@ -24,6 +24,7 @@ import model as model_module
 import train
 from config import build, check, fail, load, read
 from model import GPT, Cache, ModelConfig, attend
+from optimizers import build_optimizers, clip_gradients
 
 
 @dataclass
@@ -90,7 +91,7 @@ def bench_training(contenders, device, dtypes, compiles, attentions=("attend",),
     for name, cfg in contenders.items():
         torch.manual_seed(0)
         model = GPT(cfg).to(device)
-        optimizers = train.build_optimizers(model, cfg)
+        optimizers = build_optimizers(model, cfg)
         tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=device)
         for dtype in dtypes:
             for setting in compiles:
@@ -107,7 +108,7 @@ def bench_training(contenders, device, dtypes, compiles, attentions=("attend",),
             with torch.autocast(device.type, run["dtype"], enabled=run["dtype"] != torch.float32):
                 _, loss = run["forward"](run["x"], run["y"])
             loss.backward()
-        train.clip_gradients(run["model"], run["cfg"].grad_clip)
+        clip_gradients(run["model"], run["cfg"].grad_clip)
         for optimizer in run["optimizers"]:
             optimizer.step()
             optimizer.zero_grad()
