@@ -13,11 +13,11 @@ dva+bank:qk_dim=32:bank_lr=30. The first one is the reference. What is equal for
     time     the reference's training time: steps by the step times measured here
     params   tokens, and parameters within 5 %, embeddings and banks apart: depth is chosen so (and a bank's third)
 
-Step times are measured first, all contenders in turn, before any training, so let nothing else run until that is done;
-a run's seconds are its steps times that. Every learning rate of --lrs is tried with the first seed, and further ones while the best
-is at an end of those tried; the other seeds follow at the best. --lrs=out/race/NAME/results.json takes the best of another race.
-Results go to out/race/NAME: results.json, table.md, race.png.
-The same command again goes on where it was stopped; finished runs, kept in out/race/runs, are not run again.
+Step times are measured first, all contenders in turn, before any training, so let nothing else run until that is done; a
+run's seconds are its steps times that. Every learning rate of --lrs is tried with the first seed, and further ones while
+the best is at an end of those tried; the other seeds follow at the best. --lrs=out/race/NAME/results.json takes the best of
+another race. Results go to out/race/NAME: results.json, table.md, race.png. The same command again goes on where it was
+stopped; finished runs, kept in out/race/runs, are not run again.
 """
 import hashlib
 import json
@@ -49,7 +49,8 @@ RACES = Path("out", "race")
 @dataclass
 class RaceConfig(train.TrainConfig):
     name: str = ""                           # of the folder in out/race; empty: DATASET-MATCH
-    contenders: str = "gpt2,gpt2:shift=True,dva,dva:shift=False,dva:n_layer=6,dva:value_dim=256,gpt2+bank,dva+bank"   # the first is the reference
+    contenders: str = ("gpt2,gpt2:shift=True,dva,dva:shift=False,dva:n_layer=6,dva:value_dim=256,"
+                       "gpt2+bank,dva+bank")                           # the first is the reference
     match: str = "tokens"                    # what is equal: tokens, time or params
     seeds: int = 3                           # runs at the best learning rate: seed, seed + 1, ...
     lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with, or another race's results.json, to take the best ones
@@ -74,11 +75,12 @@ def rates(text, race):
         try:
             return [json.loads(Path(race.lrs).read_text())["contenders"][text]["learning_rate"]]
         except (OSError, ValueError, KeyError):
-            raise ValueError(f"lrs={race.lrs!r} has no learning rate for {text!r}: give results.json of a race that it was in") from None
+            raise ValueError(f"lrs={race.lrs!r} has no learning rate for {text!r}: give results.json of a race that it ran "
+                             f"in") from None
     try:
         assert all(0 < float(lr) < math.inf for lr in race.lrs.split(","))
     except (ValueError, AssertionError):
-        raise ValueError(f"lrs={race.lrs!r}: give learning rates above 0 with commas between, as in 3e-3,6e-3") from None
+        raise ValueError(f"lrs={race.lrs!r}: give learning rates above 0, with commas between, as in 3e-3,6e-3") from None
     return sorted({float(lr) for lr in race.lrs.split(",")})
 
 
@@ -105,6 +107,33 @@ def match_params(text, cfg, target):
         fail(f"contender {text!r} has {off:+.1%} parameters with its best depth, n_layer={best.n_layer}: match=params wants "
              f"5 % at most; change its qk_dim or value_dim, or leave it out")
     return best
+
+
+def enter(race):
+    """{contender: TrainConfig}: all with the same tokens and the whole validation split; depths as race.match says."""
+    _, _, val_tokens = train.open_data(race)
+    batches = -(-((len(val_tokens) - 1) // race.block_size) // race.batch_size)                  # in the whole split
+    base = replace(race, eval_iters=batches, lr_decay_iters=race.max_iters, log_interval=100, wandb_log=False, eval_only=False,
+                   eval_train=False)
+    contenders = {text: contender(text, base) for text in race.contenders.split(",")}
+    if race.match == "params":
+        first, *others = contenders
+        target = body_params(contenders[first])
+        contenders |= {text: match_params(text, contenders[text], target) for text in others}
+    return contenders
+
+
+def set_lengths(contenders, race, times):
+    """The contenders with the steps that race.match allows them, and as many evaluations for each."""
+    ms = {text: statistics.fmean(times[text]["ms"]) for text in contenders}
+    first, lengths = next(iter(contenders)), {}
+    for text, cfg in contenders.items():
+        steps = cfg.max_iters
+        if race.match == "time" and ":max_iters=" not in text:
+            steps = round(contenders[first].max_iters * ms[first] / ms[text])
+        lengths[text] = replace(cfg, max_iters=steps, lr_decay_iters=steps,
+                                eval_interval=max(1, steps * race.eval_interval // race.max_iters))
+    return lengths
 
 
 def step_times(contenders, cfg, device, folder):
@@ -209,8 +238,8 @@ def run_all(contenders, race, times, device):
                     raise KeyboardInterrupt
                 count, spent, gone = count + 1, spent + cost, time.perf_counter() - start
                 left = gone * sum(cost for *_, cost in pending.values()) / spent
-                print(f"{count} of {count + len(pending)} runs known to be needed: {text}, learning rate {run.learning_rate:g}, seed "
-                      f"{run.seed}: val loss {final_loss(run):.4f}; {tqdm.format_interval(gone)} gone, about "
+                print(f"{count} of {count + len(pending)} runs known to be needed: {text}, learning rate {run.learning_rate:g}, "
+                      f"seed {run.seed}: val loss {final_loss(run):.4f}; {tqdm.format_interval(gone)} gone, about "
                       f"{tqdm.format_interval(left)} left for these", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -241,9 +270,10 @@ def steps_to(curve, target):
 
 def summary(contenders, race, times):
     """
-    {contender: figures}, where "gpt2" in a key stands for the reference. The loss to reach is the mean of the reference's final ones, and the time that a contender's seeds
-    took to it is held against the reference's whole time: the sd of this ratio holds the spread of the seeds and that of
-    the step times' ratio. Seeds that never reached it are left out: n says how many did.
+    {contender: figures}, where "gpt2" in a key stands for the reference. The loss to reach is the mean of the reference's
+    final ones, and the time that a contender's seeds took to it is held against the reference's whole time: the sd of this
+    ratio holds the spread of the seeds and that of the step times' ratio. Seeds that never reached it are left out: n says
+    how many did.
     """
     results, first = {}, next(iter(contenders))
     for text, cfg in contenders.items():
@@ -255,7 +285,7 @@ def summary(contenders, race, times):
         with torch.device("meta"):
             model = GPT(cfg)
         ms = spread(times[text]["ms"])
-        step_ratio = spread([ours / theirs for ours, theirs in zip(times[text]["ms"], times[first]["ms"])])      # in turn: drift cancels
+        step_ratio = spread([ours / theirs for ours, theirs in zip(times[text]["ms"], times[first]["ms"])])      # drift cancels
         steps = spread([step for step in (steps_to(curve, target) for curve in curves) if step is not None])
         ratio = scaled(steps, step_ratio["mean"] / contenders[first].max_iters)
         if ratio["sd"]:
@@ -290,8 +320,10 @@ def columns(race, first):
 
     return {
         "contender": lambda r: r["name"], "layers": lambda r: r["settings"]["n_layer"],
-        "parameters": lambda r: f"{r['params']['mean'] / 1e6:.2f} M", "MFLOPs/token": lambda r: f"{r['flops_per_token'] / 1e6:.1f}",
-        "ms/step": lambda r: pm(r["ms_per_step"], 1), f"/ {first}": lambda r: pm(r["step_time_ratio"], 3), "steps": lambda r: r["steps"], "seconds": lambda r: f"{r['seconds']:.0f}",
+        "parameters": lambda r: f"{r['params']['mean'] / 1e6:.2f} M",
+        "MFLOPs/token": lambda r: f"{r['flops_per_token'] / 1e6:.1f}",
+        "ms/step": lambda r: pm(r["ms_per_step"], 1), f"/ {first}": lambda r: pm(r["step_time_ratio"], 3),
+        "steps": lambda r: r["steps"], "seconds": lambda r: f"{r['seconds']:.0f}",
         "learning rate": lambda r: f"{r['learning_rate']:g}", "val loss": lambda r: pm(r["final_val_loss"], 4),
         "bits/byte": lambda r: pm(r["bits_per_byte"], 3),
         f"tokens to {first}'s loss": lambda r: reached(r["tokens_to_gpt2_loss"], 2, 1e6, " M"),
@@ -333,46 +365,35 @@ def draw(results, path):
     pyplot.close(figure)
 
 
+def report(results, race, folder, **more):
+    """Write results.json, table.md and race.png."""
+    everything = {"config": asdict(race), "reference": next(iter(results)), **more, "contenders": results}
+    write_aside(folder / "results.json", (json.dumps(everything, indent=1) + "\n").encode())
+    with open(folder / "table.md", "w") as file, redirect_stdout(file):
+        show([{"name": name} | r for name, r in results.items()], columns(race, next(iter(results))))
+        print("\nThe sweeps, final loss of the first seed by learning rate:\n")
+        for name, r in results.items():
+            print(f"- {name}: " + ", ".join(f"{lr} {loss:.4f}" for lr, loss in r["sweep"].items()))
+    draw(results, folder / "race.png")
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     race = load(RaceConfig, argv if any(text.endswith(".py") for text in argv) else ["config/race_laptop.py", *argv])
     device = train.pick_device(race.device)
-    _, _, val_tokens = train.open_data(race)
     folder = RACES / (race.name or f"{race.dataset}-{race.match}")
     folder.mkdir(parents=True, exist_ok=True)
-    whole = -(-((len(val_tokens) - 1) // race.block_size) // race.batch_size)                    # batches in the whole split
-    base = replace(race, eval_iters=whole, lr_decay_iters=race.max_iters, log_interval=100, wandb_log=False, eval_only=False,
-                   eval_train=False)
-    contenders = {text: contender(text, base) for text in race.contenders.split(",")}
-    first = next(iter(contenders))
-    if race.match == "params":
-        target = body_params(contenders[first])
-        contenders = {text: cfg if text == first else match_params(text, cfg, target) for text, cfg in contenders.items()}
+    contenders = enter(race)
     timing = step_times(contenders, race, device, folder)
-    times = timing["times"]
-    for text, cfg in contenders.items():
-        steps = cfg.max_iters
-        if race.match == "time" and ":max_iters=" not in text:
-            steps = round(contenders[first].max_iters * statistics.fmean(times[first]["ms"]) / statistics.fmean(times[text]["ms"]))
-        contenders[text] = replace(cfg, max_iters=steps, lr_decay_iters=steps,              # and as many evaluations for each
-                                   eval_interval=max(1, steps * race.eval_interval // race.max_iters))
+    contenders = set_lengths(contenders, race, timing["times"])
     try:
-        run_all(contenders, race, times, device)
+        run_all(contenders, race, timing["times"], device)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the runs that are finished", file=sys.stderr)
         raise SystemExit(130)
-    results = summary(contenders, race, times)
-    everything = {"config": asdict(race), "reference": first, "device": str(device), "torch": torch.__version__,
-                  "threads": timing["threads"], "contenders": results}
-    write_aside(folder / "results.json", (json.dumps(everything, indent=1) + "\n").encode())
-    with open(folder / "table.md", "w") as file, redirect_stdout(file):
-        show([{"name": name} | r for name, r in results.items()], columns(race, first))
-        print("\nThe sweeps, final loss of the first seed by learning rate:\n")
-        for name, r in results.items():
-            print(f"- {name}: " + ", ".join(f"{lr} {loss:.4f}" for lr, loss in r["sweep"].items()))
-    print((folder / "table.md").read_text())
-    draw(results, folder / "race.png")
-    print(f"all is in {folder}/")
+    report(summary(contenders, race, timing["times"]), race, folder, device=str(device), torch=torch.__version__,
+           threads=timing["threads"])
+    print((folder / "table.md").read_text() + f"all is in {folder}/")
 
 
 if __name__ == "__main__":
