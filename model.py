@@ -95,13 +95,14 @@ def attend(q, k, v, dropout=0.0):
     return explicit(q, k, v, dropout) if cpu and (short or not alike) else fused(q, k, v, dropout)
 
 
-@torch.compiler.disable                # the compiler has no sparse gradients; it compiles what stands around the look-up
-def look_up(table, ids):
+@torch.compiler.disable                # it has no sparse gradients
+def look_up(tables, ids):
     """
-    Rows of table (V, N) for ids (...): (..., N). Its gradient is sparse, one row per id, so that a step costs what its
-    own tokens cost and not the table's size; between processes, where not every backend adds sparse ones, it is dense.
+    Rows of every table (V, N) for ids (B, S): (B, S, N) each. Their gradients are sparse, one row per id, so that a step costs
+    what its own tokens cost and not a table's size; between processes, where not every backend adds sparse ones, dense.
     """
-    return F.embedding(ids, table, sparse=not (dist.is_available() and dist.is_initialized()))
+    sparse = not (dist.is_available() and dist.is_initialized())
+    return [F.embedding(ids, table, sparse=sparse) for table in tables]
 
 
 def shift_half(x):
@@ -136,15 +137,13 @@ class CausalSelfAttention(nn.Module):
         self.bank_scale = nn.Parameter(torch.ones(())) if banked else None
         self.pair_width = 2 * C                                        # multiplications per query-key pair
 
-    def forward(self, x, idx, cache=None):
-        """x (B, T, C), token ids idx (B, T) -> (B, T, C)"""
+    def forward(self, x, rows=None, cache=None):
+        """x (B, T, C), in a bank layer the bank's rows (B, S, C) -> (B, T, C)"""
         B, T, C = x.shape
-        q, k, *v = self.c_attn(x).split(C, dim=2)                      # (B, T, C) each
-        v = v[0] if v else idx
+        q, k, *v = self.c_attn(x).split(C, dim=2)                      # (B, T, C) each; a bank layer has no v
         if cache is not None:
-            k, v = cache.extend(self, k, v)                            # (B, S, C) each; a bank layer stores ids, (B, S)
-        if self.bank is not None:
-            v = self.bank_scale * look_up(self.bank.weight, v)                     # (B, S, C)
+            k, *v = cache.extend(self, k, *v)                          # (B, S, C) each
+        v = v[0] if v else self.bank_scale * rows                      # (B, S, C)
         if self.shift:
             k, v = shift_half(k), shift_half(v)
         q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))   # (B, H, S, C/H)
@@ -178,8 +177,8 @@ class GPT2Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, idx, cache=None):
-        x = x + self.attn(self.ln_1(x), idx, cache)
+    def forward(self, x, rows=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rows, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -216,16 +215,15 @@ class DynamicValueAttention(nn.Module):
         self.bank_scale = nn.Parameter(torch.ones(())) if banked else None     # the norm, where on, cancels its size
         self.pair_width = D + M                                        # multiplications per query-key pair
 
-    def forward(self, x, idx, cache=None):
-        """x (B, T, C), token ids idx (B, T) -> (B, T, C)"""
+    def forward(self, x, rows=None, cache=None):
+        """x (B, T, C), in a bank layer the bank's rows (B, S, M) -> (B, T, C)"""
         if torch.is_autocast_enabled(x.device.type):                   # cast once, and not for each product
             x = x.to(torch.get_autocast_dtype(x.device.type))
         q, k, g = self.c_q(x), self.c_k(x), self.c_gate(x)             # (B, T, D), (B, T, D), (B, T, M)
-        u = self.c_v(x) if self.bank is None else idx                  # (B, T, M)
+        u = [self.c_v(x)] if self.bank is None else []                 # (B, T, M); a bank layer makes none
         if cache is not None:
-            k, u = cache.extend(self, k, u)                            # (B, S, D), (B, S, M); a bank layer stores ids, (B, S)
-        if self.bank is not None:
-            u = self.bank_scale * look_up(self.bank.weight, u)                     # (B, S, M)
+            k, *u = cache.extend(self, k, *u)                          # (B, S, D), (B, S, M)
+        u = u[0] if u else self.bank_scale * rows                      # (B, S, M)
         if self.shift:
             k, u = shift_half(k), shift_half(u)
         q, k, u = q.unsqueeze(1), k.unsqueeze(1), u.unsqueeze(1)       # one head: (B, 1, S, ...)
@@ -241,8 +239,8 @@ class DVABlock(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = DynamicValueAttention(config, banked)
 
-    def forward(self, x, idx, cache=None):
-        return x + self.attn(self.ln_1(x), idx, cache)
+    def forward(self, x, rows=None, cache=None):
+        return x + self.attn(self.ln_1(x), rows, cache)
 
 
 BLOCKS = {"gpt2": GPT2Block, "dva": DVABlock}
@@ -307,8 +305,13 @@ class GPT(nn.Module):
         # lm_head gives the tied table a dense gradient; a second one, for the look-up, cost 3 % of a dva step on a CPU
         tok = F.embedding(idx, self.transformer.wte.weight, sparse=not torch.compiler.is_compiling())
         x = self.transformer.drop(tok + self.transformer.wpe(pos))     # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x, idx, cache)
+        banks = self.banks()
+        rows = [None] * (len(self.transformer.h) - len(banks))         # only the last layers have banks
+        if banks:                                                      # here, as a break of the graph in a loop undoes it all
+            ids = idx if cache is None else cache.extend(self, idx)[0]             # (B, S): no layer remembers values
+            rows += look_up([bank.weight for bank in banks], ids)      # (B, S, N) each
+        for block, found in zip(self.transformer.h, rows):
+            x = block(x, found, cache)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length = end

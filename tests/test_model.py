@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
@@ -99,11 +100,23 @@ def test_a_bank_starts_as_values_projected_from_the_token_embedding(block):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_bank_layer_caches_token_ids_and_no_values(block):
-    model, cache = tiny(block=block, bank_layers=1), Cache(16)
+def test_banks_cache_token_ids_once_and_no_values(block):
+    model, cache = tiny(block=block, bank_layers=2), Cache(16)
     model(tokens(2, 5), cache=cache)
-    kinds = [sorted(str(t.dtype) for t in cache.memory[b.attn]) for b in model.transformer.h]
-    assert kinds == [["torch.float32", "torch.float32"]] * 2 + [["torch.float32", "torch.int64"]]
+    kinds = [[str(t.dtype) for t in cache.memory[owner]] for owner in (*(b.attn for b in model.transformer.h), model)]
+    assert kinds == [["torch.float32"] * 2, ["torch.float32"], ["torch.float32"], ["torch.int64"]]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_banks_break_the_compiled_graph_once_and_train_the_same(block):
+    idx, graphs = tokens(2, 17), CompileCounterWithBackend("aot_eager")
+    eager, model = (shaken(tiny(block=block, bank_layers=2)).train() for _ in range(2))
+    torch.compile(model, backend=graphs, dynamic=False)(idx[:, :-1], idx[:, 1:])[1].backward()
+    eager(idx[:, :-1], idx[:, 1:])[1].backward()
+    assert graphs.frame_count == 2                                     # what comes before the look-ups, and all the rest
+    for ours, theirs in zip(model.parameters(), eager.parameters()):
+        assert ours.grad.is_sparse == theirs.grad.is_sparse
+        torch.testing.assert_close(ours.grad.to_dense(), theirs.grad.to_dense(), atol=1e-6, rtol=1e-4)
 
 
 # ---- GPT-2 against transformers -------------------------------------------------------------------------------------
@@ -180,7 +193,7 @@ def test_a_banks_sparse_gradient_trains_as_a_dense_one_and_leaves_unseen_rows_al
     trained = []
     for sparse in (True, False):
         if not sparse:
-            monkeypatch.setattr(model_module, "look_up", lambda table, ids: F.embedding(ids, table))
+            monkeypatch.setattr(model_module, "look_up", lambda tables, ids: [F.embedding(ids, table) for table in tables])
         model = tiny(block=block, bank_layers=1).train()
         before = model.transformer.h[-1].attn.bank.weight.detach().clone()
         optimizers = build_optimizers(model, train.TrainConfig(learning_rate=1e-2))
@@ -318,7 +331,7 @@ class RunningMeanBlock(torch.nn.Module):
         super().__init__()
         self.c_proj = torch.nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, idx, cache=None):
+    def forward(self, x, rows=None, cache=None):
         past = x if cache is None else cache.extend(self, x)[0]
         means = past.cumsum(1) / torch.arange(1, past.size(1) + 1)[:, None]
         return x + self.c_proj(means[:, -x.size(1):])
