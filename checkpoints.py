@@ -93,7 +93,8 @@ def read_weights(source):
         state = {name.removeprefix("_orig_mod."): p for name, p in weights["model"].items()
                  if not name.endswith((".attn.bias", ".attn.masked_bias"))}
         state.setdefault("lm_head.weight", state["transformer.wte.weight"])
-        config = asdict(ModelConfig(**weights["model_config"] | {"dropout": 0.0}))
+        before = {"rotary": False} if weights["model_config"].get("block") == "dva" else {}    # what ours didn't always have
+        config = asdict(ModelConfig(**before | weights["model_config"] | {"dropout": 0.0}))
         with torch.device("meta"):                     # each name and shape as the settings have it, at no cost
             GPT(ModelConfig(**config)).load_state_dict(state, assign=True)
         del config["dropout"]                          # a matter of the run

@@ -36,14 +36,19 @@ class ModelConfig:
     value_dim: int = 0           # dva: width M of value and gate; 0: n_embd
     value_norm: bool = True      # dva: RMSNorm on the mixed value
     shift: bool | str = "auto"   # half of the channels of keys and values come from the previous position; auto: for dva
+    rotary: bool | str = "auto"  # rotary positions on queries and keys, beside the learned ones; auto: for dva
     num_tokens: int = 0          # rows of the table that are tokens, where weights came with a padded one; 0: all
     bank_layers: int = 0         # last N layers take their values from a Bank of Values; the paper: n_layer // 3
 
     def __post_init__(self):
         check(self, least=dict(block_size=1, n_layer=1, n_head=1, n_embd=1, qk_dim=1, vocab_size=0, value_dim=0, dropout=0,
-                               num_tokens=0, bank_layers=0), choices=dict(block=list(BLOCKS), gelu=["exact", "tanh"], shift=[True, False, "auto"]))
+                               num_tokens=0, bank_layers=0),
+              choices=dict(block=list(BLOCKS), gelu=["exact", "tanh"], shift=[True, False, "auto"], rotary=[True, False, "auto"]))
         if self.block == "gpt2" and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
+        name, width = ("n_embd / n_head", self.n_embd // self.n_head) if self.block == "gpt2" else ("qk_dim", self.qk_dim)
+        if width % 2 and (self.rotary is True or (self.rotary, self.block) == ("auto", "dva")):
+            raise ValueError(f"{name}={width}: rotary positions turn channels in pairs; make it even, or --rotary=False")
         if self.dropout >= 1:
             raise ValueError(f"dropout={self.dropout}: it must be below 1")
         if self.bank_layers > self.n_layer:
@@ -111,6 +116,20 @@ def shift_half(x):
     return torch.cat((F.pad(x[:, :-1, :half], (0, 0, 1, 0)), x[..., half:]), dim=-1)
 
 
+def rotate(q, k):
+    """
+    Rotary positions (arXiv 2104.09864) for keys k (..., S, N) and the queries q (..., T, N) of the last T of their positions:
+    every pair of channels (c, c + N/2) is turned by position x speed, each pair at a speed of its own. The angle between a
+    query and a key then grows with their distance, which q.k can so tell, wherever they are. N is even.
+    """
+    S, half = k.size(-2), k.size(-1) // 2
+    speed = 10000.0 ** (-torch.arange(half, device=k.device) / half)                             # radians per position
+    angle = torch.arange(S, device=k.device)[:, None] * speed          # (S, N/2)
+    cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(k.dtype)    # (S, N)
+    sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(k.dtype)
+    return [x * cos[-x.size(-2):] + x.roll(half, dims=-1) * sin[-x.size(-2):] for x in (q, k)]
+
+
 class RMSNorm(nn.RMSNorm):
     """torch's, arXiv 1910.07467. On a CPU, which has no kernel for it, by the row's length: half the time of torch's steps."""
 
@@ -129,7 +148,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, banked):
         super().__init__()
         C = config.n_embd
-        self.n_head, self.shift, self.dropout = config.n_head, config.shift is True, config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.shift, self.rotary = config.shift is True, config.rotary is True
         self.c_attn = nn.Linear(C, 2 * C if banked else 3 * C, bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -147,6 +167,8 @@ class CausalSelfAttention(nn.Module):
         if self.shift:
             k, v = shift_half(k), shift_half(v)
         q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))   # (B, H, S, C/H)
+        if self.rotary:
+            q, k = rotate(q, k)
         y = attend(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -203,7 +225,7 @@ class DynamicValueAttention(nn.Module):
     def __init__(self, config, banked):
         super().__init__()
         C, D, M = config.n_embd, config.qk_dim, config.value_dim or config.n_embd
-        self.shift, self.dropout = config.shift is not False, config.dropout
+        self.shift, self.rotary, self.dropout = config.shift is not False, config.rotary is not False, config.dropout
         self.c_q = nn.Linear(C, D, bias=config.bias)
         self.c_k = nn.Linear(C, D, bias=config.bias)
         self.c_v = None if banked else nn.Linear(C, M, bias=config.bias)
@@ -226,6 +248,8 @@ class DynamicValueAttention(nn.Module):
         u = u[0] if u else self.bank_scale * rows                      # (B, S, M)
         if self.shift:
             k, u = shift_half(k), shift_half(u)
+        if self.rotary:
+            q, k = rotate(q, k)
         q, k, u = q.unsqueeze(1), k.unsqueeze(1), u.unsqueeze(1)       # one head: (B, 1, S, ...)
         y = attend(q, k, u, self.dropout if self.training else 0.0).squeeze(1)                        # (B, T, M)
         return self.resid_dropout(self.c_proj(self.norm(y) * g))

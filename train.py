@@ -193,7 +193,7 @@ def resume(given):
         fail(f"{out_dir}/last.pt holds weights to sample from, without the optimizer's state: it cannot be resumed")
     if (out_dir / "best.pt").exists():                                 # saved first: a killed run's may be the newer one
         checkpoint["best_val_loss"] = min(checkpoint["best_val_loss"], load_checkpoint(out_dir / "best.pt")["best_val_loss"])
-    saved = checkpoint["config"] | {"overwrite": False, "eval_only": False, "init_from": "resume"}
+    saved = {"rotary": False} | checkpoint["config"] | {"overwrite": False, "eval_only": False, "init_from": "resume"}
     cfg = build(TrainConfig, saved | given)
     changed = {name: value for name, value in asdict(cfg).items() if value != saved.get(name, value)}
     for name in changed.keys() & (checkpoint["model_config"].keys() - {"dropout"} | {"optimizer"}):

@@ -297,7 +297,7 @@ def test_a_bpe_run_goes_out_with_its_tokenizer_and_writes_the_same_text(tmp_path
 
 
 @pytest.mark.parametrize("settings, reason", [(dict(block="dva"), "block='dva'"), (dict(bank_layers=1), "bank_layers=1"),
-                                              (dict(shift=True), "shift=True")], ids=str)
+                                              (dict(shift=True), "shift=True"), (dict(rotary=True), "rotary=True")], ids=str)
 def test_what_gpt2_cannot_express_is_refused(tmp_path, capsys, settings, reason):
     ours(tmp_path / "out", **settings)
     error = one_error(run_main(convert.main, [str(tmp_path / "out"), "--to=hf", f"--dest={tmp_path / 'hf'}"], capsys))
@@ -307,13 +307,22 @@ def test_what_gpt2_cannot_express_is_refused(tmp_path, capsys, settings, reason)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("banks", [0, 1])
 def test_plain_safetensors_of_any_block(tmp_path, capsys, block, banks):
-    model = ours(tmp_path / "out", block=block, bank_layers=banks, shift=bool(banks))
+    model = ours(tmp_path / "out", block=block, bank_layers=banks, shift=bool(banks), rotary=bool(banks))
     assert run_main(convert.main, [str(tmp_path / "out"), "--to=safetensors", f"--dest={tmp_path / 'plain'}"], capsys)[0] == 0
     state = load_file(tmp_path / "plain" / "model.safetensors")
     assert state.keys() == model.state_dict().keys() - {"lm_head.weight"}
     back, idx = GPT.from_pretrained(str(tmp_path / "plain")).eval(), torch.arange(60).view(2, 30)
     assert torch.equal(back(idx, targets=idx)[0], model(idx, targets=idx)[0])
     assert read_weights(str(tmp_path / "plain"))["tokenizer"] == read_weights(str(tmp_path / "out"))["tokenizer"]
+
+
+def test_a_dva_of_before_rotary_positions_has_none(tmp_path):
+    model = ours(tmp_path / "out", block="dva", rotary=False)
+    checkpoint = torch.load(tmp_path / "out" / "best.pt", weights_only=True)
+    del checkpoint["model_config"]["rotary"]
+    torch.save(checkpoint, tmp_path / "out" / "best.pt")
+    back, idx = GPT.from_pretrained(str(tmp_path / "out")).eval(), torch.arange(60).view(2, 30)
+    assert torch.equal(back(idx, targets=idx)[0], model(idx, targets=idx)[0])
 
 
 # ---- fine-tuning and evaluation -------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import train
 from model import BLOCKS, GPT, Cache, ModelConfig
 from optimizers import build_optimizers, clip_gradients
 
-SYSTEMS = [dict(block=block, bank_layers=banks, shift=shift)
-           for block, banks, shift in itertools.product(BLOCKS, (0, 1), (False, True))]
+SYSTEMS = [dict(block=block, bank_layers=banks, shift=placed, rotary=placed)
+           for block, banks, placed in itertools.product(BLOCKS, (0, 1), (False, True))]
 each_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()))
 
 
@@ -41,10 +41,19 @@ def tokens(B, T, V=37, seed=2):
 
 # ---- DVA and BoV against their definitions --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("value_norm, value_dim, qk_dim, shift",
-                         list(itertools.product((True, False), (24, 40), (8, 24), (True, False))))
-def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, shift):
-    attn = shaken(tiny(block="dva", value_norm=value_norm, value_dim=value_dim, qk_dim=qk_dim, shift=shift)).transformer.h[0].attn
+def turned(x):
+    """x (B, T, N), each pair of channels (c, c + N/2) as a complex number, times e^(i position / 10000^(2c/N))."""
+    T, N = x.shape[-2:]
+    angle = torch.tensor([[t / 10000 ** (2 * c / N) for c in range(N // 2)] for t in range(T)])
+    z = torch.complex(x[..., :N // 2], x[..., N // 2:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((z.real, z.imag), dim=-1)
+
+
+@pytest.mark.parametrize("value_norm, value_dim, qk_dim, shift, rotary",
+                         list(itertools.product((True, False), (24, 40), (8, 24), (True, False), (True, False))))
+def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, shift, rotary):
+    attn = shaken(tiny(block="dva", value_norm=value_norm, value_dim=value_dim, qk_dim=qk_dim, shift=shift,
+                       rotary=rotary)).transformer.h[0].attn
     B, T = 2, 16
     x = torch.randn(B, T, 24)
     q, k, g, u = (layer(x) for layer in (attn.c_q, attn.c_k, attn.c_gate, attn.c_v))
@@ -52,6 +61,8 @@ def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, shift):
         for t in (k, u):                                   # in place, from the last position backwards
             for j in range(T - 1, -1, -1):
                 t[:, j, :t.size(-1) // 2] = t[:, j - 1, :t.size(-1) // 2] if j else 0
+    if rotary:
+        q, k = turned(q), turned(k)
     strength = torch.zeros(B, T, T)
     for i in range(T):
         strength[:, i, :i + 1] = torch.softmax((k[:, :i + 1] @ q[:, i, :, None])[..., 0] / math.sqrt(qk_dim), dim=-1)
@@ -62,6 +73,28 @@ def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, shift):
         pairs = pairs * (attn.norm.weight / rms)[:, :, None, :]
     expected = attn.c_proj(torch.einsum("bij,bijm->bim", strength, pairs))
     torch.testing.assert_close(attn(x, None), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rotary_positions_turn_every_head_of_gpt2():
+    attn = shaken(tiny(block="gpt2", rotary=True)).transformer.h[0].attn
+    x, mixed = torch.randn(2, 16, 24), []
+    q, k, v = attn.c_attn(x).split(24, dim=2)
+    for head in (slice(0, 12), slice(12, 24)):
+        scores = turned(q[..., head]) @ turned(k[..., head]).mT / math.sqrt(12)
+        mixed.append((scores + torch.full((16, 16), -math.inf).triu(1)).softmax(dim=-1) @ v[..., head])
+    torch.testing.assert_close(attn(x), attn.c_proj(torch.cat(mixed, dim=-1)), atol=1e-5, rtol=1e-5)
+
+
+def test_rotary_positions_tell_the_distance_and_nothing_else():
+    N = 8
+    q, k = torch.randn(N), torch.randn(N)
+    strength = torch.einsum("in,jn->ij", *model_module.rotate(q.expand(40, N), k.expand(40, N)))          # the same q and k everywhere
+    for distance in (-7, 0, 1, 30):
+        along = strength.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-4, rtol=1e-4)
+    assert abs(strength[0, 0] - strength[0, 1]) > 1e-3
+    last, _ = model_module.rotate(q.expand(1, N), k.expand(40, N))     # one query, the newest position
+    torch.testing.assert_close(last[0], turned(q.expand(40, N))[-1])
 
 
 @pytest.mark.parametrize("T, S, D, M", [(16, 16, 8, 24), (16, 16, 24, 24), (1, 16, 8, 24), (600, 600, 8, 24), (600, 600, 8, 8)])
@@ -316,6 +349,7 @@ def test_a_sequence_longer_than_the_window_is_refused():
 @pytest.mark.parametrize("settings, said", [
     (dict(block="mlp"), "block='mlp': there are gpt2, dva"), (dict(n_embd=25), "n_embd=25 does not divide into n_head=2"),
     (dict(dropout=1.0), "dropout=1.0"), (dict(bank_layers=4), "bank_layers=4"), (dict(qk_dim=0), "qk_dim=0"),
+    (dict(block="dva", qk_dim=7), "qk_dim=7"), (dict(block="gpt2", n_head=8, rotary=True), "n_embd / n_head=3"),
     (dict(gelu="new"), "gelu='new': there are exact, tanh")])
 def test_a_wrong_setting_is_named(settings, said):
     with pytest.raises(ValueError, match=said):

@@ -212,13 +212,22 @@ def test_eval_only_on_resume(run, trained, tmp_path):
 
 
 @pytest.mark.parametrize("change", [dict(n_layer=3), dict(n_embd=32), dict(block="dva"), dict(bias=True), dict(block_size=8),
-                                    dict(bank_layers=1), dict(shift=True), dict(gelu="tanh"), dict(optimizer="muon")], ids=str)
+                                    dict(bank_layers=1), dict(shift=True), dict(rotary=True), dict(gelu="tanh"), dict(optimizer="muon")], ids=str)
 def test_resume_keeps_its_architecture(run, trained, tmp_path, change):
     shutil.copytree(trained, tmp_path / "out")
     before = contents(tmp_path / "out")
     (name, value), = change.items()
     assert f"{name}={value!r} differs from the checkpoint's" in one_error(run(init_from="resume", **change))
     assert contents(tmp_path / "out") == before
+
+
+def test_resume_of_a_dva_of_before_rotary_positions(run, tmp_path):
+    run(block="dva", rotary=False, max_iters=4)
+    checkpoint = train.load_checkpoint(tmp_path / "out" / "last.pt")
+    del checkpoint["config"]["rotary"], checkpoint["model_config"]["rotary"]
+    torch.save(checkpoint, tmp_path / "out" / "last.pt")
+    assert run(init_from="resume", max_iters=6)[0] == 0
+    assert train.load_checkpoint(tmp_path / "out" / "last.pt")["model_config"]["rotary"] is False
 
 
 def test_resume_with_other_settings_says_so_and_means_it(run, trained, tmp_path):

@@ -34,7 +34,7 @@ class ConvertConfig:
 def to_hugging_face(weights):
     """(config.json, state dict) of transformers' GPT2LMHeadModel. Exits with one line for what GPT-2 cannot express."""
     model, spec = ModelConfig(**weights["model_config"]), weights["tokenizer"]
-    for name in ("block", "bank_layers", "shift"):
+    for name in ("block", "bank_layers", "shift", "rotary"):
         if getattr(model, name) not in ("gpt2", 0, "auto"):
             fail(f"{name}={getattr(model, name)!r} cannot go to hf: transformers' GPT-2 has no such layers, and would "
                  f"compute something else; use --to=safetensors")
