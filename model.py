@@ -218,8 +218,9 @@ class DynamicValueAttention(nn.Module):
     out of the sum, sum_j s_ij v_ij = g_i * sum_j s_ij u_j, and that is ONE ordinary attention call. The RMSNorm keeps
     this reading, since it only rescales per query: v_ij = (w * g_i / rms_i) * u_j.
 
-    One head looks at one place at a time. With shift, this project's addition, half of the channels of k_j and u_j are those
-    of position j - 1: a look at j sees its neighbour, too, at no weight and no product more.
+    One head looks at one place at a time. Two additions of this project help it, at no weight more: with shift, half of the
+    channels of k_j and u_j are those of position j - 1, so that a look at j sees its neighbour, too; with rotary, q_i and k_j
+    are turned by their positions, so that it finds a place by its distance.
     """
 
     def __init__(self, config, banked):

@@ -17,7 +17,7 @@ Step times are measured first, all contenders in turn, before any training, so l
 run's seconds are its steps times that. Every learning rate of --lrs is tried with the first seed, and further ones while
 the best is at an end of those tried; the other seeds follow at the best. --lrs=out/race/NAME/results.json takes the best of
 another race. Results go to out/race/NAME: results.json, table.md, race.png. The same command again goes on where it was
-stopped; finished runs, kept in out/race/runs, are not run again.
+stopped; finished runs, kept in out/race/runs, are not run again: after a change to the code, move them away.
 """
 import hashlib
 import json
@@ -49,8 +49,8 @@ RACES = Path("out", "race")
 @dataclass
 class RaceConfig(train.TrainConfig):
     name: str = ""                           # of the folder in out/race; empty: DATASET-MATCH
-    contenders: str = ("gpt2,gpt2:shift=True,dva,dva:shift=False,dva:n_layer=6,dva:value_dim=256,"
-                       "gpt2+bank,dva+bank")                           # the first is the reference
+    contenders: str = ("gpt2,gpt2:shift=True,gpt2:rotary=True,dva,dva:shift=False,dva:rotary=False,dva:n_layer=6,"
+                       "dva:value_dim=256,gpt2+bank,dva+bank")         # the first is the reference
     match: str = "tokens"                    # what is equal: tokens, time or params
     seeds: int = 3                           # runs at the best learning rate: seed, seed + 1, ...
     lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with, or another race's results.json, to take the best ones
