@@ -20,6 +20,7 @@ another race. Results go to out/race/NAME: results.json, table.md, race.png. The
 stopped; finished runs, kept in out/race/runs, are not run again: after a change to the code, move them away.
 """
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -354,12 +355,13 @@ def draw(results, path):
         bottom = min(ends) - 0.1 * (top - min(ends))
         panel.set(xlabel="training tokens, millions" if x_name == "tokens" else "training time, seconds", ylim=(bottom, top))
         panel.spines[["top", "right"]].set_visible(False)
-        room, y = (top - bottom) / 24, -math.inf                       # labels one above the other, each with a line to its end
+        labels, room = sorted(labels), (top - bottom) / 24             # one above the other, each with a line to its end
+        heights = list(itertools.accumulate((loss for loss, *_ in labels), lambda below, loss: max(loss, below + room)))
+        down = min(statistics.fmean(heights) - statistics.fmean(ends), heights[0] - bottom - room)
         right = 1.03 * max(x for _, x, _ in labels)
-        for loss, x, name in sorted(labels):
-            y = max(loss, y + room)
-            panel.annotate(name, (x, loss), (right, y), fontsize=8, va="center", annotation_clip=False,
-                           arrowprops=dict(arrowstyle="-", color="0.75", linewidth=0.5))
+        for (loss, x, name), y in zip(labels, heights):
+            panel.annotate(name, (x, loss), (right, y - down), fontsize=8, va="center", annotation_clip=False,
+                           arrowprops=dict(arrowstyle="-", color="0.75", linewidth=0.5, relpos=(0, 0.5)))
     panels[0].set_ylabel("validation loss, nats per token")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
