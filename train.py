@@ -193,10 +193,11 @@ def resume(given):
         fail(f"{out_dir}/last.pt holds weights to sample from, without the optimizer's state: it cannot be resumed")
     if (out_dir / "best.pt").exists():                                 # saved first: a killed run's may be the newer one
         checkpoint["best_val_loss"] = min(checkpoint["best_val_loss"], load_checkpoint(out_dir / "best.pt")["best_val_loss"])
-    saved = {"rotary": False} | checkpoint["config"] | {"overwrite": False, "eval_only": False, "init_from": "resume"}
+    saved = checkpoint["config"] | {"overwrite": False, "eval_only": False, "init_from": "resume"}
+    saved = {"rotary": False} | saved                                  # what a run from before this setting had
     cfg = build(TrainConfig, saved | given)
     changed = {name: value for name, value in asdict(cfg).items() if value != saved.get(name, value)}
-    for name in changed.keys() & (checkpoint["model_config"].keys() - {"dropout"} | {"optimizer"}):
+    for name in changed.keys() & ({f.name for f in fields(ModelConfig)} - {"dropout"} | {"optimizer"}):
         fail(f"{name}={changed[name]!r} differs from the checkpoint's {saved[name]!r}: a run keeps its architecture and "
              f"optimizer; leave --{name} out, or train from scratch")
     if RANK == 0:

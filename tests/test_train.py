@@ -226,6 +226,7 @@ def test_resume_of_a_dva_of_before_rotary_positions(run, tmp_path):
     checkpoint = train.load_checkpoint(tmp_path / "out" / "last.pt")
     del checkpoint["config"]["rotary"], checkpoint["model_config"]["rotary"]
     torch.save(checkpoint, tmp_path / "out" / "last.pt")
+    assert "rotary=True differs from the checkpoint's False" in one_error(run(init_from="resume", rotary=True))
     assert run(init_from="resume", max_iters=6)[0] == 0
     assert train.load_checkpoint(tmp_path / "out" / "last.pt")["model_config"]["rotary"] is False
 
