@@ -1,98 +1,145 @@
 """
-How a gradient becomes a step: the learning rate's schedule, the optimizers and which of them has which parameters, clipping.
+How a gradient becomes a step: the learning rate's schedule, which optimizer has which parameters,
+and Muon.
 """
 import math
 
 import torch
 
+# The banks' optimizer as their authors set it (arXiv 2606.02780): a row is seen rarely, and slow
+# averages let it go on moving after its token was seen. A bank's scale learns faster than all else.
+TABLE = dict(betas=(0.8, 0.995), eps=1e-10, weight_decay=0.01)
+GAMMA = dict(betas=(0.96, 0.95), eps=1e-10, weight_decay=0.0, lr_multiple=25.0)
+
 
 def learning_rate(step, cfg):
-    """Linear warm-up, then half a cosine from learning_rate to min_lr, which stays."""
+    """A linear warm-up, then half a cosine from learning_rate down to min_lr, and min_lr after."""
     if not cfg.decay_lr:
         return cfg.learning_rate
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
     done = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(done, 1))) * (cfg.learning_rate - cfg.min_lr)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+    return cfg.min_lr + cosine * (cfg.learning_rate - cfg.min_lr)
+
+
+def set_learning_rate(optimizers, lr):
+    """Give each parameter group its multiple of the learning rate lr."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_multiple"]
+
+
+def parameter_groups(model):
+    """
+    Each parameter of a GPT in exactly one group, {name: list of parameters}:
+
+        matrices      2-D weights of the blocks, for which Muon is made
+        embeddings    tokens and positions, and what else has two dimensions or more
+        vectors       biases and the scales of norms, which are never decayed
+        tables        the banks' tables
+        gammas        the banks' scales
+    """
+    groups = {"matrices": [], "embeddings": [], "vectors": [],
+              "tables": [bank.table for bank in model.banks()],
+              "gammas": [bank.gamma for bank in model.banks()]}
+    in_banks = set(groups["tables"] + groups["gammas"])
+    in_blocks = set(model.transformer.h.parameters())
+    for p in model.parameters():
+        if p in in_banks:
+            continue
+        if p.dim() < 2:
+            groups["vectors"].append(p)
+        elif p.dim() == 2 and p in in_blocks:
+            groups["matrices"].append(p)
+        else:
+            groups["embeddings"].append(p)
+    return groups
 
 
 def build_optimizers(model, cfg):
     """
-    AdamW for all, or Muon for the blocks' matrices and AdamW for the rest; and for the banks' tables Adam on the rows of
-    the step's own tokens alone: the other rows, nearly all, keep value and moments as they are, and cost nothing.
-    Each parameter is in exactly one group.
+    The optimizers of a training run: AdamW for everything, or Muon for the matrices and AdamW for
+    the rest. Each group of theirs learns at `lr_multiple` times the learning rate.
     """
-    groups = model.parameter_groups()
-    muon, adamw = (groups["matrices"], []) if cfg.optimizer == "muon" else ([], groups["matrices"])
-    optimizers = [Muon(muon, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)] if muon else []
-    optimizers += [torch.optim.AdamW([{"params": adamw + groups["embeddings"], "weight_decay": cfg.weight_decay},
-                                      {"params": groups["vectors"], "weight_decay": 0.0}],
-                                     lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
-    if groups["banks"]:
-        optimizers += [torch.optim.SparseAdam([{"params": groups["banks"], "lr_scale": cfg.bank_lr}],
-                                              betas=(cfg.beta1, cfg.beta2))]
-    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == set(model.parameters())
+    groups = parameter_groups(model)
+    optimizers = []
+    decayed = groups["embeddings"] + groups["matrices"]
+    if cfg.optimizer == "muon" and groups["matrices"]:
+        decayed = groups["embeddings"]
+        optimizers.append(Muon(groups["matrices"], cfg.learning_rate, cfg.weight_decay))
+    adamw = [dict(params=decayed, weight_decay=cfg.weight_decay),
+             dict(params=groups["vectors"], weight_decay=0.0),
+             dict(params=groups["tables"], lr_multiple=cfg.bank_lr, **TABLE),
+             dict(params=groups["gammas"], **GAMMA)]
+    adamw = [group for group in adamw if group["params"]]
+    optimizers.append(torch.optim.AdamW(adamw, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                                        fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("lr_multiple", 1.0)
     return optimizers
 
 
-def clip_gradients(model, largest):
-    """Scale all gradients down together if their norm is above `largest` (0: never). Returns the norm before."""
-    for bank in model.banks():                                         # one row per token that was seen
-        grad = bank.weight.grad
-        bank.weight.grad = grad.coalesce() if grad.is_sparse else grad.to_sparse(1).coalesce()
-    grads = [p.grad.values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if largest:
-        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1))
-    return norm
-
-
-# ---- Muon -----------------------------------------------------------------------------------------------------------
-# The numbers are torch.optim.Muon's (bit for bit where we compared them, on a CPU). That takes a matrix at a time, and for a
-# small model those many small products were a third of a step; here all matrices of one shape go through them together, in
-# 0.47 of its time for 4 gpt2 layers of 128 and 0.27 for dva's, 0.67 and 0.44 for 6 of 384, 0.95 and 0.62 for 12 of 768.
+# ---- Muon --------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
     """
-    Momentum, made orthogonal before it is applied (Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon), for
-    matrices (rows, columns) alone. The step is scaled to be as large as AdamW's, so that one learning rate serves
-    both (arXiv 2502.16982). Raises ValueError for a parameter that is no matrix.
+    Momentum whose singular values are brought near 1 before it is applied, for matrices alone
+    (Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon). The step is scaled to the size
+    of AdamW's, so that one learning rate serves both (arXiv 2502.16982).
+
+    The numbers are those of torch.optim.Muon, which takes one matrix at a time. Here all matrices
+    of one shape go together: a quarter to two thirds of its time for models up to 384 wide.
+    Raises ValueError for a parameter that is no matrix.
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if p.dim() != 2:
-                raise ValueError(f"Muon is for matrices: this parameter has the shape {tuple(p.shape)}")
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() != 2:
+                    raise ValueError(f"Muon is for matrices: a parameter has the shape "
+                                     f"{tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}                                                 # shape: its parameters
+            by_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault(p.shape, []).append(p)
-            for shape, params in alike.items():
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
                 grads = [p.grad for p in params]
-                momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                momenta = [self.momentum_of(p) for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(grads, momenta, group["momentum"])                   # Nesterov's
+                # Nesterov's look ahead: the gradient, moved towards the momentum
+                ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
                 updates = orthogonal(torch.stack(ahead)).to(params[0].dtype).unbind()
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-group["lr"] * (0.2 * max(shape) ** 0.5))
+                size = 0.2 * max(shape) ** 0.5
+                torch._foreach_add_(params, updates, alpha=-group["lr"] * size)
+
+    def momentum_of(self, p):
+        """The running mean of p's gradients, zero before its first step."""
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return self.state[p]["momentum_buffer"]
 
 
 def orthogonal(x):
     """
-    Matrices x (N, rows, columns) with their singular values brought near 1, in bfloat16: five Newton-Schulz steps
-    x <- a x + b (x x^T) x + c (x x^T)^2 x, an odd polynomial that acts on the singular values alone, with Jordan's
-    coefficients, steep at zero. They end between about 0.7 and 1.2, which serves as well as 1.
+    Matrices x (N, rows, columns) with their singular values brought near 1, in bfloat16.
+
+    Five Newton-Schulz steps x <- a x + b (x x^T) x + c (x x^T)^2 x: an odd polynomial, so it acts
+    on the singular values alone. Jordan's coefficients make it steep at zero; the values end
+    between about 0.7 and 1.2, which serves as well as 1.
     """
     tall = x.size(1) > x.size(2)
-    x = (x.mT if tall else x).bfloat16()                               # the smaller side first: smaller products
+    x = (x.mT if tall else x).bfloat16()                               # smaller side first
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)           # no singular value above 1
     for _ in range(5):
         gram = x @ x.mT                                                # (N, side, side)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x.mT if tall else x

@@ -1,86 +1,227 @@
-"""Settings: presets and --key=value arguments become one typed, checked dataclass.
+"""
+What every script shares: settings from presets and the command line, and errors of one line.
 
     python train.py config/demo.py --n_layer=8 --compile
 
-A dataclass declares each setting once: its name, type and default, and in the comment behind it the line that --help
-prints. A preset file is data: assignments of literals and of arithmetic on literals. It is parsed, never executed.
+A dataclass declares each setting once: its name, type and default, and in the comment behind it
+the line that --help prints. A dataclass may hold another one, whose settings then count as its own.
+A preset is data: assignments of literals and of arithmetic on literals, read and never executed.
 """
 import ast
 import difflib
 import inspect
-import math
 import operator
+import os
 import re
 import sys
 import time
-from dataclasses import fields
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+              ast.Pow: operator.pow}
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+class UserError(ValueError):
+    """Something that the user can put right: the message names the value, the options, the fix."""
 
 
 def fail(message):
-    """Something that the user can put right: one line on stderr, exit status 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+    """Raise UserError with the message on one line."""
+    raise UserError(" ".join(str(message).split()))
 
 
-def check(settings, least={}, choices={}):
-    """Raise ValueError, with the value and what it may be, for a setting below its least value or not among its choices."""
-    for name, lowest in least.items():
+def run(main):
+    """
+    Run a script's main(). What the user can put right, a full disk included, becomes one line and
+    exit status 2, and Ctrl-C status 130.
+    """
+    try:
+        main()
+        return
+    except KeyboardInterrupt:
+        message, status = "stopped at once", 130
+    except UserError as error:
+        message, status = f"error: {error}", 2
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except OSError as error:
+        message, status = f"error: {error.filename or 'a file'}: {error.strerror or error}", 2
+    print(message, file=sys.stderr)
+    raise SystemExit(status)
+
+
+def check(settings, least=None, choices=None):
+    """
+    Raise ValueError for a setting below its least value, or one that is not among its choices.
+    `least` is {name: number}, `choices` {name: list}.
+    """
+    for name, lowest in (least or {}).items():
         if getattr(settings, name) < lowest:
             raise ValueError(f"{name}={getattr(settings, name)}: it must be at least {lowest}")
-    for name, allowed in choices.items():
+    for name, allowed in (choices or {}).items():
         if getattr(settings, name) not in allowed:
-            raise ValueError(f"{name}={getattr(settings, name)!r}: there are {', '.join(map(str, allowed))}")
+            options = ", ".join(map(str, allowed))
+            raise ValueError(f"{name}={getattr(settings, name)!r}: there are {options}")
 
 
-def literal(node):
-    """The value of an expression tree of literals and arithmetic on them. Raises ValueError for anything else."""
-    match node:
-        case ast.Expression(body):
-            return literal(body)
-        case ast.Constant(bool() | int() | float() | str() as value):
-            return value
-        case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand) if is_number(value := literal(operand)):
-            return -value if isinstance(sign, ast.USub) else value
-        case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
-            left, right = literal(left), literal(right)
-            numbers = is_number(left) and is_number(right)
-            texts = isinstance(op, ast.Add) and isinstance(left, str) and isinstance(right, str)
-            huge = isinstance(op, ast.Pow) and numbers and max(abs(left), abs(right)) > 1000    # 9**9**9 never ends
-            if (numbers or texts) and not huge:
-                return ARITHMETIC[type(op)](left, right)
-        case ast.Call() if ast.unparse(node) == "str(time.time())":   # nanoGPT's finetune preset names its run so
-            return str(time.time())
-    raise ValueError(f"{ast.unparse(node)!r} is neither a literal nor arithmetic on literals")
+@contextmanager
+def replacing(path):
+    """
+    A file to write to, open for bytes, that takes the place of `path` once it is complete and on
+    the disk. Whatever happens, `path` is all of the old file or all of the new one.
+    """
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+# ---- what a dataclass declares -----------------------------------------------------------------
+
+def declared(cls):
+    """{name: dataclass field} of the settings of cls and of the dataclasses that it holds."""
+    found = {}
+    for field in fields(cls):
+        found |= declared(field.type) if is_dataclass(field.type) else {field.name: field}
+    return found
 
 
-def coerce(value, kind):
-    """value as the declared type: an int is a fine float, 1e4 a fine int. Raises ValueError."""
-    if kind is float and is_number(value) and abs(value) < 2**1023:            # neither infinite nor beyond a float
-        return float(value)
-    if kind is int and is_number(value) and value == value // 1 and abs(value) < 2**63:
-        return int(value)
-    if kind in (bool, str, bool | str) and isinstance(value, kind) and "\0" not in str(value):       # no path holds a NUL
-        return value
-    raise ValueError
+def flat(cfg):
+    """{name: value} of the settings in cfg and in the dataclasses that it holds."""
+    values = {}
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        values |= flat(value) if is_dataclass(value) else {field.name: value}
+    return values
+
+
+def build(cls, values):
+    """cls with the settings in the dict `values`. Raises UserError for what cls itself refuses."""
+    arguments = {}
+    for field in fields(cls):
+        if is_dataclass(field.type):
+            arguments[field.name] = build(field.type, values)
+        elif field.name in values:
+            arguments[field.name] = values[field.name]
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        fail(error)
+
+
+def change(cfg, **changes):
+    """A copy of cfg with some settings changed, wherever in it they stand."""
+    return build(type(cfg), flat(cfg) | changes)
+
+
+def print_help(cls):
+    """Print each setting of cls with its default, type and the comment behind its declaration."""
+    print(inspect.cleandoc(inspect.getmodule(cls).__doc__), "\n\nSettings, with their defaults:\n")
+    print_settings(cls)
+
+
+def print_settings(cls):
+    pattern = r"^    (\w+): [\w |]+ = [^#\n]+# (.+)$"
+    meanings = dict(re.findall(pattern, inspect.getsource(cls), re.MULTILINE))
+    for field in fields(cls):
+        if is_dataclass(field.type):
+            print_settings(field.type)
+            continue
+        default = repr(field.default) if field.type is str else field.default
+        kind = getattr(field.type, "__name__", "text")
+        print(f"  {f'--{field.name}={default}':38} {kind:6} {meanings.get(field.name, '')}")
+
+
+# ---- what the user gave ------------------------------------------------------------------------
+
+class Given(dict):
+    """{name: value} of the settings that the user gave. `origin` tells where each came from."""
+
+    def __init__(self):
+        super().__init__()
+        self.origin = {}                          # name: "on the command line" or "in config/x.py"
+
+
+def load(cls, argv=None):
+    """The dataclass cls, filled from its defaults, from presets and from arguments."""
+    return build(cls, read(cls, argv))
+
+
+def read(cls, argv=None):
+    """
+    What presets and arguments set, in the order given (a later one wins), as a Given dict.
+
+    Raises UserError for an unknown setting or a value of the wrong type. --help prints and exits.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        print_help(cls)
+        raise SystemExit(0)
+    known, given = declared(cls), Given()
+    for position, argument in enumerate(argv):
+        if argument.startswith("--"):
+            where = "on the command line"
+            name, equals, text = argument.removeprefix("--").partition("=")
+            if name in known and not equals and not takes_bool(known[name].type):
+                following = argv[position + 1] if position + 1 < len(argv) else "VALUE"
+                fail(f"--{name} lacks its value: write --{name}={following}")
+            is_text = name in known and known[name].type is str
+            found = {name: read_value(text, is_text) if equals else True}
+        elif argument.endswith(".py"):
+            where = f"in {argument}"
+            found = read_preset(argument)
+        else:
+            fail(f"{argument!r} is neither a preset (config/NAME.py) nor a setting (--key=value); "
+                 f"see --help")
+        for name, value in found.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "--help lists them all"
+                fail(f"unknown setting {name!r} {where}: {hint}")
+            given[name] = coerce(name, value, known[name].type, where)
+            given.origin[name] = where
+    return given
+
+
+def takes_bool(kind):
+    return kind in (bool, bool | str)
+
+
+def read_value(text, is_text):
+    """The value that `text` stands for; where the setting is text it is taken as it is."""
+    if is_text:
+        return text
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return literal(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        return text
 
 
 def read_preset(path):
-    """The assignments of a preset file, as {name: value}."""
+    """The assignments of a preset file as {name: value}. Raises UserError for anything else."""
     try:
         tree = ast.parse(Path(path).read_bytes())
     except OSError as error:
-        presets = " ".join(sorted(p.stem for p in Path("config").glob("*.py") if p.stem != "__init__"))
-        fail(f"cannot read the preset {path}: {error.strerror or error}; config/NAME.py is there for {presets}")
+        names = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+        fail(f"cannot read the preset {path}: {error.strerror or error}; "
+             f"config/NAME.py is there for {' '.join(names)}")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        fail(f"{path} is not a preset, assignments like 'n_layer = 6': {error}")
+        fail(f"{path} is not a preset, which holds assignments like 'n_layer = 6': {error}")
     settings = {}
     for statement in tree.body:
         match statement:
@@ -92,81 +233,52 @@ def read_preset(path):
             case ast.Expr(ast.Constant(str())) | ast.Import([ast.alias("time")]):
                 continue
             case _:
-                fail(f"{path}, line {statement.lineno}: a preset holds assignments like 'n_layer = 6' and nothing else")
+                fail(f"{path}, line {statement.lineno}: a preset holds assignments like "
+                     f"'n_layer = 6' and nothing else")
     return settings
 
 
-def read_argument(text, kinds):
-    """'--key=value' as (key, value); the first '=' splits, a bare '--key' means True, values stay text if they must."""
-    key, equals, value = text.removeprefix("--").partition("=")
-    if not equals:
-        return key, True
-    if kinds.get(key) is str:                             # taken as it stands: --start=3, --out_dir=true
-        return key, value
-    if value in ("true", "false"):
-        return key, value == "true"
-    try:
-        return key, literal(ast.parse(value.strip(), mode="eval"))
-    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-        return key, value
+def literal(node):
+    """The value of a syntax tree of literals and arithmetic. Raises ValueError for anything else."""
+    match node:
+        case ast.Constant(bool() | int() | float() | str() as value):
+            return value
+        case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand):
+            value = literal(operand)
+            if is_number(value):
+                return -value if isinstance(sign, ast.USub) else value
+        case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
+            left, right = literal(left), literal(right)
+            numbers = is_number(left) and is_number(right)
+            texts = isinstance(op, ast.Add) and isinstance(left, str) and isinstance(right, str)
+            # 9**9**9 would never end
+            huge = isinstance(op, ast.Pow) and numbers and max(abs(left), abs(right)) > 1000
+            if (numbers or texts) and not huge:
+                return ARITHMETIC[type(op)](left, right)
+        case ast.Call() if ast.unparse(node) == "str(time.time())":
+            return str(time.time())               # nanoGPT's finetune preset names its run so
+    raise ValueError(f"{ast.unparse(node)!r} is neither a literal nor arithmetic on literals")
 
 
-def read(cls, argv=None):
-    """
-    {name: value} of what presets and arguments set, in the order given (a later one wins), each of its declared type.
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    Exits with status 2 and one line for an unknown setting or a value of the wrong type; with 0 after printing --help.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print_help(cls)
-        raise SystemExit(0)
-    kinds = {f.name: f.type for f in fields(cls)}
-    settings = {}
-    for argument in argv:
-        if argument.startswith("--"):
-            found, where = dict([read_argument(argument, kinds)]), "on the command line"
-        elif argument.endswith(".py"):
-            found, where = read_preset(argument), f"in {argument}"
-        else:
-            fail(f"{argument!r} is neither a preset (config/NAME.py) nor a setting (--key=value); see --help")
-        for key, value in found.items():
-            if key not in kinds:
-                close = difflib.get_close_matches(key, kinds, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "--help lists them all"
-                fail(f"unknown setting {key!r} {where}: {hint}")
-            try:
-                settings[key] = coerce(value, kinds[key])
-            except ValueError:
-                wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kinds[key], "text")
-                fail(f"{key}={shown(value)} {where}: it must be {wanted}")
-    return settings
+
+def coerce(name, value, kind, where):
+    """value as the type `kind`: an int is a fine float, 1e4 a fine int. Raises UserError."""
+    if kind is float and is_number(value) and abs(value) < 2**1023:     # finite, and fits a float
+        return float(value)
+    if kind is int and is_number(value) and value == value // 1 and abs(value) < 2**63:
+        return int(value)
+    if kind in (bool, str, bool | str) and isinstance(value, kind) and "\0" not in str(value):
+        return value                              # no path may hold a NUL
+    wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "text")
+    fail(f"{name}={shown(value)} {where}: it must be {wanted}")
 
 
 def shown(value):
-    """repr(value), for a message: not all of a very long one, and Python refuses to print very long numbers."""
-    huge = isinstance(value, int) and abs(value) >= 10**60
-    return "a huge number" if huge else text if len(text := repr(value)) < 100 else text[:99] + "..."
-
-
-def build(cls, settings):
-    """cls(**settings); exits with status 2 for a ValueError of its __post_init__, which holds the ranges."""
-    try:
-        return cls(**settings)
-    except (ValueError, TypeError) as error:                           # TypeError: a setting of another version's checkpoint
-        fail(error)
-
-
-def load(cls, argv=None):
-    """The dataclass cls, filled from its defaults, presets and arguments: build(read())."""
-    return build(cls, read(cls, argv))
-
-
-def print_help(cls):
-    """Every setting of cls: type, default, and the comment behind its declaration."""
-    declared = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
-    meaning = dict(re.findall(r"^    (\w+): [\w |]+ = [^#\n]+# (.+)$", declared, re.MULTILINE))
-    print(inspect.cleandoc(inspect.getmodule(cls).__doc__), "\n\nSettings, with their defaults:\n")
-    for f in fields(cls):
-        default = repr(f.default) if f.type is str else f.default
-        print(f"  {f'--{f.name}={default}':44} {getattr(f.type, '__name__', 'text'):6} {meaning.get(f.name, '')}")
+    """repr(value) for a message, cut where it is long; Python refuses to print very long numbers."""
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return "a huge number"
+    text = repr(value)
+    return text if len(text) < 100 else text[:99] + "..."

@@ -1,10 +1,16 @@
-"""nanoGPT's name for  python prepare_data.py NAME,  NAME being this folder's."""
+"""nanoGPT's name for `python prepare_data.py NAME`, where NAME is the name of this folder."""
 import sys
 from pathlib import Path
 
-folder = Path(__file__).resolve().parent
-sys.path.insert(0, str(folder.parents[1]))
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+
+
+def main():
+    import prepare_data
+    prepare_data.main([FOLDER.name, f"--data_dir={FOLDER.parent}", *sys.argv[1:]])
+
 
 if __name__ == "__main__":
-    from prepare_data import main
-    main([folder.name, f"--data_dir={folder.parent}", *sys.argv[1:]])
+    import config
+    config.run(main)

@@ -1,0 +1,132 @@
+"""
+The machine: device, dtype, compilation, the group of processes and the signals that stop a run.
+"""
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from config import UserError, fail
+
+# torchrun tells each process its number and how many there are
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def pick_device(name):
+    """
+    The torch.device called name; auto is cuda, else mps, else cpu. Under torchrun each process
+    has a GPU of its own. Raises UserError for a device that this machine lacks.
+    """
+    present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.cuda.is_available():
+        present.insert(0, "cuda")
+    if torch.backends.mps.is_available():
+        present.append("mps")
+    present.append("cpu")
+    if name not in ("auto", *present):
+        fail(f"device={name!r} is not on this machine: there are {', '.join(present)}")
+    device = torch.device(present[0] if name == "auto" else name)
+    if device.type == "cuda" and WORLD > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name, device, n_embd):
+    """
+    The name of the type in which matrices are multiplied; it is `name` unless that is auto. auto:
+    on CUDA bfloat16 or, where the card lacks it, float16; on a CPU that multiplies bfloat16 itself
+    (AMX or AVX512-BF16) bfloat16 for models that are wide enough to gain by it; float32 elsewhere.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has_bfloat16 else "float16"
+    if device.type == "cpu" and n_embd >= 128 and cpu_multiplies_bfloat16():
+        return "bfloat16"
+    return "float32"
+
+
+def cpu_multiplies_bfloat16():
+    """Does this CPU have instructions that multiply bfloat16 matrices?"""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def pick_compile(setting, device, flops):
+    """
+    Whether to compile the model for a run of so many FLOPs. auto: where a compiler is there, for
+    runs long enough to win back what compiling takes, half a minute to a minute. That is after
+    about ten minutes of two CPU cores.
+    """
+    if setting != "auto":
+        return setting
+    if device.type == "cuda":
+        return flops > 1e15 and torch.utils._triton.has_triton()
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return device.type == "cpu" and flops > 3e14 and has_headers and bool(shutil.which("g++"))
+
+
+def autocast(device, dtype):
+    """A context in which matrices are multiplied in the type that is called dtype."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+@contextlib.contextmanager
+def process_group(device, backend="auto"):
+    """
+    Belong to torchrun's group of processes during a with block; a process alone has nothing to do.
+
+    A process that fails says why and leaves at once. Leaving in good order would wait for the
+    others, which wait for it; torchrun ends them.
+    """
+    if WORLD == 1:
+        yield
+        return
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend)
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()
+
+
+class Stop:
+    """
+    A with block in which the first Ctrl-C or SIGTERM is kept in `signal`, for the run to end in
+    good order. A second Ctrl-C raises KeyboardInterrupt.
+    """
+
+    def __init__(self):
+        self.signal = 0
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.keep)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def keep(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if RANK == 0:
+            print("\nfinishing the step; Ctrl-C again stops at once", file=sys.stderr, flush=True)

@@ -1,0 +1,95 @@
+"""
+Text <-> token ids: single characters, GPT-2's byte-pair tokens, or the first N of those.
+
+A tokenizer is described by a small dict, its spec, which meta.json and every checkpoint carry:
+{"kind": "char", "alphabet": "..."}, {"kind": "gpt2"} or {"kind": "gpt2:4096"}.
+"""
+import re
+import sys
+
+import numpy as np
+
+from config import fail
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """
+    .spec is the dict it was made from, .vocab_size the number of ids, and .end_of_text the id that
+    stands behind each document (None for characters).
+
+    Raises UserError for an unknown kind, or where tiktoken cannot fetch GPT-2's files.
+    """
+
+    def __init__(self, spec):
+        self.spec = spec
+        kind = spec.get("kind")
+        if kind == "char":
+            self.bpe, self.end_of_text = None, None
+            alphabet = code_points(spec["alphabet"])
+            self.vocab_size = len(alphabet)
+            # The id of every code point, where vocab_size marks one that has no id.
+            self.id_of = np.full(sys.maxunicode + 1, self.vocab_size, dtype=np.uint32)
+            self.id_of[alphabet] = np.arange(self.vocab_size)
+        else:
+            self.vocab_size = bpe_size(kind)
+            self.bpe = first_gpt2_tokens(self.vocab_size)
+            self.end_of_text = self.vocab_size - 1
+
+    def encode(self, text):
+        """The ids of text as a list. Raises ValueError for a character not in the alphabet."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text):
+        """
+        The ids of text as a uint32 array. A text that spells <|endoftext|> is ordinary text.
+        Raises ValueError for a character that is not in the alphabet.
+        """
+        if self.bpe is not None:
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
+        ids = self.id_of[code_points(text)]
+        unseen = np.flatnonzero(ids == self.vocab_size)
+        if len(unseen) > 0:
+            alphabet = self.spec["alphabet"]
+            raise ValueError(f"character {text[unseen[0]]!r} is not in the alphabet {alphabet!r}")
+        return ids
+
+    def decode(self, ids):
+        """The text of ids in UTF-8, as bytes: a byte-pair token may end inside a character."""
+        if self.bpe is not None:
+            return self.bpe.decode_bytes(ids)
+        return "".join(self.spec["alphabet"][i] for i in ids).encode()
+
+
+def bpe_size(kind):
+    """The vocabulary size of "gpt2" (50257) or "gpt2:N" (N). Raises UserError for other kinds."""
+    number = re.fullmatch(r"gpt2:([1-9][0-9]{2,4})", str(kind))
+    size = 50257 if kind == "gpt2" else int(number[1]) if number else 0
+    if not 257 <= size <= 50257:
+        fail(f"tokenizer={kind!r}: there are char, gpt2, and gpt2:N with N from 257 to 50257")
+    return size
+
+
+def first_gpt2_tokens(size):
+    """
+    A tiktoken Encoding of GPT-2's first size - 1 tokens and <|endoftext|>. GPT-2 merges two tokens
+    only to one of a higher rank, so any number of its first tokens is a tokenizer without training.
+    """
+    import tiktoken
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    # The network, a proxy or the disk may raise anything here.
+    except Exception as error:
+        fail("cannot fetch GPT-2's encoder.json and vocab.bpe through tiktoken "
+             f"({type(error).__name__}: {str(error)[:100]}): set TIKTOKEN_CACHE_DIR to a folder "
+             "that tiktoken filled where there is a network, or use characters: "
+             "python prepare_data.py plays_char")
+    ranks = {token: rank for token, rank in gpt2._mergeable_ranks.items() if rank < size - 1}
+    return tiktoken.Encoding(f"gpt2:{size}", pat_str=gpt2._pat_str, mergeable_ranks=ranks,
+                             special_tokens={END_OF_TEXT: size - 1})
+
+
+def code_points(text):
+    """The code points of text as a uint32 array."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
