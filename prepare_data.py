@@ -38,6 +38,7 @@ from tokenizer import Tokenizer, bpe_size
 
 BUILT_IN = ("shakespeare_char", "shakespeare", "plays_char", "plays", "openwebtext")
 OPENWEBTEXT = "hf:Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c"
+OPENWEBTEXT_TOKENS = 9.1e9
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -126,8 +127,10 @@ def hub_files(source):
     repo, _, revision = source.removeprefix("hf:").partition("@")
     with reading(source):
         import datasets
-        builder = datasets.load_dataset_builder(repo, revision=revision or None)
-        files = list(builder.config.data_files["train"])
+        splits = datasets.load_dataset_builder(repo, revision=revision or None).config.data_files
+    if "train" not in splits:
+        fail(f"{source} has no split 'train', it has {' '.join(splits)}")
+    files = list(splits["train"])
     if file_type(files[0]) == "txt":
         fail(f"{source} holds {os.path.basename(files[0])}: from the hub come .parquet and .jsonl "
              "files only; download others and give them with --input=PATH")
@@ -201,8 +204,12 @@ def read_texts(source, column):
 
 def read_jsonl(file, source, column):
     for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
         with reading(f"line {number} of {source}"):
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("it is no JSON object")
             check_column(f"line {number} of {source}", column, row)
             yield row[column]
 
@@ -331,6 +338,8 @@ def batches_of(documents):
 def prepare(config, folder, partial):
     """Make the data set in the folder `partial`, and move it to `folder` when it is complete."""
     from tqdm import tqdm
+    if config.name == "openwebtext" and not config.input:
+        check_space(partial, min(config.max_tokens or OPENWEBTEXT_TOKENS, OPENWEBTEXT_TOKENS))
     sources = find_sources(config, folder)
     is_single = len(sources) == 1 and file_type(sources[0]) == "txt"
     read = read_single_text if is_single else read_documents
@@ -378,6 +387,14 @@ def prepare(config, folder, partial):
     (folder / "meta.json").unlink(missing_ok=True)
     for name in ("train.bin", "val.bin", "meta.json"):
         os.replace(partial / name, folder / name)
+
+
+def check_space(folder, tokens):
+    """Raise UserError where the disk that folder is on has no room for the tokens."""
+    need, free = 2 * tokens / 1e9, shutil.disk_usage(folder).free / 1e9
+    if free < need:
+        fail(f"{folder} needs {need:.1f} GB and {free:.1f} GB are free: try --max_tokens=100e6, "
+             "or --data_dir on another disk")
 
 
 @contextmanager

@@ -92,10 +92,18 @@ def replacing(path):
 # ---- what a dataclass declares -----------------------------------------------------------------
 
 def declared(cls):
-    """{name: dataclass field} of the settings of cls and of the dataclasses that it holds."""
+    """
+    {name: dataclass field} of the settings of cls and of the dataclasses that it holds, but for
+    those that a held one's field(metadata={"without": names}) leaves out.
+    """
     found = {}
     for field in fields(cls):
-        found |= declared(field.type) if is_dataclass(field.type) else {field.name: field}
+        if is_dataclass(field.type):
+            without = field.metadata.get("without", ())
+            held = declared(field.type)
+            found |= {name: held[name] for name in held if name not in without}
+        else:
+            found[field.name] = field
     return found
 
 
@@ -130,19 +138,21 @@ def change(cfg, **changes):
 def print_help(cls):
     """Print each setting of cls with its default, type and the comment behind its declaration."""
     print(inspect.cleandoc(inspect.getmodule(cls).__doc__), "\n\nSettings, with their defaults:\n")
-    print_settings(cls)
-
-
-def print_settings(cls):
-    pattern = r"^    (\w+): [\w |]+ = [^#\n]+# (.+)$"
-    meanings = dict(re.findall(pattern, inspect.getsource(cls), re.MULTILINE))
-    for field in fields(cls):
-        if is_dataclass(field.type):
-            print_settings(field.type)
-            continue
+    meanings = comments(cls)
+    for name, field in declared(cls).items():
         default = repr(field.default) if field.type is str else field.default
         kind = getattr(field.type, "__name__", "text")
-        print(f"  {f'--{field.name}={default}':38} {kind:6} {meanings.get(field.name, '')}")
+        print(f"  {f'--{name}={default}':38} {kind:6} {meanings.get(name, '')}")
+
+
+def comments(cls):
+    """{name: the comment behind its declaration} of the settings of cls and of those it holds."""
+    found = {}
+    for field in fields(cls):
+        if is_dataclass(field.type):
+            found |= comments(field.type)
+    pattern = r"^    (\w+): [\w |]+ = [^#\n]+# (.+)$"
+    return found | dict(re.findall(pattern, inspect.getsource(cls), re.MULTILINE))
 
 
 # ---- what the user gave ------------------------------------------------------------------------
