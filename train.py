@@ -25,11 +25,11 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import config
+import device as machine
 from checkpoints import FORMAT, claim_out_dir, open_metrics, restore, resume, save
 from config import UserError, build, change, check, fail, flat
-from device import (
-    DTYPES, RANK, WORLD, Stop, autocast, pick_compile, pick_device, pick_dtype, process_group)
-from model import GPT, ModelConfig
+from device import DTYPES, RANK, WORLD, Stop
+from model import ModelConfig
 from optimizers import build_optimizers, learning_rate, set_learning_rate
 from prepare_data import read_meta
 from weights import OPENAI, build_model, start_from
@@ -178,7 +178,7 @@ def evaluate(model, compiled, data, splits, cfg, device, stop):
         batches = range(RANK * cfg.batch_size, count, WORLD * cfg.batch_size)
         for first in tqdm(batches, f"evaluating on {split}", leave=False, delay=2, disable=None):
             x, y = windows(data[split], starts[first:first + cfg.batch_size], cfg, device)
-            with autocast(device, cfg.dtype):
+            with machine.autocast(device, cfg.dtype):
                 _, loss = (compiled if len(x) == cfg.batch_size else model)(x, y)
             sums[0] += loss.float() * len(x)
             if stop.signal:
@@ -226,7 +226,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
         fail(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide among "
              f"{WORLD} processes: use a multiple of {WORLD}")
     # A resumed run keeps the dtype that is chosen here, on whatever machine it goes on
-    cfg = change(cfg, dtype=pick_dtype(cfg.dtype, device, cfg.model.n_embd))
+    cfg = change(cfg, dtype=machine.pick_dtype(cfg.dtype, device, cfg.model.n_embd))
     data = open_data(cfg)
     meta = data["meta"]
     if (checkpoint or weights or meta)["tokenizer"] not in (meta["tokenizer"], None):
@@ -250,7 +250,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
     batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.model.block_size
     steps_left = 0 if cfg.eval_only else cfg.max_iters - step
     flops = model.flops_per_token()
-    is_compiled = pick_compile(cfg.compile, device, flops * batch_tokens * steps_left)
+    is_compiled = machine.pick_compile(cfg.compile, device, flops * batch_tokens * steps_left)
     compiled = torch.compile(model, dynamic=False) if is_compiled else model
     parallel = DistributedDataParallel(compiled) if WORLD > 1 else compiled
 
@@ -326,7 +326,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
             if WORLD > 1:
                 # Processes exchange gradients once per step
                 parallel.require_backward_grad_sync = micro == micro_batches[-1]
-            with autocast(device, cfg.dtype):
+            with machine.autocast(device, cfg.dtype):
                 _, loss = parallel(x, y)
             loss_sum += loss.detach() / cfg.gradient_accumulation_steps
             scaler.scale(loss / len(micro_batches)).backward()
@@ -393,8 +393,8 @@ def main(argv=None):
     else:
         cfg, weights = start_from(TrainConfig, given)
         say(f"starting from the weights of {cfg.init_from}")
-    device = pick_device(cfg.device)
-    with process_group(device, cfg.backend), Stop() as stop:
+    device = machine.pick_device(cfg.device)
+    with machine.process_group(device, cfg.backend), Stop() as stop:
         done = train(cfg, device, stop, checkpoint, weights)
     if not cfg.eval_only:
         folder = shlex.quote(cfg.out_dir)

@@ -249,7 +249,7 @@ def read_preset(path):
 
 
 def literal(node):
-    """The value of a syntax tree of literals and arithmetic. Raises ValueError for anything else."""
+    """The value of a syntax tree of literals and arithmetic. ValueError for anything else."""
     match node:
         case ast.Constant(bool() | int() | float() | str() as value):
             return value
@@ -287,7 +287,7 @@ def coerce(name, value, kind, where):
 
 
 def shown(value):
-    """repr(value) for a message, cut where it is long; Python refuses to print very long numbers."""
+    """repr(value) for a message, cut where it is long; Python prints no very long numbers."""
     if isinstance(value, int) and abs(value) >= 10**60:
         return "a huge number"
     text = repr(value)

@@ -1,7 +1,11 @@
-# Fine-tune OpenAI's GPT-2 on Shakespeare's text: 20 steps of 32,768 tokens at a constant learning rate, about 2 epochs.
-#   pip install safetensors; python prepare_data.py shakespeare; python train.py config/finetune_shakespeare.py
-# nanoGPT's choice is the largest GPT-2: 1.6 B parameters, 25 GB for weights, gradients and AdamW before any activation.
-# --init_from=gpt2 has a twelfth of them, and a shorter --block_size saves memory too.
+# Fine-tune OpenAI's GPT-2 on Shakespeare's text: 20 steps of 32,768 tokens at a constant learning
+# rate, about two passes over the text.
+#   pip install safetensors
+#   python prepare_data.py shakespeare
+#   python train.py config/finetune_shakespeare.py
+# nanoGPT's choice is the largest GPT-2, with 1.6 B parameters: 25 GB for weights, gradients and
+# AdamW before any activation. --init_from=gpt2 has a twelfth of them, and a shorter --block_size
+# saves memory, too.
 out_dir = "out-shakespeare"
 dataset = "shakespeare"
 init_from = "gpt2-xl"
@@ -13,6 +17,5 @@ decay_lr = False
 eval_interval = 5
 eval_iters = 40
 always_save_checkpoint = False
-wandb_log = False
 wandb_project = "shakespeare"
 wandb_run_name = "ft-gpt2-xl"

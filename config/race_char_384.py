@@ -1,5 +1,5 @@
-# A race at the size of nanoGPT's GPU preset (6 layers, 384 wide, 256 characters of context), with few steps for two CPU cores:
-#   python -m tools.race config/race_char_384.py --contenders=gpt2,gpt2:shift=True,gpt2:rotary=True,dva,dva:rotary=False,dva:shift=False,dva:n_layer=12
+# A race at the size of nanoGPT's character preset for a GPU, with few steps for two CPU cores.
+#   python -m tools.race config/race_char_384.py
 # On a GPU give it the preset's own length: --batch_size=64 --max_iters=5000 --dropout=0.2
 dataset = "shakespeare_char"
 n_layer = 6

@@ -1,10 +1,9 @@
-# The race of  python -m tools.race:  Tiny Shakespeare by character, nanoGPT's laptop size, each contender with Muon.
+# The race of  python -m tools.race:  Tiny Shakespeare by character, nanoGPT's laptop size, Muon.
 dataset = "shakespeare_char"
 n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 64
-batch_size = 12
 gradient_accumulation_steps = 1
 optimizer = "muon"
 max_iters = 2000

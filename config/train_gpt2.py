@@ -2,15 +2,6 @@
 # nanoGPT reaches a validation loss of about 2.85 in 600,000 steps; we have not run it to its end.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 out_dir = "out-gpt2"
-dataset = "openwebtext"
-batch_size = 12
-block_size = 1024
-gradient_accumulation_steps = 5 * 8
-max_iters = 600000
-lr_decay_iters = 600000
 eval_interval = 1000
-eval_iters = 200
 log_interval = 10
-weight_decay = 1e-1
-wandb_project = "owt"
 wandb_run_name = "gpt2-124M"

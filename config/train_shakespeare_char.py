@@ -1,4 +1,6 @@
-# nanoGPT's name for shakespeare_char.py: the same values, so that its command lines run as they are.
+# nanoGPT's character model for one GPU: 6 layers, 384 wide, 10.7 M parameters (with --block=dva
+# 3.1 M). It overfits past its best validation loss, which is about 1.47 for nanoGPT: best.pt keeps
+# the best.
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
 n_layer = 6
@@ -15,7 +17,6 @@ lr_decay_iters = 5000
 warmup_iters = 100
 beta2 = 0.99
 eval_interval = 250
-eval_iters = 200
 log_interval = 10
 always_save_checkpoint = False
 wandb_project = "shakespeare-char"
