@@ -57,6 +57,17 @@ def pick_dtype(name, device, n_embd):
     return "float32"
 
 
+def pick_sampling_dtype(name, device, parameters):
+    """
+    The name of the type that a model's weights are cast to before sampling. auto: bfloat16 for
+    models that are so large that reading their weights takes most of a token's time, where the
+    hardware multiplies it; float32 elsewhere.
+    """
+    if name == "auto" and (device.type == "mps" or parameters < 20e6):
+        return "float32"
+    return pick_dtype(name, device, n_embd=1024)
+
+
 def cpu_multiplies_bfloat16():
     """Does this CPU have instructions that multiply bfloat16 matrices?"""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -121,9 +132,12 @@ class Stop:
                        for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, traceback):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.signal and isinstance(error, Exception) and not isinstance(error, UserError):
+            # Ctrl-C reaches the C++ compiler, too, and a compilation that it ended fails
+            raise KeyboardInterrupt from None
 
     def keep(self, number, frame):
         self.signal = number

@@ -6,6 +6,12 @@ enough, its tokenizer is inside.
     python sample.py --out_dir=out-demo --start=FILE:prompt.txt --num_samples=3 --temperature=0.8
     python sample.py --init_from=gpt2-xl --start=- --top_p=0.9 < prompt.txt
 """
+import signal
+
+if __name__ == "__main__":
+    # Until main() runs, Ctrl-C ends the script without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import codecs
 import sys
 from dataclasses import dataclass
@@ -15,7 +21,7 @@ import torch
 
 import config
 from config import check, fail
-from device import DTYPES, autocast, pick_device, pick_dtype
+from device import DTYPES, pick_device, pick_sampling_dtype
 from model import ModelConfig
 from prepare_data import read_meta
 from tokenizer import Tokenizer
@@ -37,7 +43,7 @@ class SampleConfig:
     stop_token: int = -1            # token id that ends a text; -1: none
     seed: int = 1337                # the same seed gives the same texts
     device: str = "auto"            # auto (cuda, else mps, else cpu), or cpu, cuda, cuda:1, mps
-    dtype: str = "auto"             # auto, float32, bfloat16, float16
+    dtype: str = "auto"             # of the weights: auto, float32, bfloat16, float16
     compile: bool | str = "auto"    # True: compile the model first; auto: don't
 
     def __post_init__(self):
@@ -98,10 +104,11 @@ def main(argv=None):
     cfg = config.load(SampleConfig, argv)
     device = pick_device(cfg.device)
     weights = read_weights(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
-    model = build_model(ModelConfig(**weights["model_config"]), weights).eval().to(device)
+    model = build_model(ModelConfig(**weights["model_config"]), weights).eval()
+    dtype = pick_sampling_dtype(cfg.dtype, device, model.num_params())
+    model.to(device, getattr(torch, dtype))
     if cfg.compile is True:
         model.compile()
-    dtype = pick_dtype(cfg.dtype, device, model.config.n_embd)
     tokenizer = find_tokenizer(weights, cfg)
     prompt = read_prompt(cfg.start)
     ids = encode_prompt(prompt, tokenizer)
@@ -113,17 +120,16 @@ def main(argv=None):
     texts, ended = [""] * cfg.num_samples, [False] * cfg.num_samples
     print(prompt, end="", flush=True)
     try:
-        with autocast(device, dtype):
-            for new in model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                                    cfg.stop_token, tokenizer.vocab_size):
-                for row, (token,) in enumerate(new.tolist()):
-                    if ended[row]:
-                        continue
-                    text = decoders[row].decode(tokenizer.decode([token]))
-                    texts[row] += text
-                    ended[row] = token == cfg.stop_token
-                    if row == 0:
-                        print(text, end="", flush=True)
+        for new in model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                                cfg.stop_token, tokenizer.vocab_size):
+            for row, (token,) in enumerate(new.tolist()):
+                if ended[row]:
+                    continue
+                text = decoders[row].decode(tokenizer.decode([token]))
+                texts[row] += text
+                ended[row] = token == cfg.stop_token
+                if row == 0:
+                    print(text, end="", flush=True)
     finally:
         # Ctrl-C shows what there is so far
         print("\n---------------")

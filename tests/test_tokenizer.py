@@ -13,8 +13,8 @@ from tokenizer import Tokenizer, bpe_size
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-TEXTS = ["", "To be, or not to be:\n\n\tthat's the  question", "wörd 漢字 \u00a0 x ' 12\x1c\n", "🙂🙂",
-         "a <|endoftext|> b <|endoftext|", "<|endoftext|>", " " * 100]
+TEXTS = ["", "To be, or not to be:\n\n\tthat's the  question", "wörd 漢字 \u00a0 x ' 12\x1c\n",
+         "\U0001f642\U0001f642", "a <|endoftext|> b <|endoftext|", "<|endoftext|>", " " * 100]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,7 +68,8 @@ def test_a_token_may_end_inside_a_character():
     assert 0 < len(first) < 3 and "漢".encode().startswith(first)
 
 
-@pytest.mark.parametrize("size, tokens", [(1024, 523_935), (4096, 426_247)])
+@pytest.mark.parametrize("size, tokens", [(1024, 523_945), (1025, 523_935), (4096, 426_257),
+                                          (4097, 426_247), (50257, 338_025)])
 def test_the_first_tokens_of_gpt2_encode_tiny_shakespeare(size, tokens):
     text = SHAKESPEARE.read_text()
     tokenizer = Tokenizer({"kind": f"gpt2:{size}"})
@@ -105,10 +106,10 @@ def test_characters():
         tokenizer.encode("azy")
 
 
-@pytest.mark.parametrize("kind", ["gpt2:256", "gpt2:50258", "gpt2:", "gpt2:x", "gpt2:4e3", "gpt2:-5",
-                                  "gpt2:04096", "gpt2:٤٠٩٦", "gpt2:" + "9" * 9999, "gpt3", None])
+@pytest.mark.parametrize("kind", ["gpt2:256", "gpt2:50258", "gpt2:", "gpt2:x", "gpt2:4e3",
+                                  "gpt2:-5", "gpt2:04096", "gpt2:" + "9" * 9999, "gpt3", None])
 def test_an_unknown_kind_is_one_line_that_names_the_kinds(kind):
-    with pytest.raises(UserError, match="there are char, gpt2, and gpt2:N with N from 257 to 50257"):
+    with pytest.raises(UserError, match="char, gpt2, and gpt2:N with N from 257 to 50257"):
         Tokenizer({"kind": kind})
 
 

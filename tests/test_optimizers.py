@@ -1,0 +1,165 @@
+"""How a gradient becomes a step: the schedule, who has which parameters, Muon and the banks."""
+import pytest
+import torch
+from conftest import SYSTEMS, each_system
+
+from model import GPT, ModelConfig
+from optimizers import GAMMA, TABLE, Muon, build_optimizers, learning_rate, set_learning_rate
+from train import TrainConfig
+
+
+def tiny(**settings):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=37, block_size=16, n_layer=2, n_head=2, n_embd=8, qk_dim=4, bias=True)
+    return GPT(ModelConfig(**shape | settings))
+
+
+# ---- the schedule --------------------------------------------------------------------------------
+
+def test_the_learning_rate_warms_up_and_decays():
+    cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=24)
+    rates = [learning_rate(step, cfg) for step in range(40)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[14] == pytest.approx(0.55)                            # half way down the cosine
+    assert all(earlier > later for earlier, later in zip(rates[4:24], rates[5:25], strict=True))
+    assert rates[24:] == pytest.approx([0.1] * 16)
+
+
+def test_without_decay_the_learning_rate_is_constant_from_the_first_step():
+    cfg = TrainConfig(learning_rate=1.0, decay_lr=False, warmup_iters=4)
+    assert {learning_rate(step, cfg) for step in range(40)} == {1.0}
+
+
+@pytest.mark.parametrize("warmup, decay", [(0, 0), (0, 10), (10, 10), (10, 0), (1, 1)])
+def test_a_warm_up_as_long_as_the_decay_divides_by_nothing(warmup, decay):
+    cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, lr_decay_iters=decay)
+    rates = [learning_rate(step, cfg) for step in range(30)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[warmup] == 1.0 and rates[-1] == pytest.approx(0.1)
+
+
+# ---- who has which parameters --------------------------------------------------------------------
+
+@each_system
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_parameter_is_in_one_group_with_the_right_optimizer_and_decay(system, optimizer):
+    model = tiny(**system)
+    names = {p: name for name, p in model.named_parameters()}
+    found = []
+    for each in build_optimizers(model, TrainConfig(optimizer=optimizer, weight_decay=0.3)):
+        for group in each.param_groups:
+            for p in group["params"]:
+                name = names[p]
+                found.append(name)
+                in_bank = "attn.bank." in name
+                matrix = p.dim() == 2 and name.startswith("transformer.h.") and not in_bank
+                assert isinstance(each, Muon) == (optimizer == "muon" and matrix), name
+                if not in_bank:
+                    assert group["weight_decay"] == (0.3 if p.dim() == 2 else 0), name
+                    assert group["lr_multiple"] == 1, name
+    assert sorted(found) == sorted(names.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("block", ["gpt2", "dva"])
+def test_banks_have_groups_of_their_own_with_their_authors_constants(block, optimizer):
+    model = tiny(block=block, bank_layers=2)
+    cfg = TrainConfig(optimizer=optimizer, learning_rate=0.01, bank_lr=5.0)
+    optimizers = build_optimizers(model, cfg)
+    set_learning_rate(optimizers, 0.004)
+    groups = {p: group for each in optimizers for group in each.param_groups
+              for p in group["params"]}
+    assert isinstance(optimizers[-1], torch.optim.AdamW)
+    for layer in model.transformer.h:
+        table, gamma = groups[layer.attn.bank.table], groups[layer.attn.bank.gamma]
+        assert all(table[name] == value for name, value in TABLE.items())
+        assert all(gamma[name] == value for name, value in GAMMA.items())
+        assert (table["lr"], gamma["lr"]) == pytest.approx((5 * 0.004, 25 * 0.004))
+    assert len(groups[table_of(model)]["params"]) == 2
+    assert groups[model.transformer.wte.weight]["lr"] == 0.004
+    assert (TABLE["betas"], TABLE["eps"], TABLE["weight_decay"]) == ((0.8, 0.995), 1e-10, 0.01)
+    assert (GAMMA["betas"], GAMMA["weight_decay"]) == ((0.96, 0.95), 0)
+
+
+def table_of(model):
+    return model.transformer.h[-1].attn.bank.table
+
+
+@pytest.mark.parametrize("block", ["gpt2", "dva"])
+def test_a_row_of_a_bank_goes_on_moving_after_its_token_was_seen(block):
+    """The dense moments are the reason that banks pay (DESIGN.md, section 2)."""
+    model = tiny(block=block, bank_layers=1)
+    optimizers = build_optimizers(model, TrainConfig(learning_rate=1e-2))
+    table, moved = table_of(model), []
+    for first_id in (0, 20, 20):                       # ids 0 to 9, and then others
+        idx = torch.arange(first_id, first_id + 10)[None]
+        before = table.detach().clone()
+        model(idx, idx)[1].backward()
+        assert not table.grad.is_sparse
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append((table - before).detach().norm(dim=1))
+    seen_first, never_seen = slice(0, 10), slice(10, 20)
+    assert (moved[1][seen_first] > 1e-3).all() and (moved[2][seen_first] > 1e-3).all()
+    # Weight decay alone
+    assert all((each[never_seen] < 1e-3).all() for each in moved)
+
+
+@pytest.mark.parametrize("system", SYSTEMS[:1])
+def test_adamw_is_torchs(system):
+    """The whole step, against torch's AdamW in its plainest form."""
+    models = [tiny(**system), tiny(**system)]
+    cfg = TrainConfig(learning_rate=1e-2, weight_decay=0.2, beta1=0.8, beta2=0.9)
+    ours = build_optimizers(models[0], cfg)
+    matrices = [p for p in models[1].parameters() if p.dim() == 2]
+    vectors = [p for p in models[1].parameters() if p.dim() == 1]
+    theirs = torch.optim.AdamW([dict(params=matrices, weight_decay=0.2),
+                                dict(params=vectors, weight_decay=0.0)],
+                               lr=5e-3, betas=(0.8, 0.9), foreach=False, fused=False)
+    set_learning_rate(ours, 5e-3)
+    idx = torch.arange(32).view(2, 16)
+    for _ in range(3):
+        for model, optimizers in zip(models, (ours, [theirs]), strict=True):
+            model(idx, idx)[1].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+# ---- Muon ----------------------------------------------------------------------------------------
+
+def test_muon_is_torchs():
+    torch.manual_seed(0)
+    # Some alike, tall, flat, square, a single row
+    shapes = [(24, 8), (8, 24), (8, 8), (24, 8), (8, 24), (1, 5)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    without_gradient = torch.nn.Parameter(torch.ones(8, 8))
+    optimizers = (Muon([*ours, without_gradient], lr=0.1, weight_decay=0.3),
+                  torch.optim.Muon(theirs, lr=0.1, weight_decay=0.3,
+                                   adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = b.grad = torch.randn(a.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+        for a, b in zip(ours, theirs, strict=True):
+            # bfloat16 inside; a step moves an element by about 0.02
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+    assert (without_gradient == 1).all()
+
+
+def test_muon_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    from optimizers import orthogonal
+    for shape in ((3, 40, 40), (2, 16, 64), (2, 64, 16)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)).float())
+        assert 0.3 < values.min() and values.max() < 1.3 and values.median() > 0.6
+    assert not orthogonal(torch.zeros(1, 4, 4)).any()
+
+
+def test_muon_is_for_matrices():
+    with pytest.raises(ValueError, match=r"Muon is for matrices: a parameter has the shape \(3,\)"):
+        Muon([torch.nn.Parameter(torch.ones(3))], lr=0.1)
