@@ -54,7 +54,7 @@ class TrainConfig:
     optimizer: str = "adamw"                 # adamw, or muon: Muon on the blocks' matrices
     learning_rate: float = 6e-4              # at its highest
     weight_decay: float = 1e-1               # on matrices and embeddings, never on vectors
-    bank_lr: float = 8.0                     # learning rate of the banks' tables, in learning_rates
+    bank_lr: float = 32.0                    # learning rate of the banks' tables, in learning_rates
     beta1: float = 0.9                       # AdamW
     beta2: float = 0.95                      # AdamW
     grad_clip: float = 1.0                   # largest norm of the gradient; 0: any
@@ -218,9 +218,10 @@ def say(text):
         print(text, flush=True)
 
 
-def train(cfg, device, stop, checkpoint=None, weights=None):
+def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     """
-    Train as cfg says: from scratch, from weights, or on from a checkpoint.
+    Train as cfg says: from scratch, from weights, or on from a checkpoint. `data` can take the
+    place of open_data(cfg); a split "test" in it, as tools/race.py has one, is evaluated, too.
 
     Returns {"step", "val_loss", "best_val_loss", "elapsed_s", "tokens_per_s", "stopped"}, where
     stopped tells whether a signal ended the run early. Raises UserError where something does not
@@ -232,7 +233,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
              f"{WORLD} processes: use a multiple of {WORLD}")
     # A resumed run keeps the dtype that is chosen here, on whatever machine it goes on
     cfg = change(cfg, dtype=machine.pick_dtype(cfg.dtype, device, cfg.model.n_embd))
-    data = open_data(cfg)
+    data = data or open_data(cfg)
     meta = data["meta"]
     if (checkpoint or weights or meta)["tokenizer"] not in (meta["tokenizer"], None):
         fail(f"dataset={cfg.dataset!r} was made with another tokenizer than the checkpoint: its "
@@ -296,7 +297,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
         # -- evaluate
         losses = None
         if not stopped and (finished or step % cfg.eval_interval == 0):
-            splits = ("train", "val") if cfg.eval_train else ("val",)
+            wanted = ("train", "val", "test") if cfg.eval_train else ("val", "test")
+            splits = [split for split in wanted if split in data]
             losses = evaluate(model, compiled, data, splits, cfg, device, stop)
             stopped = losses is None
         if losses:
@@ -305,6 +307,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
             best_val_loss = min(val_loss, best_val_loss)
             bits = val_loss / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
             record |= {"val_loss": val_loss, "val_bits_per_byte": bits}
+            if "test" in losses:
+                record["test_loss"] = losses["test"]
             if "train" in losses:
                 record["train_eval_loss"] = losses["train"]
             text = ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())

@@ -49,11 +49,12 @@ class RunningMeanBlock(nn.Module):
 
 BLOCKS["mean"] = RunningMeanBlock
 
-# Every kind of block, with a bank and without, with rotary positions and without. The mean above
-# has no values that a bank could replace.
+# Every block with a bank and without. The mean has no values that a bank could replace.
+KINDS = [(block, banks) for block, banks in itertools.product(BLOCKS, (0, 1))
+         if banks == 0 or block != "mean"]
+# And those with rotary positions and without, as settings of ModelConfig.
 SYSTEMS = [dict(block=block, bank_layers=banks, rotary=rotary)
-           for block, banks, rotary in itertools.product(BLOCKS, (0, 1), (False, True))
-           if banks == 0 or block != "mean"]
+           for (block, banks), rotary in itertools.product(KINDS, (False, True))]
 each_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: "-".join(
     f"{name}={value}" for name, value in system.items()))
 
@@ -151,20 +152,30 @@ def refused(*parts):
 @pytest.fixture
 def at_step(monkeypatch):
     """
-    at_step(step, action): call action() in that step of every run, before its forward pass; or
-    where its schedule is looked up, before a possible evaluation: function="learning_rate".
+    at_step(step, action): call action() once, in that step of a run: before its forward pass, or
+    with function="learning_rate" before the evaluation that may be due.
     """
     def at_step(wanted, action, function="seed_dropout"):
-        original = getattr(train, function)
+        original, waiting = getattr(train, function), [action]
 
         def with_action(*args):
             # learning_rate(step, cfg), seed_dropout(cfg, step, micro)
             step = args[0] if function == "learning_rate" else args[1]
-            if step == wanted and args[-1] != 1:
-                action()
+            if step == wanted and waiting:
+                waiting.pop()()
             return original(*args)
         monkeypatch.setattr(train, function, with_action)
     return at_step
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """losses(*values): what the evaluations find on each split, one after another."""
+    def losses(*values):
+        found = iter(values)
+        monkeypatch.setattr(train, "evaluate", lambda model, compiled, data, splits, *rest:
+                            dict.fromkeys(splits, next(found)))
+    return losses
 
 
 def send(number):

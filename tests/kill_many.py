@@ -1,12 +1,11 @@
 """
-SIGKILL a small run at random moments, resume it each time, and compare what it ends with, bit for bit, with a run that
-nobody disturbed.
+Kill a small run at random moments, resume it each time, and compare how it ends, bit for bit, with
+a run that nobody disturbed.
 
     python tests/kill_many.py --kills=200
 
-The runs are forked from this process, which has torch loaded: starting one takes milliseconds instead of seconds.
+The runs are forked from this process, which has torch loaded, so that one starts in milliseconds.
 """
-import contextlib
 import os
 import random
 import shutil
@@ -18,98 +17,103 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from conftest import TINY, command_line, runs_differ
 
 import config
 import prepare_data
 import train
+from checkpoints import load_checkpoint
 
-SETTINGS = dict(dataset="tiny_char", block="dva", bank_layers=1, n_layer=2, n_embd=48, block_size=16, batch_size=4, dropout=0.1,
-                gradient_accumulation_steps=2, optimizer="muon", learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, lr_decay_iters=24,
-                max_iters=24, eval_interval=2, eval_iters=1, device="cpu", dtype="float32", compile=False)
+SETTINGS = TINY | dict(block="dva", bank_layers=1, n_embd=48, optimizer="muon", eval_interval=2,
+                       eval_iters=1, max_iters=16, lr_decay_iters=16)
 
 
 @dataclass
 class KillConfig:
-    kills: int = 20           # how many, at least
+    kills: int = 20           # how many, at least; every fourth of them during a save
     seed: int = 0             # of the moments
 
 
-def start(argv, log):
-    """The process id of a forked train.main(argv)."""
+def start(out_dir, data_dir):
+    """The id of a forked process that trains: anew, or on from the last.pt that is there."""
+    argv = [f"--out_dir={out_dir}"]
+    if (out_dir / "last.pt").exists():
+        argv.append("--init_from=resume")
+    else:
+        argv += ["--overwrite", *command_line(SETTINGS | {"data_dir": data_dir})]
     pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-            os.dup2(1, 2)
-            signal.alarm(100)                                          # a run that hangs is a failure, not a wait
-            train.tqdm.set_lock(threading.RLock())                     # tqdm's own is shared by forks: a kill may leave it taken
-            torch.set_num_threads(1)
-            train.main(argv)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        finally:
-            os._exit(status or 0)
-    return pid
+    if pid > 0:
+        return pid
+    status = 1
+    try:
+        log = os.open(data_dir / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        # A run that hangs is a failure, and nothing to wait for
+        signal.alarm(100)
+        # Forks share tqdm's own lock, and one that was killed may hold it
+        train.tqdm.set_lock(threading.RLock())
+        train.main(argv)
+        status = 0
+    finally:
+        os._exit(status)
 
 
-def saving(out_dir):
-    """Is there a checkpoint half written, by the run that was started last?"""
-    with contextlib.suppress(FileNotFoundError):                       # renamed while we look
-        return any(path.stat().st_mtime > 0 for path in out_dir.glob("*.pt.tmp"))
-    return False
+def is_saving(out_dir, pid):
+    """Has the process ended, or a checkpoint half written?"""
+    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return ended is not None or any(out_dir.glob("*.pt.tmp"))
+
+
+def train_until_killed(out_dir, data_dir, delay, during_save=False):
+    """True where the run ended before it was killed, `delay` seconds after its start or a save's"""
+    for path in out_dir.glob("*.pt.tmp"):
+        # of an earlier kill
+        path.unlink()
+    pid = start(out_dir, data_dir)
+    while during_save and not is_saving(out_dir, pid):
+        time.sleep(1e-4)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, -signal.SIGKILL), (data_dir / "log.txt").read_text()[-2000:]
+    return status == 0
 
 
 def kill_many(folder, cfg):
-    """(kills, those during a save, runs, seconds). Asserts that every checkpoint loads and every run ends the same."""
-    from conftest import runs_differ
-    choose, began = random.Random(cfg.seed), time.time()
-    (folder / "text.txt").write_text("".join(choose.choices("abcdefgh \n", k=5000)) + "abcdefgh \n")
+    """(kills, those during a save, runs). Every checkpoint loads, and every run ends the same."""
+    choose = random.Random(cfg.seed)
+    (folder / "text.txt").write_text(" ".join(choose.choices(["to", "be", "or", "not"], k=2000)))
     prepare_data.main(["tiny_char", f"--input={folder / 'text.txt'}", f"--data_dir={folder}"])
-
-    def run(out_dir, delay=None, during_save=False):
-        """Start or resume, and kill after delay seconds (of a save, if so wished); True when it ended before that."""
-        argv = [f"--out_dir={out_dir}"]
-        if (out_dir / "last.pt").exists():
-            argv += ["--init_from=resume"]
-        else:
-            argv += ["--overwrite"] + [f"--{name}={value}" for name, value in (SETTINGS | {"data_dir": folder}).items()]
-        for path in out_dir.glob("*.pt.tmp"):                          # of an earlier kill: aged, so that a new one is told
-            os.utime(path, (0, 0))
-        pid = start(argv, folder / "log.txt")
-        while during_save and not saving(out_dir) and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            time.sleep(1e-4)
-        if delay is not None:
-            time.sleep(delay)
-            os.kill(pid, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert status in (0, -signal.SIGKILL), (folder / "log.txt").read_text()[-2000:]
-        return status == 0
-
-    started = time.time()
-    run(folder / "straight")
-    whole = time.time() - started
+    began = time.time()
+    os.waitpid(start(folder / "straight", folder), 0)
+    whole_run = time.time() - began
     kills = during_saves = runs = 0
     while kills < cfg.kills:
-        out_dir = folder / "killed"
+        out_dir, patience = folder / "killed", 0.4 * whole_run
         shutil.rmtree(out_dir, ignore_errors=True)
-        patience = 0.1 * whole                                         # grows: a machine that has become slower gets there
-        while not (run(out_dir, choose.uniform(0, 0.003), True) if kills % 4 == 3 else run(out_dir, choose.uniform(0, patience))):
-            kills, patience = kills + 1, patience * 1.1
-            during_saves += saving(out_dir)
+        while True:
+            during_save = kills % 4 == 3
+            delay = choose.uniform(0, 0.003 if during_save else patience)
+            if train_until_killed(out_dir, folder, delay, during_save):
+                break
+            kills += 1
+            # It grows, so that a machine that has become slower gets there, too
+            patience *= 1.1
+            during_saves += any(out_dir.glob("*.pt.tmp"))
             for path in out_dir.glob("*.pt"):
-                train.load_checkpoint(path)
+                load_checkpoint(path)
         assert runs_differ(folder / "straight", out_dir) == 0
         runs += 1
-    return kills, during_saves, runs, time.time() - began
+    return kills, during_saves, runs
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        kills, during_saves, runs, seconds = kill_many(Path(folder), config.load(KillConfig))
-    print(f"{kills} kills, {during_saves} of them during a save, all survived; {runs} runs ended bit-identical to the undisturbed "
-          f"one; {seconds:.0f} s")
+        kills, saves, runs = kill_many(Path(folder), config.load(KillConfig))
+    print(f"{kills} kills, {saves} of them during a save, all survived; {runs} runs ended "
+          f"bit-identical to the undisturbed one")

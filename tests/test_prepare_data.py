@@ -133,7 +133,7 @@ def test_the_first_of_gpt2s_tokens(tmp_path, speeches):
 
 
 @pytest.mark.parametrize("unit", ["To be, or not  to be:\n\n\tthat's the  question\r\n \n",
-                                  "wörd 漢字 \u00a0 x ' 12\x1c\n"])
+                                  "wörd 漢字 \u00a0 x ' 12\x1c\n", "a" + 9 * " ", "a" + 9 * "\n"])
 def test_pieces_change_no_token(tmp_path, bpe, unit):
     path = tmp_path / "long.txt"
     path.write_bytes((unit * (2 * PIECE // len(unit))).encode())
@@ -150,6 +150,15 @@ def test_one_text_is_cut_at_max_tokens_and_then_split(tmp_path, name):
     folder = prepare(tmp_path, name, f"--input={SHAKESPEARE}", "--max_tokens=20000")
     tokens = read_meta(folder)["tokens"]
     assert abs(tokens["train"] + tokens["val"] - 20_000) <= 1 and 1_700 < tokens["val"] < 2_300
+
+
+def test_max_tokens_cuts_no_character_in_two(tmp_path, bpe):
+    text = "漢字仮名" * 20
+    (tmp_path / "a.txt").write_text(text)
+    inside = [n for n in range(20, 40) if "\ufffd" in bpe.decode(bpe.encode(text)[:n])]
+    folder = prepare(tmp_path, "mine", f"--input={tmp_path / 'a.txt'}", f"--max_tokens={inside[0]}")
+    found = bpe.decode([*ids_of(folder, "train"), *ids_of(folder, "val")])
+    assert text.startswith(found) and len(found) > 5
 
 
 def test_a_huge_alphabet_gets_uint32(tmp_path):
@@ -280,8 +289,10 @@ def test_killed_at_any_moment_it_ends_the_same_and_the_old_set_stays(tmp_path, s
         assert found in (old, whole)
         return found == old and (folder / "partial").exists()
 
-    # Once in any case while the files are being written, and once at a random moment.
+    # Once while the files are being written, and once at a random moment.
     assert run_and_kill(lambda: any((folder / "partial").glob("train.bin*")))
+    subprocess.run([*new, f"--data_dir={tmp_path / 'killed'}"], check=True)
+    assert contents(folder) == whole
     end = time.time() + random.uniform(0.3, 1) * duration
     run_and_kill(lambda: time.time() > end)
     subprocess.run([*new, f"--data_dir={tmp_path / 'killed'}"], check=True)

@@ -1,157 +1,493 @@
-"""tools/race.py: a small race from end to end, and the arithmetic of its table on made-up curves."""
+"""tools/race.py and tools/report.py: a small race from end to end, kills, and figures by hand."""
 import json
 import math
-from concurrent.futures import Future, ProcessPoolExecutor
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import TINY, one_error, run_main
+import torch
+import torch.nn.functional as F
 
-from model import GPT
-from tools import race
+import config
+import prepare_data
+import train
+from config import UserError
+from device import Stop
+from model import BLOCKS
+from tools import race, report
+from weights import load_model
+
+ROOT = Path(__file__).parents[1]
+TINY = dict(dataset="tiny_char", n_layer=2, n_head=2, n_embd=16, qk_dim=8, block_size=16,
+            batch_size=4, gradient_accumulation_steps=1, warmup_iters=2, max_iters=12,
+            eval_interval=4, device="cpu", dtype="float32", compile=False, optimizer="muon",
+            contenders="gpt2,dva+bank", seeds=2, lrs="0.01,0.03,0.1", rounds=2)
+torch.set_num_threads(1)
 
 
-class InThisProcess:
-    """A ProcessPoolExecutor without processes, which take seconds to start."""
-
-    def __init__(self, *_):
-        pass
-
-    def submit(self, work, *args):
-        future = Future()
-        future.set_result(work(*args))
-        return future
-
-    def shutdown(self, **_):
-        pass
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with the data set tiny_char: 4,500 + 500 characters of invented words."""
+    folder = tmp_path_factory.mktemp("data")
+    choose = random.Random(1)
+    words = ["".join(choose.choices("abcdefghijklmnop", k=choose.randint(1, 6))) for _ in range(60)]
+    (folder / "tiny.txt").write_text(" ".join(choose.choices(words, k=2000))[:5000])
+    prepare_data.main(["tiny_char", f"--input={folder / 'tiny.txt'}", f"--data_dir={folder}"])
+    return folder
 
 
 @pytest.fixture
-def track(tmp_path, monkeypatch, data_dir):
-    """track(**changes): the command line of a tiny race that writes below tmp_path."""
-    monkeypatch.setattr(race, "RACES", tmp_path / "out" / "race")
-    monkeypatch.setattr(race, "ProcessPoolExecutor", InThisProcess)
-    def track(**changes):
-        settings = TINY | dict(data_dir=data_dir, gradient_accumulation_steps=1, name="tiny", contenders="gpt2,dva:shift=False",
-                               seeds=2, lrs="0.002,0.02,0.2", rounds=5, max_iters=6, eval_interval=3) | changes
-        settings.pop("learning_rate"), settings.pop("min_lr")          # the race's own
-        return ["config/race_laptop.py", *(f"--{name}={value}" for name, value in settings.items())]
-    return track
+def argv(data, tmp_path, monkeypatch):
+    """argv(**changes): the command line of a tiny race, which writes below tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def argv(**changes):
+        settings = TINY | {"data_dir": data} | changes
+        return [f"--{name}={value}" for name, value in settings.items()]
+
+    return argv
 
 
-def test_a_race_of_two(track, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(race, "ProcessPoolExecutor", ProcessPoolExecutor)                        # the real one, once
-    race.main(track(jobs=2))
-    folder, printed = tmp_path / "out" / "race" / "tiny", capsys.readouterr().out
-    results, table = json.loads((folder / "results.json").read_text()), (folder / "table.md").read_text()
-    assert list(results["contenders"]) == ["gpt2", "dva:shift=False"] and table in printed
-    assert (folder / "race.png").read_bytes().startswith(b"\x89PNG")
-    for name, r in results["contenders"].items():
-        rates = {float(lr): loss for lr, loss in r["sweep"].items()}
-        assert min(rates, key=rates.get) == r["learning_rate"] not in (min(rates), max(rates))   # a best with worse on both sides
-        assert [curve["seed"] for curve in r["curves"]] == [1337, 1338]
-        losses = [curve["val_loss"][-1] for curve in r["curves"]]
-        assert losses[0] == rates[r["learning_rate"]] != losses[1]
-        assert r["final_val_loss"] == pytest.approx({"mean": sum(losses) / 2, "sd": abs(losses[0] - losses[1]) / 2**0.5, "n": 2})
-        assert all(curve["tokens"] == [0, 3 * 4 * 16, 6 * 4 * 16] for curve in r["curves"])
-        assert r["seconds"] == pytest.approx(6 * r["ms_per_step"]["mean"] / 1e3) == r["curves"][0]["seconds"][-1]
-        assert r["ms_per_step"]["n"] == 5 and r["ms_per_step"]["sd"] > 0
+def entered(argv):
+    """(RaceConfig, {contender: TrainConfig}) of a command line, before any step."""
+    given = config.read(race.RaceConfig, [str(ROOT / "config" / "race_laptop.py"), *argv])
+    rules = config.build(race.RaceConfig, given)
+    return rules, race.enter(rules, given, {"machine": "none"}, torch.device("cpu"))
+
+
+def finish(run, val, test, steps=(0, 10), broken=None):
+    """Leave behind what a finished run does."""
+    Path(run.out_dir).mkdir(parents=True)
+    result = {"steps": list(steps), "val": val, "test": test, "broken": broken}
+    Path(run.out_dir, "result.json").write_text(json.dumps(result))
+
+
+def error_of(function, *arguments):
+    """The message of the UserError that function(*arguments) ends with: one line."""
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- a race ------------------------------------------------------------------------------------
+
+def test_a_race_of_two_from_end_to_end(argv, tmp_path, capsys):
+    race.main(argv())
+    folder, printed = tmp_path / "out" / "race" / "tiny_char-tokens", capsys.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    table = (folder / "table.md").read_text()
+    assert table in printed
+    for word in ("second half", "tiny_char", results["conditions"]["sha256"]["train"][:12],
+                 results["conditions"]["machine"], torch.__version__, results["commit"]):
+        assert word in table
+    for name, fact in results["contenders"].items():
+        # The best has a worse rate on both sides, of the bank's rates too
+        sweep = fact["sweep"]
+        rates = {run["learning_rate"]: run["loss"] for run in sweep if run["bank_lr"] == 8}
+        assert min(rates, key=rates.get) == fact["learning_rate"] not in (min(rates), max(rates))
+        banks = {run["bank_lr"]: run["loss"] for run in sweep
+                 if run["learning_rate"] == fact["learning_rate"]}
+        assert len(banks) >= 3 if name == "dva+bank" else len(banks) == 1
+        assert min(banks, key=banks.get) == fact["bank_lr"]
+        # What chose is the first half, and what is reported is the second
+        best = next(run for run in fact["runs"] if run["seed"] == 1337)
+        assert best["val"][-1] == banks[fact["bank_lr"]] != best["test"][-1]
+        assert [run["seed"] for run in fact["runs"]] == [1337, 1338]
+        assert all(run["steps"] == [0, 4, 8, 12] for run in fact["runs"])
+        losses = [run["test"][-1] for run in fact["runs"]]
         row = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
-        for figure in (f"{losses[0] / 2 + losses[1] / 2:.4f} ± ", f"{r['params']['mean'] / 1e6:.2f} M", f"{r['learning_rate']:g}",
-                       f"{r['ms_per_step']['mean']:.1f} ± "):
-            assert f"| {figure}" in row
+        assert f"| {sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2**0.5:.4f} |" in row
+        assert f"| {fact['learning_rate']:g} |" in row
+    assert re.search(r"\| (better|worse|not told apart) \|", table)
+    for name in ("race.svg", "race-all.svg"):
+        assert "dva+bank" in (folder / name).read_text()
+    assert not list(tmp_path.rglob("*.pt"))
 
-    runs = {path: path.stat().st_mtime_ns for path in folder.parent.glob("runs/*/metrics.jsonl")}
-    lost = next(path for path in runs if "seed1338" in str(path))
-    lines = lost.read_text().splitlines(keepends=True)
-    lost.write_text("".join(lines[:-1]) + lines[-1][:20])              # as a run that was killed leaves it
-    monkeypatch.setattr(race, "ProcessPoolExecutor", InThisProcess)
-    race.main(track(jobs=2))
-    changed = [path for path in runs if path.stat().st_mtime_ns != runs[path]]
-    again = json.loads((folder / "results.json").read_text())
-    assert changed == [lost] and again == results
-    assert not list(folder.parent.glob("runs/*/*.pt"))
+    # The same command runs nothing again and says the same
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    race.main(argv())
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == times
+    assert json.loads((folder / "results.json").read_text()) == results
 
-    race.main(track(name="more", max_iters=7, lrs=folder / "results.json", seeds=1))             # its learning rates, taken over
-    more = json.loads((folder.parent / "more" / "results.json").read_text())
-    for name, r in more["contenders"].items():
-        assert [float(lr) for lr in r["sweep"]] == [r["learning_rate"]] == [results["contenders"][name]["learning_rate"]]
-
-
-def test_match_time_gives_each_the_reference_time(track, tmp_path, monkeypatch):
-    monkeypatch.setattr(race, "step_times", lambda *_: {
-        "threads": 1, "times": {"gpt2": dict(ms=[8.0, 8.0], dtype="", compile=False), "dva": dict(ms=[4.0, 6.0], dtype="", compile=False)}})
-    monkeypatch.setattr(race, "draw", lambda *_: None)
-    race.main(track(match="time", contenders="gpt2,dva", lrs="0.02", seeds=1))
-    results = json.loads((tmp_path / "out/race/tiny/results.json").read_text())["contenders"]
-    assert [r["steps"] for r in results.values()] == [6, 10]           # 6 x 8 / 5, rounded
-    assert [r["learning_rate"] for r in results.values()] == [0.02, 0.02]
-    assert results["dva"]["seconds"] == pytest.approx(0.05) and results["gpt2"]["seconds"] == pytest.approx(0.048)
-    assert results["dva"]["curves"][0]["tokens"][-1] == 10 * 4 * 16 and results["dva"]["final_val_loss"]["sd"] is None
+    # Another race does not take its place unasked
+    before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+    message = error_of(race.main, argv(contenders="gpt2,dva"))
+    assert "contenders='gpt2,dva+bank'" in message and "--overwrite=True" in message
+    assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
+    race.main(argv(contenders="gpt2", seeds=1, lrs="0.03", overwrite=True))
+    assert "dva+bank" not in (folder / "table.md").read_text()
 
 
-@pytest.mark.parametrize("text", ["dva", "dva+bank", "gpt2+bank", "dva:qk_dim=16"])
-def test_match_params_finds_the_depth(track, text):
-    base = race.load(race.RaceConfig, track(n_layer=6, vocab_size=23))
-    first = race.contender("gpt2", base)
-    target = race.body_params(first)
-    cfg = race.match_params(text, race.contender(text, base), target)
-    model = GPT(cfg)
-    tables = [model.transformer.wte.weight, model.transformer.wpe.weight, *(bank.weight for bank in model.banks())]
-    count = model.num_params() - sum(table.numel() for table in tables)
-    assert count == race.body_params(cfg) and abs(count / target - 1) <= 0.05
-    if "bank" in text:
-        assert len(model.banks()) == cfg.n_layer // 3
-    for n_layer in (cfg.n_layer - 1, cfg.n_layer + 1):                 # no other depth is nearer
-        other = race.replace(cfg, n_layer=n_layer, bank_layers=n_layer // 3 if cfg.bank_layers else 0)
-        assert abs(race.body_params(other) - target) >= abs(count - target)
+def test_the_losses_are_those_of_the_two_halves(argv, tmp_path, data):
+    _, contenders = entered(argv(contenders="dva"))
+    run = config.change(race.run_of(contenders["dva"], 0.01, 8.0, 1), lr_decay_iters=12)
+    halves = race.halve(train.open_data(run), 16)
+    with Stop() as stop:
+        train.train(run, torch.device("cpu"), stop, data=halves)
+    records = [json.loads(line) for line in
+               Path(run.out_dir, "metrics.jsonl").read_text().splitlines()]
+    tokens = np.fromfile(data / "tiny_char" / "val.bin", "uint16").astype("int64")
+    half = len(tokens) // 2
+    model = load_model(str(Path(run.out_dir, "last.pt")))
+    for part, name in ((tokens[:half], "val_loss"), (tokens[half:], "test_loss")):
+        # All windows of 16 that fit
+        part = torch.from_numpy(part[:(len(part) - 1) // 16 * 16 + 1])
+        with torch.no_grad():
+            logits, _ = model(part[:-1].view(-1, 16), part[1:].view(-1, 16))
+        loss = F.cross_entropy(logits.flatten(0, 1), part[1:]).item()
+        assert records[-1][name] == pytest.approx(loss, abs=1e-5)
 
 
-def test_steps_to_a_loss():
-    curve = [{"step": step, "val_loss": loss} for step, loss in ((0, 4.0), (100, 3.0), (200, 2.0), (300, 2.5), (400, 1.5))]
-    assert [race.steps_to(curve, loss) for loss in (4.5, 4.0, 3.5, 2.0, 2.25, 1.75, 1.5)] == [0, 0, 50, 200, 175, 375, 400]
-    assert race.steps_to(curve, 1.4) is None
-    broken = [{"step": 0, "val_loss": 4.0}, {"step": 100, "val_loss": math.inf}]
-    assert race.steps_to(broken, 3.0) is None
+def test_a_rate_that_breaks_counts_as_infinitely_bad(argv):
+    rules, contenders = entered(argv(contenders="gpt2", warmup_iters=0, grad_clip=0,
+                                     optimizer="adamw", lrs="0.01,1e30"))
+    cfg = config.change(contenders["gpt2"], lr_decay_iters=12)
+    runs, best = race.tune("gpt2", cfg, rules)
+    assert best is None
+    for run in runs:
+        assert race.carry_out(run)
+    assert "broken" in race.result_of(runs[1])["broken"]
+    assert race.final_loss(runs[1], "val") == math.inf > race.final_loss(runs[0], "val")
+    more, _ = race.tune("gpt2", cfg, rules)
+    assert [run.learning_rate for run in more] == [1e-34, 0.01, 1e30]
 
 
-def test_the_ratio_and_its_uncertainty(track, monkeypatch, tmp_path):
-    """Curves by hand: gpt2 ends at 2.0; dva reaches that after 50 and 75 of 100 steps, each taking half as long."""
-    base = race.load(race.RaceConfig, track(max_iters=100, vocab_size=23, batch_size=1, contenders="gpt2,dva"))
-    contenders = {text: race.contender(text, race.replace(base, lr_decay_iters=100)) for text in ("gpt2", "dva")}
-    ends = {"gpt2": {1337: [4.0, 3.0, 2.1], 1338: [4.0, 3.0, 1.9]}, "dva": {1337: [4.0, 2.0, 1.5], 1338: [4.0, 2.5, 1.5]}}
-    monkeypatch.setattr(race, "curve_of", lambda run: [
-        dict(step=step, tokens=step * 16, val_loss=loss, val_bits_per_byte=loss)
-        for step, loss in zip((0, 50, 100), ends[run.block][run.seed])])
-    monkeypatch.setattr(race, "sweep", lambda text, cfg, _: ([race.run_of(cfg, 0.02, 1337)], race.run_of(cfg, 0.02, 1337)))
-    times = {"gpt2": dict(ms=[8.0, 12.0], dtype="", compile=False), "dva": dict(ms=[4.0, 6.0], dtype="", compile=False)}
-    results = race.summary(contenders, base, times)
-    dva = results["dva"]
-    assert dva["tokens_to_gpt2_loss"] == pytest.approx({"mean": 62.5 * 16, "sd": 25 / 2**0.5 * 16, "n": 2})
-    assert dva["seconds_to_gpt2_loss"] == pytest.approx({"mean": 62.5 * 0.005, "sd": 25 / 2**0.5 * 0.005, "n": 2})
-    assert dva["step_time_ratio"] == pytest.approx({"mean": 0.5, "sd": 0, "n": 2})   # the machine drifted, the ratio did not
-    assert dva["time_to_gpt2_loss_ratio"] == pytest.approx({"mean": 0.3125, "sd": 0.3125 * 25 / 2**0.5 / 62.5, "n": 2})
-    times["dva"]["ms"] = [4.8, 4.8]                                    # 0.6 and 0.4
-    dva = race.summary(contenders, base, times)["dva"]
-    relative = math.hypot(25 / 2**0.5 / 62.5, 0.2 / 2**0.5 / 0.5)      # of the seeds, and of the steps
-    assert dva["time_to_gpt2_loss_ratio"] == pytest.approx({"mean": 0.3125, "sd": 0.3125 * relative, "n": 2})
-    assert results["gpt2"]["tokens_to_gpt2_loss"]["n"] == 1            # one of its seeds never got there
+# ---- who runs ----------------------------------------------------------------------------------
+
+def test_contenders_are_made_from_what_was_given(argv):
+    text = "gpt2,dva,gpt2:rotary=True,dva+bank:n_layer=12,dva+bank:n_embd=32,dva:bank_lr=2"
+    _, contenders = entered(argv(contenders=text))
+    models = [cfg.model for cfg in contenders.values()]
+    assert [model.rotary for model in models] == [False, True, True, True, True, True]
+    assert [model.bank_layers for model in models] == [0, 0, 0, 4, 1, 0]
+    assert [model.value_dim for model in models] == [16, 16, 16, 16, 32, 16]
+    assert all(model.vocab_size == 17 for model in models)             # 16 letters and the space
+    assert contenders["dva:bank_lr=2"].bank_lr == 2
 
 
-def test_a_rate_that_breaks_loses(track, tmp_path, monkeypatch):
-    monkeypatch.setattr(race, "draw", lambda *_: None)
-    race.main(track(contenders="gpt2", lrs="0.02,1e30", seeds=1, max_iters=4, warmup_iters=0, grad_clip=0, optimizer="adamw"))
-    sweep = json.loads((tmp_path / "out/race/tiny/results.json").read_text())["contenders"]["gpt2"]["sweep"]
-    assert sweep["1e+30"] == math.inf and all(math.isfinite(loss) for lr, loss in sweep.items() if lr != "1e+30")
+def test_a_block_of_ones_own_races_without_banks(argv, monkeypatch):
+    class Mine(torch.nn.Module):
+        def __init__(self, config, banked):
+            super().__init__()
+            self.linear = torch.nn.Linear(config.n_embd, config.n_embd)
+
+        def forward(self, x, idx, cache=None):
+            return x + self.linear(x)
+
+    monkeypatch.setitem(BLOCKS, "mine", Mine)
+    _, contenders = entered(argv(contenders="gpt2,mine"))
+    assert race.carry_out(race.run_of(contenders["mine"], 0.01, 8.0, 1))
+    assert "cannot hold a bank" in error_of(entered, argv(contenders="mine+bank"))
 
 
-@pytest.mark.parametrize("change, said", [(dict(match="steps"), "match='steps': there are tokens, time, params"),
-                                          (dict(lrs="1e-3,fast"), "lrs='1e-3,fast': give learning rates"),
-                                          (dict(lrs="0"), "lrs='0': give learning rates"),
-                                          (dict(lrs="nowhere.json"), "lrs='nowhere.json' has no learning rate for 'gpt2'"),
-                                          (dict(contenders="gpt2,dvaa"), "there are gpt2, dva"), (dict(seeds=0), "at least 1"),
-                                          (dict(contenders="gpt2,dva:qk=3"), "unknown setting 'qk'"),
-                                          (dict(match="params", contenders="gpt2,dva:n_layer=1"), "match=params wants 5 %"),
-                                          (dict(dataset="nowhere"), "prepare_data.py nowhere")], ids=str)
-def test_a_wrong_race_is_one_line(track, tmp_path, capsys, change, said):
-    assert said in one_error(run_main(race.main, track(**change), capsys))
-    assert not list(tmp_path.glob("out/race/runs/*"))
+def test_equal_time_gives_each_the_reference_time(argv):
+    rules, contenders = entered(argv(contenders="gpt2,dva,dva:max_iters=5", match="time"))
+    times = {"gpt2": [8.0, 8.0, 99.0], "dva": [5.0, 5.0, 1.0], "dva:max_iters=5": [1.0]}
+    lengths = race.set_lengths(contenders, rules, times)
+    assert [cfg.max_iters for cfg in lengths.values()] == [12, 19, 5]  # 12 x 8 / 5, rounded
+    assert [cfg.lr_decay_iters for cfg in lengths.values()] == [12, 19, 5]
+    assert [cfg.eval_interval for cfg in lengths.values()] == [4, 6, 2]
+
+
+def test_equal_tokens_count_the_batch(argv):
+    rules, contenders = entered(argv(contenders="gpt2,dva:batch_size=8"))
+    lengths = race.set_lengths(contenders, rules, {})
+    assert [cfg.max_iters for cfg in lengths.values()] == [12, 6]
+
+
+@pytest.mark.parametrize("best_rate, best_bank, rates", [
+    (0.03, 8, [0.01, 0.03, 0.1]), (0.001, 8, [0.0001, 0.001, 0.01, 0.03, 0.1]),
+    (1.11, 32, [0.01, 0.03, 0.1, 0.333, 1.11, 3.7])])
+def test_a_sweep_goes_on_until_its_best_has_worse_on_both_sides(argv, best_rate, best_bank, rates):
+    rules, contenders = entered(argv(contenders="dva+bank", lrs="0.01,0.03,0.1"))
+    cfg = contenders["dva+bank"]
+    while True:
+        runs, best = race.tune("dva+bank", cfg, rules)
+        if best:
+            break
+        for run in runs:
+            if race.result_of(run) is None:
+                # The farther from the best, the worse
+                loss = (abs(math.log(run.learning_rate / best_rate))
+                        + abs(math.log(run.bank_lr / best_bank)))
+                # If the second half chose, it would choose the contrary
+                finish(run, [9.0, loss], [9.0, -loss])
+    tried = sorted({run.learning_rate for run in runs})
+    if best_rate == 0.001:
+        rates = [0.000370, 0.00111, 0.00333, 0.01, 0.03, 0.1]
+        best_rate = 0.00111
+    assert tried == pytest.approx(rates) and best.learning_rate == best_rate
+    assert best.bank_lr == best_bank
+    banks = {run.bank_lr for run in runs if run.learning_rate == best_rate}
+    assert min(banks) < best_bank < max(banks)
+
+
+def test_a_contender_that_fixes_its_rates_is_not_swept(argv):
+    rules, contenders = entered(argv(contenders="dva+bank:learning_rate=0.02:bank_lr=3"))
+    [(name, cfg)] = contenders.items()
+    runs, best = race.tune(name, cfg, rules)
+    assert [(run.learning_rate, run.min_lr, run.bank_lr) for run in runs] == [(0.02, 0.002, 3)]
+    assert best is None
+
+
+# ---- stops and kills ---------------------------------------------------------------------------
+
+LONG = dict(max_iters=400, eval_interval=100, contenders="gpt2", lrs="0.01", seeds=1, rounds=1)
+
+
+def start_race(argv, mark):
+    """A race in a process of its own, which hands the environment variable MARK on to its own."""
+    environment = os.environ | {"MARK": mark, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, ROOT / "tools" / "race.py", *argv], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def processes(mark):
+    """The numbers of all processes that have the environment variable MARK=mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"MARK={mark}\0".encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            # It ended meanwhile, or is another user's
+            continue
+    return found
+
+
+def wait_until(condition, seconds=60):
+    """Wait until condition() holds; whether it does in time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def is_training(folder, lines):
+    """Has a run below the folder written so many lines?"""
+    return any(path.read_text().count("\n") >= lines for path in folder.rglob("metrics.jsonl"))
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+
+
+@linux
+def test_a_race_that_is_told_to_stop_ends_its_worker_and_goes_on_later(argv, tmp_path):
+    process = start_race(argv(**LONG), "stop")
+    assert wait_until(lambda: is_training(tmp_path, 2))
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in err
+    assert "Traceback" not in err and not processes("stop")
+    [last] = tmp_path.rglob("last.pt")
+    step = torch.load(last, weights_only=True)["step"]
+    assert 0 < step < 400 and not list(tmp_path.rglob("result.json"))
+
+    race.main(argv(**LONG))
+    [result] = tmp_path.rglob("result.json")
+    # It went on, and came to what an uninterrupted run comes to
+    log = (result.parent / "log.txt").read_text()
+    assert log.count("step 0: loss") == 1 and log.count("step 300: loss") == 1
+    _, contenders = entered(argv(**LONG))
+    cfg = config.change(contenders["gpt2"], lr_decay_iters=400, out_dir="elsewhere")
+    whole = race.run_of(cfg, 0.01, 8.0, 1337)
+    assert race.carry_out(whole)
+    assert race.result_of(whole) == json.loads(result.read_text())
+
+
+@linux
+@pytest.mark.parametrize("lines", [0, 2])
+def test_a_race_that_is_killed_leaves_no_process(argv, tmp_path, lines):
+    mark = f"kill-{lines}"
+    process = start_race(argv(**LONG), mark)
+    # Either while the worker starts, or while it trains
+    assert wait_until(lambda: len(processes(mark)) >= 3)
+    assert wait_until(lambda: lines == 0 or is_training(tmp_path, lines))
+    process.kill()
+    process.communicate()
+    assert wait_until(lambda: not processes(mark), seconds=20)
+
+
+@pytest.mark.skipif(race.fcntl is None, reason="there are no such locks")
+def test_a_folder_has_one_writer(tmp_path):
+    folder = tmp_path / "run"
+
+    def write_too():
+        with race.only_writer(folder, patience=0.1):
+            pass
+
+    with race.only_writer(folder):
+        # The lock belongs to an open file, so that a process can lock itself out
+        assert f"process {os.getpid()} writes in {folder}" in error_of(write_too)
+    write_too()
+
+
+def test_threads_are_divided_from_those_that_are_allowed(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert race.cores() == 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)           # as OMP_NUM_THREADS=2 does
+    assert race.cores() == 2
+
+
+# ---- figures by hand ---------------------------------------------------------------------------
+
+def test_intervals_are_those_of_students_t():
+    # Differences -0.1, -0.2, -0.3: mean -0.2, sd 0.1, t(2) = 4.303, margin 4.303 x 0.1 / sqrt(3)
+    three = report.compare([1.9, 1.8, 1.7], [2.0, 2.0, 2.0])
+    assert three["mean"] == pytest.approx(-0.2) and three["n"] == 3
+    assert three["high"] - three["mean"] == pytest.approx(0.24843, abs=1e-5)
+    assert three["mean"] - three["low"] == pytest.approx(0.24843, abs=1e-5)
+    assert three["verdict"] == "not told apart"
+    # -0.1, -0.2, -0.3, -0.2, -0.2: sd 0.0707, t(4) = 2.776, margin 0.0878
+    five = report.compare([1.9, 1.8, 1.7, 1.8, 1.8], [2.0] * 5)
+    assert five["high"] == pytest.approx(-0.2 + 0.08779, abs=1e-5) and five["verdict"] == "better"
+    assert report.compare([2.0] * 5, [1.9, 1.8, 1.7, 1.8, 1.8])["verdict"] == "worse"
+    # Paired: the seeds differ by much more than the contenders
+    assert report.compare([1.010, 2.011, 3.012], [1.0, 2.0, 3.0])["verdict"] == "worse"
+    assert report.compare([1.0], [2.0]) == {"mean": -1.0, "low": None, "high": None, "n": 1,
+                                            "verdict": "not told apart"}
+    assert report.compare([1.0, math.inf], [1.0, 1.0])["verdict"] == "broken"
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30])
+def test_the_quantiles_leave_two_and_a_half_percent_above_them(freedom):
+    density = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    t = np.linspace(0, report.STUDENT[freedom - 1], 200001)
+    area = np.trapezoid(density * (1 + t**2 / freedom) ** (-(freedom + 1) / 2), t)
+    assert area == pytest.approx(0.475, abs=2e-5)
+
+
+def test_steps_to_a_loss_lie_on_straight_lines():
+    steps, losses = [0, 100, 200, 300, 400], [4.0, 3.0, 2.0, 2.5, 1.5]
+    wanted = {4.5: 0, 4.0: 0, 3.5: 50, 2.0: 200, 2.25: 175, 1.75: 375, 1.5: 400, 1.4: math.inf}
+    for target, step in wanted.items():
+        assert report.steps_to(steps, losses, target) == step
+    assert report.steps_to([], [], 1.0) == math.inf
+
+
+def made_up(name, ms_before, ms_after, curves, broken=None):
+    """The facts of a contender with one curve for each seed, evaluated at steps 0, 50, 100."""
+    runs = [{"seed": seed, "steps": [0, 50, 100], "val": curve, "test": curve, "broken": broken}
+            for seed, curve in enumerate(curves)]
+    sweep = [{"learning_rate": rate, "bank_lr": 8.0, "loss": 2.0} for rate in (0.01, 0.02, 0.04)]
+    settings = dict(max_iters=100, n_layer=2, n_embd=16, block_size=16, batch_size=4, compile=False,
+                    gradient_accumulation_steps=1, optimizer="muon", dtype="float32", bank_layers=0)
+    return {name: {"settings": settings, "parameters": 12345, "flops_per_token": 1,
+                   "ms_before": ms_before, "ms_after": ms_after, "learning_rate": 0.02,
+                   "bank_lr": 8.0, "sweep": sweep, "runs": runs}}
+
+
+def results_of(facts, against=()):
+    conditions = {"dataset": "tiny", "tokens": {"train": 9, "val": 10}, "machine": "abacus",
+                  "bytes": {"train": 9, "val": 20}, "sha256": {"train": "0123456789abcdef"},
+                  "torch": "2"}
+    return {"name": "by hand", "rules": {"seeds": 2, "match": "tokens"}, "threads": 1,
+            "conditions": conditions, "commit": "c0ffee", "contenders": facts,
+            "figures": report.figures_of(facts, against)}
+
+
+FACTS = (made_up("gpt2", [10.0, 10.0], [10.0, 10.0], [[4.0, 3.0, 2.1], [4.0, 3.0, 1.9]])
+         | made_up("dva", [4.0, 6.0], [5.0, 5.0], [[4.0, 2.0, 1.5], [4.0, 2.5, 1.5]])
+         | made_up("dva+bank", [5.0, 5.0], [5.5, 5.5], [[4.0, 3.0, 2.5], [4.0, 3.0, 1.5]]))
+
+
+def test_times_to_the_reference_loss_by_hand():
+    figures = report.figures_of(FACTS, ["dva"])
+    assert figures["gpt2"]["seconds"] == pytest.approx(1.0)            # 100 steps of 10 ms
+    # The loss to reach is 2.0: dva has it after 50 and 75 steps of 5 ms
+    assert figures["dva"]["seconds_to_reference"] == pytest.approx(
+        {"mean": 0.3125, "sd": 0.125 / 2**0.5, "n": 2})
+    assert figures["dva"]["step_time_ratio"] == pytest.approx(0.5)
+    # One of two seeds got there, two thirds of the way from step 50 to 100, at 5.25 ms
+    reached = figures["dva+bank"]["seconds_to_reference"]
+    assert reached["n"] == 1 and reached["mean"] == pytest.approx((50 + 50 / 1.5) * 5.25e-3)
+    assert figures["dva+bank"]["against"].keys() == {"gpt2", "dva"}
+    assert figures["dva"]["against"]["gpt2"]["mean"] == pytest.approx(-0.5)
+    assert all(entry["bracketed"] for entry in figures.values())
+
+
+def test_the_table_shows_drift_and_verdicts_and_seeds_that_never_got_there():
+    facts = FACTS | made_up("broke", [1.0], [1.0], [[], []], broken="a loss is nan")
+    facts["broke"]["ms_before"] = facts["broke"]["ms_after"] = [1.0, 1.0]
+    facts["broke"]["sweep"] = facts["broke"]["sweep"][1:]
+    text = report.table(results_of(facts, ["dva"]))
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
+    assert "| 5.00 |" in rows["dva"] and "| 5.25 (before 5.00, after 5.50) |" in rows["dva+bank"]
+    assert "(1 of 2 seeds)" in rows["dva+bank"] and "not told apart" in rows["dva+bank"]
+    assert "| 1.5000 ± 0.0000 | 1.082 ± 0.000 |" in rows["dva"]        # 1.5 / ln 2 x 10 / 20
+    assert "0.312 ± 0.088" in rows["dva"] and "not bracketed" in rows["broke"]
+    assert "broken" in rows["broke"] and "abacus" in text and "0123456789ab" in text
+
+
+def test_pictures_name_their_lines_and_let_the_page_shine_through(tmp_path):
+    report.draw_all(results_of(FACTS), ["gpt2", "dva"], tmp_path)
+    picture, everything = ((tmp_path / name).read_text() for name in ("race.svg", "race-all.svg"))
+    assert ">gpt2<" in picture and ">dva<" in picture and ">dva+bank<" not in picture
+    assert all(f">{name}<" in everything for name in FACTS)
+    assert report.COLOURS[0].lower() in picture and report.COLOURS[0].lower() not in everything
+    assert "fill: #ffffff" not in picture and "fill: #000000" not in picture
+    report.draw_all(results_of(FACTS), ["gpt2", "dva"], tmp_path)
+    assert (tmp_path / "race.svg").read_text() == picture
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.draw_all(results_of(FACTS), ["gpt2"], tmp_path)
+    printed = capsys.readouterr().out
+    assert "pip install matplotlib" in printed and printed.count("\n") == 1
+
+
+# ---- what the user gets wrong ------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(match="steps"), "match='steps': there are tokens, time"),
+    (dict(lrs="1e-3,fast"), "lrs='1e-3,fast': give rates above 0"),
+    (dict(lrs="0"), "lrs='0': give rates above 0"),
+    (dict(bank_lrs="-1"), "bank_lrs='-1': give rates"),
+    (dict(contenders="gpt2,dvaa"), "there are gpt2, dva"),
+    (dict(contenders="gpt2,gpt2"), "names one of them twice"),
+    (dict(contenders="gpt2,dva:qk=3"), "unknown setting 'qk'"),
+    (dict(contenders="gpt2,dva+blank"), "behind the + stands bank"),
+    (dict(contenders="gpt2,dva:help"), "then :setting=value"),
+    (dict(contenders="gpt2,dva:block=gpt2"), "its block stands in front"),
+    (dict(contenders="gpt2,dva:seed=3"), "seed is not for a contender to set"),
+    (dict(contenders="gpt2,dva:block_size=8"), "block_size is not for a contender"),
+    (dict(against="dva"), "against: 'dva' is none of the contenders gpt2, dva+bank"),
+    (dict(highlight="gpt3"), "highlight: 'gpt3' is none"),
+    (dict(seeds=0), "seeds=0: it must be at least 1"),
+    (dict(block_size=300), "half of the validation split holds 250 tokens"),
+    (dict(dataset="nowhere"), "prepare_data.py nowhere"),
+    (dict(learning_rate=1), "unknown setting 'learning_rate'"),
+    (dict(out_dir="x"), "unknown setting 'out_dir'")], ids=str)
+def test_a_wrong_race_is_one_line_and_leaves_nothing(argv, tmp_path, changes, message):
+    assert message in error_of(race.main, argv(**changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_offers_what_the_race_obeys_and_nothing_else(capsys):
+    with pytest.raises(SystemExit) as end:
+        race.main(["--help"])
+    offered = set(re.findall(r"^  --(\w+)=", capsys.readouterr().out, re.MULTILINE))
+    assert end.value.code == 0 and not offered & (set(race.DECIDED) - {"seed", "overwrite"})
+    assert {"contenders", "seeds", "seed", "n_layer", "max_iters", "optimizer", "jobs"} <= offered
+
+
+def test_it_runs_as_a_script_from_any_folder(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tools" / "race.py", "--contenders=gpt9"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: no data/shakespeare_char")
+
+
+@pytest.mark.parametrize("preset", sorted(ROOT.glob("config/race_*.py")), ids=str)
+def test_the_presets_are_races(preset):
+    config.load(race.RaceConfig, [str(preset)])

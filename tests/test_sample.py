@@ -1,116 +1,254 @@
-"""Sampling: prompts of every kind, good and bad, and the same seed gives the same text."""
+"""Sampling: prompts of every kind, good and bad, and texts that follow from their seed."""
+import io
+import sys
+from dataclasses import asdict
+
 import pytest
 import torch
-from conftest import one_error, run_main
+from conftest import BLOCKS, command_line, ending_of, refused
 
 import sample
-import train
-from model import GPT
-from prepare_data import Tokenizer
+from checkpoints import load_checkpoint, save
+from model import GPT, ModelConfig, draw
+from tokenizer import Tokenizer
+from weights import load_model
+
+BETWEEN = "\n---------------\n"
 
 
 @pytest.fixture
-def draw(trained, capsys):
-    """draw(**settings): sample.main() on the tiny run; -> (exit status, stdout, stderr)."""
-    def draw(**settings):
-        settings = dict(out_dir=trained, num_samples=1, max_new_tokens=20, device="cpu", dtype="float32") | settings
-        return run_main(sample.main, [f"--{name}={value}" for name, value in settings.items()], capsys)
-    return draw
+def texts(trained, capsys):
+    """texts(**settings): what sample.main() writes after the tiny run, a list of texts."""
+    def texts(**changes):
+        settings = dict(out_dir=trained, num_samples=1, max_new_tokens=20, device="cpu",
+                        dtype="float32", start="ab")
+        status, out = ending_of(sample.main, command_line(settings | changes), capsys)
+        assert status == 0 and out.endswith(BETWEEN)
+        return out.split(BETWEEN)[:-1]
+    return texts
 
 
 @pytest.fixture
-def text(draw):
-    """text(**settings): the samples, without what stands between them."""
-    def text(**settings):
-        status, out, err = draw(**settings)
-        assert status == 0 and not err
-        return out.split("\n---------------\n")[:-1]
-    return text
-
-
 def alphabet(trained):
-    return train.load_checkpoint(trained / "best.pt")["tokenizer"]["alphabet"]
+    return load_checkpoint(trained / "best.pt")["tokenizer"]["alphabet"]
 
 
-def test_seeds(text):
-    first = text(num_samples=3, start="ab", seed=1)
-    assert len(first) == 3 and len(set(first)) == 3 and all(len(each) == 22 and each.startswith("ab") for each in first)
-    assert text(num_samples=3, start="ab", seed=1) == first != text(num_samples=3, start="ab", seed=2)
+# ---- drawing a token -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(top_k=5), dict(top_p=0.6), dict(top_k=9, top_p=0.8), dict(temperature=0.5)],
+    ids=str)
+def test_draws_follow_the_chances(options):
+    """
+    Of 20,000 rows, as many draw a token as its chance says, to 5 standard deviations, and a token
+    without a chance is never drawn.
+    """
+    logits = 2 * torch.randn(23, generator=torch.Generator().manual_seed(0))
+    chances = (logits / options.get("temperature", 1)).softmax(dim=0)
+    keep = chances.argsort(descending=True)[:options.get("top_k", 23)]
+    share = chances[keep] / chances[keep].sum()
+    keep = keep[share.cumsum(dim=0) - share < options.get("top_p", 1.1)]
+    expected = torch.zeros(23).index_copy(0, keep, chances[keep] / chances[keep].sum())
+    luck = torch.rand(20000, 1, generator=torch.Generator().manual_seed(1))
+    drawn = draw(logits.expand(20000, 23), luck, **options)
+    share = drawn.flatten().bincount(minlength=23) / 20000
+    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 20000).sqrt()).all()
 
 
-def test_temperature_0_is_the_likeliest_token(text, trained):
-    checkpoint = train.load_checkpoint(trained / "best.pt")
-    model = GPT(train.ModelConfig(**checkpoint["model_config"])).eval()
-    model.load_state_dict(checkpoint["model"])
-    ids = Tokenizer(checkpoint["tokenizer"]).encode("ab")
-    for _ in range(14):                                                # up to the window: no cache, no sampling
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (0, 0.3), (7, 0.8), (0, 1e-9)])
+def test_top_k_and_top_p_leave_the_tokens_that_transformers_leaves(top_k, top_p):
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+    logits = 3 * torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    theirs = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    left = TopPLogitsWarper(top_p)(None, theirs).isfinite()
+    luck = torch.linspace(0, 1 - 1e-6, 3000)[:, None]
+    for row in range(8):
+        drawn = draw(logits[row].expand(3000, 40), luck, top_k=top_k, top_p=top_p)
+        likely = left[row] & (logits[row].softmax(dim=0) > 1e-3)
+        drawn = set(drawn.flatten().tolist())
+        assert drawn <= set(left[row].nonzero().flatten().tolist())
+        assert drawn >= set(likely.nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("luck", [0.0, 0.5, 1 - 2**-24])
+@pytest.mark.parametrize("temperature", [0, 1e-40, 1e-6, 1e-4])
+def test_a_temperature_near_0_takes_the_likeliest(temperature, luck):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-1e4, -2e4, -3e4]])
+    drawn = draw(logits, torch.full((2, 1), luck), temperature)
+    assert drawn.tolist() == [[1], [0]]
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+def test_texts_follow_from_the_seed(texts):
+    first = texts(num_samples=3, seed=1)
+    assert len(set(first)) == 3
+    assert all(len(text) == 22 and text.startswith("ab") for text in first)
+    assert texts(num_samples=3, seed=1) == first != texts(num_samples=3, seed=2)
+
+
+def test_a_text_does_not_depend_on_how_many_are_made_with_it(texts):
+    assert texts(num_samples=1) == texts(num_samples=2)[:1] == texts(num_samples=7)[:1]
+
+
+def test_temperature_0_takes_the_likeliest_token(texts, trained, alphabet):
+    model = load_model(str(trained))
+    ids = [alphabet.index("a"), alphabet.index("b")]
+    # Up to the window: no cache, no sampling
+    for _ in range(14):
         ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
-    expected = "".join(checkpoint["tokenizer"]["alphabet"][i] for i in ids)
-    assert text(start="ab", temperature=0, max_new_tokens=14, num_samples=2) == [expected] * 2
+    expected = "".join(alphabet[i] for i in ids)
+    greedy = texts(temperature=0, max_new_tokens=14, num_samples=2)
+    assert greedy == [expected, expected]
+    for nearly in (dict(temperature=1e-40), dict(temperature=1e-6), dict(top_k=1),
+                   dict(top_p=1e-9)):
+        assert texts(max_new_tokens=14, num_samples=2, **nearly) == greedy
 
 
-def test_stop_token(text, trained):
-    characters = alphabet(trained)
-    whole, = text(start="ab", temperature=1, max_new_tokens=200)
+def test_a_text_ends_with_the_stop_token(texts, alphabet):
+    [whole] = texts(temperature=1, max_new_tokens=200)
     stop = whole[10]
-    end = whole.index(stop, 2)                                         # its first place behind the prompt
-    assert text(start="ab", temperature=1, max_new_tokens=200, stop_token=characters.index(stop)) == [whole[:end + 1]]
+    # Its first place behind the prompt
+    end = whole.index(stop, 2)
+    found = texts(temperature=1, max_new_tokens=200, stop_token=alphabet.index(stop))
+    assert found == [whole[:end + 1]]
 
 
-def test_texts_made_together_end_each_at_its_own(text, trained):
-    stop = " "
-    texts = text(start="ab", temperature=1, max_new_tokens=40, num_samples=8, stop_token=alphabet(trained).index(stop))
-    lengths = {len(each) for each in texts}
-    assert len(texts) == 8 and len(lengths) > 2 and max(lengths) <= 42
-    assert all(each.index(stop) == len(each) - 1 for each in texts if len(each) < 42)
+def test_texts_made_together_end_each_at_its_own_place(texts, alphabet):
+    found = texts(temperature=1, max_new_tokens=40, num_samples=8, stop_token=alphabet.index(" "))
+    lengths = {len(text) for text in found}
+    assert len(found) == 8 and len(lengths) > 2 and max(lengths) <= 42
+    assert all(text.index(" ") == len(text) - 1 for text in found if len(text) < 42)
 
 
-def test_top_k_1_is_temperature_0(text):
-    assert text(start="ab", top_k=1) == text(start="ab", temperature=0)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_writes_text_in_every_precision(run, texts, tmp_path, block):
+    """Another precision may choose other characters, and as many."""
+    run(block=block, max_iters=2)
+    for dtype in ("auto", "float32", "bfloat16", "float16"):
+        [text] = texts(out_dir=tmp_path / "out", dtype=dtype, max_new_tokens=30)
+        assert text.startswith("ab") and len(text) == 32
 
 
-def test_a_prompt_in_a_file(text, tmp_path):
-    (tmp_path / "prompt.txt").write_text("abé cab")
-    assert text(start=f"FILE:{tmp_path / 'prompt.txt'}") == text(start="abé cab")
+# ---- prompts -------------------------------------------------------------------------------------
+
+def test_a_prompt_in_a_file_and_on_standard_input(texts, tmp_path, monkeypatch):
+    expected = texts(start="abé cab")
+    (tmp_path / "prompt.txt").write_text("abé cab", encoding="utf-8")
+    assert texts(start=f"FILE:{tmp_path / 'prompt.txt'}") == expected
+    prompt = io.BytesIO("abé cab".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(prompt, encoding="ascii"))
+    assert texts(start="-") == expected
+
+
+def test_backslash_n_in_a_prompt_is_a_new_line():
+    """nanoGPT's default prompt is a new line, and a shell cannot easily write one."""
+    assert sample.read_prompt(r"a\nb") == "a\nb"
+    assert sample.read_prompt("a\nb") == "a\nb"
 
 
 @pytest.mark.parametrize("length", [16, 17, 1000])
-def test_a_prompt_longer_than_the_window(text, trained, monkeypatch, length):
-    """All of it is printed; the newest 16 characters are seen."""
+def test_of_a_long_prompt_all_is_printed_and_the_newest_window_seen(texts, alphabet, monkeypatch,
+                                                                    length):
     seen, forward = [], GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, idx, **kw: (seen.append(idx[0].tolist()), forward(self, idx, **kw))[1])
+
+    def watched(self, idx, *args, **options):
+        seen.append(idx[0].tolist())
+        return forward(self, idx, *args, **options)
+    monkeypatch.setattr(GPT, "forward", watched)
     prompt = ("a" * 1000 + "bcdefghijklmnopr")[-length:]
-    long, = text(start=prompt)
-    assert long.startswith(prompt) and len(long) == length + 20
-    assert seen[0] == [alphabet(trained).index(character) for character in prompt[-16:]]
+    [text] = texts(start=prompt)
+    assert text.startswith(prompt) and len(text) == length + 20
+    assert seen[0] == [alphabet.index(character) for character in prompt[-16:]]
 
 
-def test_bad_prompts(draw, trained, tmp_path):
-    error = one_error(draw(start="abZ"))
-    assert "character 'Z' is not in the alphabet" in error and repr(alphabet(trained)) in error
-    assert "start is empty" in one_error(draw(start=""))
+def test_end_of_text_alone_is_its_token_and_in_a_text_it_is_text():
+    gpt2 = Tokenizer({"kind": "gpt2"})
+    assert sample.encode_prompt("<|endoftext|>", gpt2) == [50256]
+    assert len(sample.encode_prompt("a<|endoftext|>", gpt2)) > 2
+
+
+def test_characters_that_span_tokens_are_put_together(tmp_path, capsys):
+    """A random model over GPT-2's tokens writes many a token that ends inside a character."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=257, n_layer=1, n_head=1, n_embd=8, block_size=16))
+    save({"format": 2, "model": model.state_dict(), "model_config": asdict(model.config),
+          "tokenizer": {"kind": "gpt2:257"}}, tmp_path / "best.pt")
+    argv = [f"--out_dir={tmp_path}", "--num_samples=2", "--start=é", "--max_new_tokens=100",
+            "--temperature=2", "--top_k=0", "--dtype=float32"]
+    _, out = ending_of(sample.main, argv, capsys)
+    torch.manual_seed(1337)
+    tokenizer = Tokenizer({"kind": "gpt2:257"})
+    ids = torch.tensor([tokenizer.encode("é")] * 2)
+    expected = [tokenizer.decode(row).decode(errors="replace")
+                for row in model.eval().generate(ids, 100, temperature=2).tolist()]
+    # A last character that is cut off is not written
+    assert [text.rstrip("\ufffd") for text in out.split(BETWEEN)[:-1]] \
+        == [text.rstrip("\ufffd") for text in expected]
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+def test_a_character_that_is_not_in_the_alphabet_is_named(texts, alphabet):
+    with refused("character 'Z' is not in the alphabet", repr(alphabet)):
+        texts(start="abZ")
+    # A byte that is not UTF-8, as the shell hands it over
+    with refused("character '\\udcff'"):
+        texts(start="a\udcff")
+
+
+def test_an_empty_prompt_is_refused(texts, tmp_path):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    for start in ("", f"FILE:{tmp_path / 'empty.txt'}"):
+        with refused("start is empty"):
+            texts(start=start)
+
+
+def test_a_prompt_that_cannot_be_read_is_named(texts, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
-    assert "prompt.txt is not UTF-8: byte 0xff at 2" in one_error(draw(start=f"FILE:{tmp_path / 'prompt.txt'}"))
-    (tmp_path / "prompt.txt").write_bytes(b"")
-    assert "start is empty" in one_error(draw(start=f"FILE:{tmp_path / 'prompt.txt'}"))
-    assert "cannot read the prompt" in one_error(draw(start=f"FILE:{tmp_path / 'nothing.txt'}"))
-    assert "cannot read the prompt" in one_error(draw(start=f"FILE:{tmp_path}"))
-    assert "character '\\udcff'" in one_error(draw(start="a\udcff"))    # a byte that is not UTF-8, as the shell hands it over
+    with refused("prompt.txt is not UTF-8: byte 0xff at 2"):
+        texts(start=f"FILE:{tmp_path / 'prompt.txt'}")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="ascii"))
+    with refused("the prompt standard input is not UTF-8"):
+        texts(start="-")
+    for path in (tmp_path / "nothing.txt", tmp_path):
+        with refused("cannot read the prompt"):
+            texts(start=f"FILE:{path}")
 
 
-def test_nothing_to_sample_from(draw, tmp_path):
-    assert "train first" in one_error(draw(out_dir=tmp_path))
-    assert "train first" in one_error(draw(out_dir=tmp_path / "nothing"))
+def test_without_a_checkpoint_there_is_nothing_to_sample_from(texts, tmp_path):
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with refused("train first"):
+            texts(out_dir=folder)
 
 
-def test_last_is_sampled_where_there_is_no_best(draw, trained, tmp_path):
+def test_last_is_sampled_where_there_is_no_best(texts, trained, tmp_path):
     (tmp_path / "last.pt").write_bytes((trained / "last.pt").read_bytes())
-    assert draw(out_dir=tmp_path, start="ab")[0] == 0
+    assert len(texts(out_dir=tmp_path)[0]) == 22
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(temperature=-1), "temperature=-1.0: it must be at least 0"), (dict(top_k=-5), "top_k=-5"), (dict(num_samples=0), "num_samples=0"),
-    (dict(max_new_tokens=0), "max_new_tokens=0"), (dict(seed=-1), "seed=-1"), (dict(device="cuda:77"), "is not on this machine"),
+@pytest.mark.parametrize("settings, words", [
+    (dict(temperature=-1), "temperature=-1.0: it must be at least 0"), (dict(top_k=-5), "top_k=-5"),
+    (dict(num_samples=0), "num_samples=0"), (dict(max_new_tokens=0), "max_new_tokens=0"),
+    (dict(seed=-1), "seed=-1"), (dict(top_p=0), "top_p=0.0: it must be"),
+    (dict(top_p=1.5), "top_p=1.5: it must be"), (dict(stop_token=-2), "stop_token=-2"),
+    (dict(device="cuda:77"), "is not on this machine"), (dict(dtype="int8"), "dtype='int8'"),
     (dict(strat="a"), "did you mean 'start'?")], ids=str)
-def test_bad_settings(draw, settings, message):
-    assert message in one_error(draw(**settings))
+def test_a_wrong_setting_is_named(texts, settings, words):
+    with refused(words):
+        texts(**settings)
+
+
+def test_an_interrupted_text_is_shown_as_far_as_it_came(trained, capsys, monkeypatch):
+    stream = GPT.stream
+
+    def interrupted(self, *args):
+        for count, new in enumerate(stream(self, *args)):
+            if count == 5:
+                raise KeyboardInterrupt
+            yield new
+    monkeypatch.setattr(GPT, "stream", interrupted)
+    argv = command_line(dict(out_dir=trained, num_samples=2, start="ab", device="cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(argv)
+    assert [len(text) for text in capsys.readouterr().out.split(BETWEEN)[:-1]] == [7, 7]

@@ -1,220 +1,416 @@
 """
-Time training steps, sampling and data loading of the blocks, each at its own best setting.
+Time training steps, sampling, attention and data loading, at any size.
 
-    python -m tools.bench                                                   GPT-2 124M shapes, batch 1
-    python -m tools.bench --n_layer=4 --n_embd=128 --n_head=4 --block_size=64 --batch_size=12 --vocab_size=65
-    python -m tools.bench --contenders=gpt2,dva:qk_dim=768,dva+bank --dtypes=bfloat16 --profile=True
-    python -m tools.bench --what=sample,data
+    python -m tools.bench                                         GPT-2's 124M shape, batch 1
+    python -m tools.bench --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --vocab_size=65
+    python -m tools.bench --what=train,sample --contenders=gpt2,dva:qk_dim=768,dva+bank
+    python -m tools.bench --what=gpu --json=gpu.json              ten minutes of a GPU
 
-A contender is a block, perhaps with +bank (the last third of its layers), perhaps with settings: dva+bank:qk_dim=32:shift=False.
-Contenders and settings take turns, step by step, so that a machine whose speed drifts treats them alike; figures are
-medians, and ratios are to the first contender.
+A contender is a block, perhaps with +bank (a bank in the last third of its layers), perhaps with
+settings of train.py: dva+bank:qk_dim=32:optimizer=muon. Figures are medians, and ratios are to the
+first contender. On a CPU, whose speed drifts, contenders take turns step by step; on a GPU, whose
+memory is short, each is gone before the next one comes.
 """
+import gc
 import json
+import math
+import platform
 import statistics
+import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-import model as model_module
+# So that python tools/bench.py finds the modules above this folder, too
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import config
 import train
-from config import build, check, fail, load, read
-from model import GPT, Cache, ModelConfig, attend
-from optimizers import build_optimizers, clip_gradients
+from config import build, change, check, fail, flat
+from device import DTYPES, autocast, pick_device
+from model import Cache, ModelConfig, explicit_attention
+from optimizers import build_optimizers
+from weights import build_model
+
+PARTS = ("train", "sample", "data", "attention")
+# The settings that a contender has from this tool, unless it names its own
+SHARED = ("batch_size", "gradient_accumulation_steps", "optimizer")
+# Steps before the timed ones, in which memory is found and kernels are compiled
+WARM_UP = 2
+# What --what=gpu runs: these parts, first at GPT-2's 124M shape, then at that of nanoGPT's preset
+# for characters
+GPU_PARTS = [dict(what="attention"), dict(what="sample,train", compiles="False"),
+             dict(what="train", compiles="True")]
+GPU_CONTENDERS = ("gpt2,gpt2:rotary=True,dva,dva:qk_dim={C},"
+                  "gpt2+bank,gpt2+bank:rotary=True,dva+bank,dva+bank:qk_dim={C}")
+GPU_SHAPES = [dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304,
+                   batch_size=12, contenders=GPU_CONTENDERS.format(C=768)),
+              dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65,
+                   batch_size=64, contenders=GPU_CONTENDERS.format(C=384))]
 
 
 @dataclass
-class BenchConfig(ModelConfig):
-    vocab_size: int = 50304         # rows of the token table
-    contenders: str = "gpt2,dva:qk_dim=768,dva,gpt2+bank,dva+bank"   # what is timed, against the first of them
-    what: str = "train,sample,data" # parts, with commas between
-    batch_size: int = 1             # sequences per micro-batch
-    gradient_accumulation_steps: int = 1 # micro-batches per step
-    optimizer: str = "adamw"        # adamw or muon
-    dtypes: str = "float32,bfloat16" # types to try
-    compiles: str = "False,True"    # without torch.compile and with it
-    attentions: str = "attend"      # ways to compute attention: attend chooses between fused and explicit
-    rounds: int = 5                 # timed steps of each, after two for warming up
-    max_new_tokens: int = 512       # sampled in a timing
-    num_samples: int = 8            # texts in a batch, beside one alone
-    device: str = "auto"            # auto (cuda, else mps, else cpu), or cpu, cuda, cuda:1, mps
-    profile: bool = False           # print where a step's time goes, by operator
-    json: str = ""                  # write all figures to this file
+class BenchConfig:
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"without": ("block",)})
+    contenders: str = "gpt2,dva:qk_dim=768,dva,gpt2+bank,dva+bank"   # the first is the reference
+    what: str = "train,sample,data"          # parts: train, sample, data, attention; or gpu
+    batch_size: int = 1                      # sequences per micro-batch
+    gradient_accumulation_steps: int = 1     # micro-batches per step
+    optimizer: str = "adamw"                 # adamw or muon
+    dtypes: str = "float32,bfloat16"         # types to time, with commas between
+    compiles: str = "False,True"             # without torch.compile and with it
+    rounds: int = 5                          # timed steps of each, after two to warm up
+    max_new_tokens: int = 512                # sampled in a timing
+    num_samples: int = 8                     # texts in a batch, beside one alone
+    device: str = "auto"                     # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1
+    json: str = ""                           # write all figures to this file
 
     def __post_init__(self):
-        super().__post_init__()
-        check(self, least=dict(vocab_size=1, batch_size=1, gradient_accumulation_steps=1, rounds=1, max_new_tokens=2, num_samples=1),
+        check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, rounds=1,
+                               max_new_tokens=2, num_samples=1),
               choices=dict(optimizer=["adamw", "muon"]))
-        for name, allowed in dict(what=["train", "sample", "data"], dtypes=["float32", "bfloat16", "float16"],
-                                  compiles=["False", "True"], attentions=["attend", "fused", "explicit"]).items():
+        lists = dict(what=[*PARTS, "gpu"], dtypes=DTYPES, compiles=["False", "True"])
+        for name, options in lists.items():
             for part in getattr(self, name).split(","):
-                if part not in allowed:
-                    raise ValueError(f"{name}: {part!r} is none of {', '.join(allowed)}")
+                if part not in options:
+                    fail(f"{name}: {part!r} is none of {', '.join(options)}")
+        if "gpu" in self.what and self.what != "gpu":
+            fail(f"what={self.what!r}: gpu stands alone, it has parts of its own")
 
 
-def contender(text, cfg):
+# ---- contenders --------------------------------------------------------------------------------
+
+def own_settings(text):
+    """The settings, as a dict, that a contender such as 'dva+bank:qk_dim=32' names for itself."""
+    pairs = text.split(":")[1:]
+    for pair in pairs:
+        if "=" not in pair:
+            fail(f"contender {text!r}: it is a block, then +bank or nothing, then :setting=value "
+                 f"as often as you like")
+    own = config.read(train.TrainConfig, [f"--{pair}" for pair in pairs])
+    if "block" in own:
+        fail(f"contender {text!r}: its block stands in front, without 'block='")
+    return dict(own)
+
+
+def contender(text, settings):
     """
-    The TrainConfig that 'dva+bank:qk_dim=32:optimizer=muon' stands for, all else as in cfg where it has it. Exits with
-    status 2 where it stands for none.
+    The TrainConfig that 'dva+bank:qk_dim=32' stands for, with the dict `settings` where it says
+    nothing. These are settings as they were given: in a finished ModelConfig the positions are
+    already decided, for another block. Raises UserError where the text stands for none.
     """
-    head, *pairs = text.split(":")
-    block, plus, bank = head.partition("+")
-    if bank != "bank"[:4 * len(plus)]:
-        fail(f"contender {text!r}: a block, then +bank or nothing, then :setting=value as often as you like")
-    settings = {f.name: getattr(cfg, f.name) for f in fields(train.TrainConfig) if hasattr(cfg, f.name)} | {"block": block}
-    settings |= read(train.TrainConfig, [f"--{pair}" for pair in pairs])
-    if bank:
-        settings["bank_layers"] = max(1, settings["n_layer"] // 3)
-    return build(train.TrainConfig, settings)
+    own = own_settings(text)
+    block, plus, bank = text.partition(":")[0].partition("+")
+    if plus and bank != "bank":
+        fail(f"contender {text!r}: behind the + stands bank")
+    settings = settings | own | {"block": block}
+    if plus:
+        n_layer = settings.get("n_layer", ModelConfig.n_layer)
+        settings |= {"bank_layers": n_layer - 2 * n_layer // 3} | own
+    cfg = build(train.TrainConfig, settings)
+    # On the meta device a block says at no cost what it refuses
+    with torch.device("meta"):
+        build_model(cfg.model)
+    return cfg
 
 
-def timed(device, work, *args):
-    """Seconds that work(*args) takes."""
-    synchronize = getattr(torch, device.type).synchronize              # nothing to wait for on a CPU, but the call is there
-    synchronize()
+# ---- timing ------------------------------------------------------------------------------------
+
+def timed(device, function, *arguments):
+    """Milliseconds that function(*arguments) takes."""
+    synchronize(device)
     start = time.perf_counter()
-    work(*args)
-    synchronize()
-    return time.perf_counter() - start
+    function(*arguments)
+    synchronize(device)
+    return (time.perf_counter() - start) * 1e3
 
 
-def bench_training(contenders, device, dtypes, compiles, attentions=("attend",), rounds=5, profile=False):
+def synchronize(device):
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
+
+
+def compile_or_fail():
     """
-    Rows of {contender, dtype, compile, attention, params, flops_per_token, ms_per_step, steps_ms, tokens_per_s, flops_per_s}, one for
-    each of contenders {name: TrainConfig}, dtypes and compiles (as a TrainConfig has them), and attentions of model.py.
+    Let torch.compile fail where it would give up. It does so without a word once it has seen
+    eight versions of a function, and GPT.forward has some for every model: what is called
+    compiled would not be.
     """
-    runs = []
-    for name, cfg in contenders.items():
-        torch.manual_seed(0)
-        model = GPT(cfg).to(device)
-        optimizers = build_optimizers(model, cfg)
-        tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=device)
-        for dtype in dtypes:
-            for setting in compiles:
-                compiled = train.pick_compile(replace(cfg, compile=setting), device, model.flops_per_token())
-                forward = torch.compile(model, dynamic=False) if compiled else model
-                runs += [dict(contender=name, dtype=train.pick_dtype(dtype, device, cfg.n_embd), compile=compiled, cfg=cfg,
-                              attention=getattr(model_module, attention), model=model, forward=forward, optimizers=optimizers,
-                              x=tokens[:, :-1].contiguous(), y=tokens[:, 1:].contiguous(), steps_ms=[])
-                         for attention in attentions]
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 10000
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
-    def step(run):
-        model_module.attend = run["attention"]                         # the blocks look it up at every call
-        for _ in range(run["cfg"].gradient_accumulation_steps):
-            with torch.autocast(device.type, run["dtype"], enabled=run["dtype"] != torch.float32):
-                _, loss = run["forward"](run["x"], run["y"])
-            loss.backward()
-        clip_gradients(run["model"], run["cfg"].grad_clip)
-        for optimizer in run["optimizers"]:
+
+def machine_name(device):
+    """The name of the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def training_step(cfg, device):
+    """
+    A function that does one step of training as train.py does it, always on the same tokens, and
+    returns the loss.
+    """
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
+    model = build_model(cfg.model).to(device)
+    optimizers = build_optimizers(model, cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
+    forward = torch.compile(model, dynamic=False) if cfg.compile else model
+    shape = (cfg.batch_size, cfg.model.block_size + 1)
+    tokens = torch.randint(cfg.model.vocab_size, shape, device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()     # (B, T)
+
+    def step():
+        for _ in range(cfg.gradient_accumulation_steps):
+            with autocast(device, cfg.dtype):
+                _, loss = forward(x, y)
+            scaler.scale(loss / cfg.gradient_accumulation_steps).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        scaler.update()
+        model.zero_grad()
+        return loss.item()
 
-    for run in tqdm(runs * (rounds + 2), desc="timing", unit="step", disable=None):
-        run["steps_ms"].append(timed(device, step, run) * 1e3)
-    for run in runs if profile else []:
-        with torch.profiler.profile() as operators:
-            step(run)
-        print(f"\n{run['contender']}, {run['dtype']}{', compiled' if run['compile'] else ''}")
-        print(operators.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50))
-    model_module.attend, rows = attend, []
-    for run in runs:
-        cfg, flops, steps_ms = run["cfg"], run["model"].flops_per_token(), run["steps_ms"][2:]        # two to warm up
-        ms = statistics.median(steps_ms)
-        rate = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size / ms * 1e3
-        rows.append(dict(contender=run["contender"], dtype=str(run["dtype"]).removeprefix("torch."), compile=run["compile"],
-                         attention=run["attention"].__name__, params=run["model"].num_params(), flops_per_token=flops, ms_per_step=ms, steps_ms=steps_ms,
-                         tokens_per_s=rate, flops_per_s=rate * flops))
+    return step
+
+
+def time_steps(contenders, device, rounds):
+    """
+    {name: milliseconds of each of `rounds` training steps} of contenders {name: TrainConfig},
+    whose dtype and compile are decided. Raises RuntimeError where one does not fit into memory.
+    """
+    compile_or_fail()
+    if device.type != "cuda":
+        return take_turns(contenders, device, rounds)
+    times = {}
+    for name, cfg in contenders.items():
+        times |= take_turns({name: cfg}, device, rounds)
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    return times
+
+
+def take_turns(contenders, device, rounds):
+    """time_steps() with all contenders in memory together, step by step."""
+    steps = {name: training_step(cfg, device) for name, cfg in contenders.items()}
+    times = {name: [] for name in contenders}
+    for turn in tqdm(range(WARM_UP + rounds), "timing", leave=False, delay=2, disable=None):
+        for name, step in steps.items():
+            ms = timed(device, step)
+            if turn >= WARM_UP:
+                times[name].append(round(ms, 4))
+    return times
+
+
+# ---- the parts ---------------------------------------------------------------------------------
+
+def bench_training(contenders, cfg, device):
+    """Rows of figures, one for each contender, dtype and way to run."""
+    rows = []
+    for dtype in cfg.dtypes.split(","):
+        for compiled in cfg.compiles.split(","):
+            group = {name: change(entry, dtype=dtype, compile=compiled == "True")
+                     for name, entry in contenders.items()}
+            times = time_steps(group, device, cfg.rounds)
+            first_ms = statistics.median(next(iter(times.values())))
+            for name, entry in group.items():
+                rows.append(training_row(name, entry, times[name], first_ms))
     return rows
 
 
-def bench_sampling(cfg, contenders, device):
-    """Rows of {contender, dtype, tokens_per_s, batched_tokens_per_s, uncached_tokens_per_s, cache_bytes_per_token, ...}."""
-    rows, length = [], min(cfg.max_new_tokens, cfg.block_size)
-    for name, model_config in contenders.items():
-        torch.manual_seed(0)
-        model = GPT(model_config).to(device).eval()
+def training_row(name, entry, steps_ms, first_ms):
+    """The figures of a contender whose steps took steps_ms; the first one's took first_ms."""
+    with torch.device("meta"):
+        model = build_model(entry.model)
+    tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.model.block_size
+    ms, flops = statistics.median(steps_ms), model.flops_per_token()
+    return {"training": name, "dtype": entry.dtype, "compile": entry.compile,
+            "parameters": model.num_params(), "FLOPs per token": flops, "ms per step": ms,
+            "ratio to the first": ms / first_ms, "tokens/s": tokens / ms * 1e3,
+            "GFLOP/s": tokens * flops / ms / 1e6, "steps_ms": steps_ms}
 
-        def sample(count, length):
-            for _ in model.stream(torch.zeros(count, 1, dtype=torch.long, device=device), length):
+
+@torch.no_grad()
+def bench_sampling(contenders, cfg, device):
+    """
+    Rows of tokens per second for one text, for num_samples at once, and without a cache, and of
+    the bytes that the cache holds for each token; one for each contender and dtype.
+    """
+    rows = []
+    for name, entry in contenders.items():
+        torch.manual_seed(0)
+        model = build_model(entry.model).to(device).eval()
+        size = entry.model.block_size
+        length = min(cfg.max_new_tokens, size)
+
+        def sample(count, length, model=model):
+            start = torch.zeros(count, 1, dtype=torch.long, device=device)
+            for _ in model.stream(start, length):
                 continue
 
         for dtype in cfg.dtypes.split(","):
-            model.to(getattr(torch, dtype))
-            weight = model.lm_head.weight.detach()                     # the machine's bandwidth: read one table, many times
-            reads = statistics.median(timed(device, torch.mv, weight, weight[0]) for _ in range(20))
-            bandwidth = weight.numel() * weight.element_size() / reads
-            timed(device, sample, 1, 8)                                # warm up
-            alone, batch = (count * length / timed(device, sample, count, length) for count in (1, cfg.num_samples))
-            # without the cache, a token costs a window as long as the text then is: eight lengths stand for all
-            idx = torch.zeros(1, length, dtype=torch.long, device=device)
-            cache = Cache(cfg.block_size)
-            with torch.no_grad():
-                uncached = [timed(device, model, idx[:, :end]) for end in np.linspace(1, length, 8).astype(int)]
+            with autocast(device, dtype):
+                timed(device, sample, 1, min(length, 8))               # warms up
+                one_ms = timed(device, sample, 1, length) / length
+                many_ms = timed(device, sample, cfg.num_samples, length) / length
+                # Without the cache a token costs a window as long as the text is by then. Eight
+                # lengths stand for all.
+                idx = torch.zeros(1, size, dtype=torch.long, device=device)
+                ends = np.linspace(1, length, 8).astype(int)
+                uncached_ms = [timed(device, model, idx[:, :end]) for end in ends]
+                cache = Cache(size)
                 model(idx[:, :2], cache=cache)
-            held = sum(t[:, 0].numel() * t.element_size() for memory in cache.memory.values() for t in memory)
-            look_ups = [bank.weight for bank in model.banks()] + [model.transformer.wpe.weight]   # a row is read, no more
-            weights = (model.num_params() - sum(t.numel() for t in look_ups)) * weight.element_size()
-            rows.append(dict(contender=name, dtype=dtype, tokens_per_s=alone, batched_tokens_per_s=batch,
-                             uncached_tokens_per_s=8 / sum(uncached), cache_bytes_per_token=held,
-                             weight_bytes_per_token=weights, bandwidth=bandwidth, of_bandwidth=alone * weights / bandwidth))
+            held = [*cache.keys.values(), *cache.values.values()]      # each (B, H, size, width)
+            held_bytes = sum(x[0, :, 0].nbytes for x in held) + cache.ids[0, :1].nbytes
+            rows.append({"sampling": name, "dtype": dtype, "tokens/s": 1e3 / one_ms,
+                         f"tokens/s of {cfg.num_samples} texts": cfg.num_samples * 1e3 / many_ms,
+                         "tokens/s without cache": 1e3 / statistics.fmean(uncached_ms),
+                         "cache bytes per token": held_bytes})
     return rows
 
 
-def bench_data(cfg, device):
-    """Milliseconds that fetching one batch takes, from a million tokens in memory."""
-    tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=10**6).astype(np.uint16)
-    batches = train.TrainConfig(block_size=cfg.block_size, batch_size=cfg.batch_size, vocab_size=cfg.vocab_size,
-                                gradient_accumulation_steps=1)
-    seconds = [timed(device, train.get_batch, tokens, batches, step, 0, device) for step in range(200)]
-    return [dict(ms_per_batch=statistics.median(seconds) * 1e3)]
+def bench_attention(contenders, cfg, device):
+    """
+    Rows of milliseconds, forward and backward, for each way to compute the attention of one layer
+    on random queries, keys and values: each pair of widths D and M among the contenders, each
+    dtype, with torch.compile and without. A way that fails says why in its row.
+    """
+    compile_or_fail()
+    widths = {(entry.model.qk_dim, entry.model.value_dim) for entry in contenders.values()}
+    B, T, H, C = cfg.batch_size, cfg.model.block_size, cfg.model.n_head, cfg.model.n_embd
+    cases = [("gpt2's heads, fused", fused, H, C // H, C // H)]
+    for D, M in sorted(widths):
+        cases += [("fused", fused, 1, D, M), ("explicit, in blocks", explicit_attention, 1, D, M),
+                  ("explicit, one block", explicit_in_one, 1, D, M)]
+        if M % D == 0 and M > D:
+            cases += [("value in pieces, fused", fused_in_pieces, 1, D, M)]
+    rows = []
+    for dtype in cfg.dtypes.split(","):
+        for compiled in cfg.compiles.split(","):
+            for name, function, heads, D, M in cases:
+                row = {"attention": name, "heads": heads, "D": D, "M": M, "dtype": dtype,
+                       "compile": compiled == "True"}
+                q, k, v = (torch.randn(B, heads, T, width, device=device, requires_grad=True,
+                                       dtype=getattr(torch, dtype)) for width in (D, D, M))
+                if row["compile"]:
+                    function = torch.compile(function, dynamic=False)
+                try:
+                    row["ms"] = time_attention(function, q, k, v, device, cfg.rounds)
+                except RuntimeError as error:
+                    row["ms"] = str(error).strip().partition("\n")[0]
+                rows.append(row)
+    return rows
 
 
-def show(rows, columns):
-    """Print rows as a Markdown table; columns are {heading: function of a row}."""
-    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+def time_attention(function, q, k, v, device, rounds):
+    """Median milliseconds of a forward and backward pass of function(q, k, v)."""
+    upstream = torch.randn_like(v)
+
+    def both_ways():
+        torch.autograd.grad(function(q, k, v), (q, k, v), upstream)
+
+    return statistics.median([timed(device, both_ways) for _ in range(WARM_UP + rounds)][WARM_UP:])
+
+
+def fused(q, k, v):
+    """torch's kernel, whichever it chooses: q, k (B, H, T, D), v (B, H, T, M) -> (B, H, T, M)"""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def explicit_in_one(q, k, v):
+    """The textbook's way with the whole (T, T) matrix at once."""
+    return explicit_attention(q, k, v, rows=q.size(-2))
+
+
+def fused_in_pieces(q, k, v):
+    """
+    One head as M / D heads that share their query and key, each with D of the value's channels:
+    so torch's kernel for equal widths applies. The softmax is computed M / D times.
+    """
+    pieces = v.size(-1) // q.size(-1)
+    v = v.squeeze(1).unflatten(-1, (pieces, -1)).transpose(1, 2)       # (B, M / D, T, D)
+    y = fused(q.expand(-1, pieces, -1, -1), k.expand(-1, pieces, -1, -1), v)
+    return y.transpose(1, 2).flatten(2).unsqueeze(1)                   # (B, 1, T, M)
+
+
+def bench_data(contenders, cfg, device):
+    """One row: milliseconds to fetch the first contender's batch from a million tokens."""
+    entry = next(iter(contenders.values()))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(entry.model.vocab_size, size=10**6).astype(np.uint32)
+    times = [timed(device, train.get_batch, tokens, entry, step, 0, device) for step in range(100)]
+    return [{"data loading, ms per batch": statistics.median(times)}]
+
+
+# ---- what is printed ---------------------------------------------------------------------------
+
+def markdown(rows):
+    """A table in Markdown of rows {heading: value}, without the lists among the values."""
+    headings = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     for row in rows:
-        print("| " + " | ".join(str(value(row)) for value in columns.values()) + " |")
+        lines.append("| " + " | ".join(readable(row[name]) for name in headings) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def readable(value):
+    """A value as text: a number with four digits or more, and commas between thousands."""
+    if isinstance(value, float) and abs(value) < 1000:
+        return f"{value:.4g}"
+    if isinstance(value, float) or type(value) is int:
+        return f"{value:,.0f}"
+    return str(value)
 
 
 def main(argv=None):
-    cfg = load(BenchConfig, argv)
-    device = train.pick_device(cfg.device)
-    contenders = {text: contender(text, cfg) for text in cfg.contenders.split(",")}
-    first, parts, results = next(iter(contenders)), cfg.what.split(","), {"config": asdict(cfg), "device": str(device)}
-    if "train" in parts:
-        rows = results["train"] = bench_training(contenders, device, cfg.dtypes.split(","),
-                                                 [text == "True" for text in cfg.compiles.split(",")], cfg.attentions.split(","),
-                                                 cfg.rounds, cfg.profile)
-        best = {name: min((r for r in rows if r["contender"] == name), key=lambda r: r["ms_per_step"]) for name in contenders}
-        alike = {(r["dtype"], r["compile"], r["attention"]): r["ms_per_step"] for r in rows if r["contender"] == first}
-        for row in rows:
-            row["ratio"] = row["ms_per_step"] / alike[row["dtype"], row["compile"], row["attention"]]
-            row["best_ratio"] = row["ms_per_step"] / best[first]["ms_per_step"] if row is best[row["contender"]] else None
-        show(rows, {"training": lambda r: r["contender"], "parameters": lambda r: f"{r['params'] / 1e6:.2f} M",
-                    "MFLOPs/token": lambda r: f"{r['flops_per_token'] / 1e6:.1f}", "dtype": lambda r: r["dtype"],
-                    "compiled": lambda r: r["compile"], "attention": lambda r: r["attention"], "ms/step": lambda r: f"{r['ms_per_step']:.1f}",
-                    "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}", "GFLOP/s": lambda r: f"{r['flops_per_s'] / 1e9:,.0f}",
-                    f"/ {first}, alike": lambda r: f"{r['ratio']:.3f}",
-                    "best / best": lambda r: f"{r['best_ratio']:.3f}" if r["best_ratio"] else ""})
-    if "sample" in parts:
-        rows = results["sample"] = bench_sampling(cfg, contenders, device)
-        show(rows, {"sampling": lambda r: r["contender"], "dtype": lambda r: r["dtype"],
-                    "tokens/s": lambda r: f"{r['tokens_per_s']:.1f}",
-                    f"{cfg.num_samples} texts": lambda r: f"{r['batched_tokens_per_s']:.1f}",
-                    "without cache": lambda r: f"{r['uncached_tokens_per_s']:.2f}",
-                    "gain": lambda r: f"{r['tokens_per_s'] / r['uncached_tokens_per_s']:.1f}x",
-                    "cache bytes/token": lambda r: f"{r['cache_bytes_per_token']:,}",
-                    "of the bandwidth": lambda r: f"{r['of_bandwidth']:.2f} of {r['bandwidth'] / 1e9:.1f} GB/s"})
-    if "data" in parts:
-        results["data"] = bench_data(cfg, device)
-        show(results["data"], {"data loading, ms/batch": lambda r: f"{r['ms_per_batch']:.3f}"})
-    if cfg.json:
-        Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
+    given = config.read(BenchConfig, argv)
+    cfg = build(BenchConfig, given)
+    device = pick_device(cfg.device)
+    torch.set_float32_matmul_precision("high")
+    jobs = [given]
+    if cfg.what == "gpu":
+        own = {name: value for name, value in given.items() if name != "what"}
+        jobs = [{"dtypes": "bfloat16", "rounds": 10} | shape | part | own
+                for part in GPU_PARTS for shape in GPU_SHAPES]
+    results = {"machine": machine_name(device), "device": str(device), "torch": torch.__version__,
+               "threads": torch.get_num_threads(), "parts": []}
+    print(f"{results['machine']}, torch {torch.__version__}")
+    parts = {"train": bench_training, "sample": bench_sampling, "data": bench_data,
+             "attention": bench_attention}
+    for settings in jobs:
+        cfg = build(BenchConfig, settings)
+        # A contender's defaults are those of this tool, and then those of train.py
+        own = {name: getattr(cfg, name) for name in SHARED} | settings
+        contenders = {text: contender(text, own) for text in cfg.contenders.split(",")}
+        for part in cfg.what.split(","):
+            rows = parts[part](contenders, cfg, device)
+            print(f"\n{markdown(rows)}", flush=True)
+            results["parts"].append({"part": part, "settings": flat(cfg), "rows": rows})
+            if cfg.json:
+                # After each part, so that what a kill cuts off is one part and not all
+                Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

@@ -1,402 +1,547 @@
 """
-Race blocks against each other on equal terms: the same tokens, batches and validation windows, each at its own best
-learning rate, means over seeds.
+Race blocks against each other on equal terms: the same tokens, batches and validation text, each
+at its own best learning rate, over several seeds, with an interval for every difference.
 
-    python -m tools.race --jobs=2                                     config/race_laptop.py: 40 minutes on two CPU cores
-    python -m tools.race --match=time --contenders=gpt2,gpt2:shift=True,dva
-    python -m tools.race config/shakespeare_char.py --max_iters=400 --optimizer=muon --contenders=gpt2,dva,dva:n_layer=12
+    python -m tools.race --jobs=2                            config/race_laptop.py
+    python -m tools.race config/race_bpe.py --contenders=gpt2:rotary=True,dva,dva+bank
+    python -m tools.race --match=time --seeds=3 --highlight=gpt2,dva
 
-A contender is a block, perhaps with +bank (the last third of its layers), perhaps with settings of train.py's:
-dva+bank:qk_dim=32:bank_lr=30. The first one is the reference. What is equal for all, --match says:
+A contender is a block, perhaps with +bank (a bank in the last third of its layers), perhaps with
+settings of train.py, as in dva+bank:qk_dim=32. The first one is the reference: all others get its
+number of tokens, or with --match=time its training time.
 
-    tokens   depth, width and tokens
-    time     the reference's training time: steps by the step times measured here
-    params   tokens, and parameters within 5 %, embeddings and banks apart: depth is chosen so (and a bank's third)
+The validation split is cut in two. Its first half chooses: every rate in --lrs is tried with the
+first seed, and further ones while the best is at an end of those tried; then, for contenders with
+banks, those in --bank_lrs at the best learning rate. :learning_rate= and :bank_lr= fix a
+contender's own. Its second half is reported, for all seeds at the best rates. Two contenders are
+compared seed by seed, since equal seeds see equal batches: Student's t gives the 95 % interval of
+the mean difference.
 
-Step times are measured first, all contenders in turn, before any training, so let nothing else run until that is done; a
-run's seconds are its steps times that. Every learning rate of --lrs is tried with the first seed, and further ones while
-the best is at an end of those tried; the other seeds follow at the best. --lrs=out/race/NAME/results.json takes the best of
-another race. Results go to out/race/NAME: results.json, table.md, race.png. The same command again goes on where it was
-stopped; finished runs, kept in out/race/runs, are not run again: after a change to the code, move them away.
+Step times are measured before the runs and after them, all contenders in turn: let nothing else
+run then. A run's seconds are its steps times that. Results go to out/race/NAME: results.json,
+table.md, race.svg and race-all.svg. The same command goes on where it was stopped. Finished runs
+are kept in out/race_runs, and count for other races with the same code, data and machine.
 """
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
-import re
+import signal
 import statistics
+import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, fields, replace
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import train
-from config import check, fail, load
-from model import GPT
-from prepare_data import write_aside
-from tools.bench import bench_training, contender, show
+# So that python tools/race.py finds the modules above this folder, too
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import config
+import train
+from checkpoints import load_checkpoint
+from config import build, change, check, fail, flat, replacing
+from device import Stop, pick_compile, pick_device, pick_dtype
+from prepare_data import read_meta
+from tools.bench import compile_or_fail, contender, machine_name, own_settings, time_steps
+from tools.report import COLOURS, draw_all, figures_of, table
+from train import TrainConfig
+from weights import build_model
+
+try:
+    import fcntl
+except ImportError:
+    # Windows has no such locks
+    fcntl = None
+
+ROOT = Path(__file__).parents[1]
 RACES = Path("out", "race")
+RUNS = Path("out", "race_runs")
+# The settings of train.py that the race decides itself
+DECIDED = ("block", "out_dir", "overwrite", "init_from", "learning_rate", "bank_lr", "min_lr",
+           "lr_decay_iters", "eval_iters", "eval_train", "eval_only", "log_interval", "seed",
+           "always_save_checkpoint", "backend", "wandb_log", "wandb_project", "wandb_run_name")
+# What has to be the same for all contenders
+COMMON = ("dataset", "data_dir", "block_size", "vocab_size", "eval_interval", "device")
+# What a run's numbers follow from, beside its settings
+CODE = ("model.py", "optimizers.py", "train.py", "device.py")
+# A sweep ends with so many rates, even if the best is still at an end
+MOST_RATES = 10
 
 
 @dataclass
-class RaceConfig(train.TrainConfig):
+class RaceConfig:
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"without": DECIDED})
     name: str = ""                           # of the folder in out/race; empty: DATASET-MATCH
-    contenders: str = ("gpt2,gpt2:shift=True,gpt2:rotary=True,dva,dva:shift=False,dva:rotary=False,dva:n_layer=6,"
-                       "dva:value_dim=256,gpt2+bank,dva+bank")         # the first is the reference
-    match: str = "tokens"                    # what is equal: tokens, time or params
-    seeds: int = 3                           # runs at the best learning rate: seed, seed + 1, ...
-    lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with, or another race's results.json, to take the best ones
-    rounds: int = 30                         # timed steps of each contender
+    contenders: str = "gpt2,gpt2:rotary=True,dva,dva+bank"      # the first is the reference
+    against: str = ""                        # further contenders to compare all others with
+    match: str = "tokens"                    # what is equal for all: tokens, or time
+    seeds: int = 5                           # runs at the best rates
+    seed: int = 1337                         # the first of the seeds
+    lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with
+    bank_lrs: str = "4,8,16"                 # rates of the banks to begin with, in learning rates
+    rounds: int = 20                         # timed steps of each, before the runs and after
     jobs: int = 1                            # runs at a time, which share the CPU's cores
+    highlight: str = ""                      # drawn in colour, four at most; empty: the first four
+    overwrite: bool = False                  # take the place of another race of this name
 
     def __post_init__(self):
-        super().__post_init__()
-        check(self, least=dict(seeds=1, rounds=5, jobs=1, max_iters=1), choices=dict(match=["tokens", "time", "params"]))
-        for text in self.contenders.split(","):
-            rates(text, self)
+        check(self, least=dict(seeds=1, seed=0, rounds=1, jobs=1),
+              choices=dict(match=["tokens", "time"]))
+        check(self.train, least=dict(max_iters=1))
+        names = self.contenders.split(",")
+        if len(set(names)) < len(names):
+            fail(f"contenders={self.contenders!r} names one of them twice")
+        for setting in ("against", "highlight"):
+            for name in split(getattr(self, setting)):
+                if name not in names:
+                    fail(f"{setting}: {name!r} is none of the contenders {', '.join(names)}")
+        if len(split(self.highlight)) > len(COLOURS):
+            fail(f"highlight={self.highlight!r}: four at most")
+        self.name = self.name or f"{self.train.dataset}-{self.match}"
+        self.highlight = self.highlight or ",".join(names[:len(COLOURS)])
 
 
-def rates(text, race):
-    """
-    The learning rates to begin with for a contender: its own, :learning_rate=, or those of race.lrs, a list or the
-    results.json of a race that it was in. Raises ValueError for anything else.
-    """
-    if own := re.search(":learning_rate=([^:]+)", text):
-        return [float(own[1])]
-    if race.lrs.endswith(".json"):
-        try:
-            return [json.loads(Path(race.lrs).read_text())["contenders"][text]["learning_rate"]]
-        except (OSError, ValueError, KeyError):
-            raise ValueError(f"lrs={race.lrs!r} has no learning rate for {text!r}: give results.json of a race that it ran "
-                             f"in") from None
+def split(text):
+    """The parts of a text with commas between them; an empty one has none."""
+    return text.split(",") if text else []
+
+
+def read_rates(name, text):
+    """The learning rates in a setting such as lrs=3e-3,6e-3, rising. Raises UserError."""
     try:
-        assert all(0 < float(lr) < math.inf for lr in race.lrs.split(","))
-    except (ValueError, AssertionError):
-        raise ValueError(f"lrs={race.lrs!r}: give learning rates above 0, with commas between, as in 3e-3,6e-3") from None
-    return sorted({float(lr) for lr in race.lrs.split(",")})
+        rates = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        rates = [0.0]
+    if not all(0 < rate < math.inf for rate in rates):
+        fail(f"{name}={text!r}: give rates above 0 with commas between, as in 3e-3,6e-3")
+    return rates
 
 
-# ---- who runs, and how far ------------------------------------------------------------------------------------------
+# ---- who runs, and on what ---------------------------------------------------------------------
 
-def body_params(cfg):
-    """Numbers in the blocks and norms: all but embeddings and banks."""
+def halve(data, block_size):
+    """
+    data of train.open_data() with the first half of the validation split, which chooses learning
+    rates, as "val", and the second, which is reported, as "test".
+    """
+    half = len(data["val"]) // 2
+    if half <= block_size:
+        fail(f"half of the validation split holds {half} tokens, and block_size={block_size} needs "
+             f"at least {block_size + 1}: use a smaller --block_size or more text")
+    return data | {"val": data["val"][:half], "test": data["val"][half:]}
+
+
+def conditions_of(race, meta, device):
+    """What the numbers of a race follow from beside its settings, as a dict of text and numbers."""
+    code = b"".join((ROOT / name).read_bytes() for name in CODE)
+    return {"dataset": race.train.dataset, "sha256": meta["sha256"], "tokens": meta["tokens"],
+            "bytes": meta["bytes"], "machine": machine_name(device), "device": device.type,
+            "torch": torch.__version__, "code": hashlib.sha256(code).hexdigest()[:12]}
+
+
+def enter(race, given, conditions, device):
+    """
+    {contender: TrainConfig}, from what the user gave. out_dir is the folder of its runs. dtype and
+    compile, where they are auto, are decided by the first contender for all, so that none of them
+    is compiled alone. Raises UserError for a contender that cannot run.
+    """
+    digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:10]
+    meta = read_meta(Path(race.train.data_dir, race.train.dataset))
+    settings = {"vocab_size": train.table_rows(meta)} | given | {
+        "overwrite": True, "out_dir": str(RUNS / digest), "eval_train": False,
+        "log_interval": 100, "always_save_checkpoint": False,
+        # More batches than there are: all windows of a split
+        "eval_iters": meta["tokens"]["val"]}
+    names = race.contenders.split(",")
+    first = contender(names[0], settings)
     with torch.device("meta"):
-        groups = GPT(cfg).parameter_groups()
-    return sum(p.numel() for p in groups["matrices"] + groups["vectors"])
-
-
-def match_params(text, cfg, target):
-    """cfg with the depth whose body_params() come nearest to target. Exits with status 2 where that is over 5 % away."""
-    def deep(n_layer):
-        return replace(cfg, n_layer=n_layer, bank_layers=max(1, n_layer // 3) if cfg.bank_layers else 0)
-
-    layer = body_params(deep(2)) - body_params(deep(1))
-    guess = round(target / layer)
-    best = cfg if ":n_layer=" in text else min(map(deep, range(max(1, guess // 2), 2 * guess + 2)),
-                                               key=lambda deep: abs(body_params(deep) - target))
-    off = body_params(best) / target - 1
-    if abs(off) > 0.05:
-        fail(f"contender {text!r} has {off:+.1%} parameters with its best depth, n_layer={best.n_layer}: match=params wants "
-             f"5 % at most; change its qk_dim or value_dim, or leave it out")
-    return best
-
-
-def enter(race):
-    """{contender: TrainConfig}: all with the same tokens and the whole validation split; depths as race.match says."""
-    _, _, val_tokens = train.open_data(race)
-    batches = -(-((len(val_tokens) - 1) // race.block_size) // race.batch_size)                  # in the whole split
-    base = replace(race, eval_iters=batches, lr_decay_iters=race.max_iters, log_interval=100, wandb_log=False, eval_only=False,
-                   eval_train=False)
-    contenders = {text: contender(text, base) for text in race.contenders.split(",")}
-    if race.match == "params":
-        first, *others = contenders
-        target = body_params(contenders[first])
-        contenders |= {text: match_params(text, contenders[text], target) for text in others}
+        flops = build_model(first.model).flops_per_token() * batch_tokens(first) * first.max_iters
+    settings |= {"dtype": pick_dtype(first.dtype, device, first.model.n_embd),
+                 "compile": pick_compile(first.compile, device, flops)}
+    contenders = {}
+    for name in names:
+        own = own_settings(name)
+        for setting in (set(DECIDED) - {"learning_rate", "bank_lr"} | set(COMMON)) & own.keys():
+            fail(f"contender {name!r}: {setting} is not for a contender to set")
+        if "auto" in (own.get("dtype"), own.get("compile")):
+            fail(f"contender {name!r}: say outright which dtype, and whether to compile")
+        contenders[name] = contender(name, settings)
+    halve(train.open_data(first), first.model.block_size)
     return contenders
 
 
+def batch_tokens(cfg):
+    """Tokens of one step."""
+    return cfg.gradient_accumulation_steps * cfg.batch_size * cfg.model.block_size
+
+
 def set_lengths(contenders, race, times):
-    """The contenders with the steps that race.match allows them, and as many evaluations for each."""
-    ms = {text: statistics.fmean(times[text]["ms"]) for text in contenders}
+    """
+    The contenders with the number of steps that the match gives them, unless they name their own,
+    and with equally many evaluations. times are {contender: milliseconds of each timed step}.
+    """
     first, lengths = next(iter(contenders)), {}
-    for text, cfg in contenders.items():
-        steps = cfg.max_iters
-        if race.match == "time" and ":max_iters=" not in text:
-            steps = round(contenders[first].max_iters * ms[first] / ms[text])
-        lengths[text] = replace(cfg, max_iters=steps, lr_decay_iters=steps,
-                                eval_interval=max(1, steps * race.eval_interval // race.max_iters))
+    for name, cfg in contenders.items():
+        if race.match == "tokens":
+            share = batch_tokens(contenders[first]) / batch_tokens(cfg)
+        else:
+            share = statistics.median(times[first]) / statistics.median(times[name])
+        steps = max(1, round(contenders[first].max_iters * share))
+        if "max_iters" in own_settings(name):
+            steps = cfg.max_iters
+        interval = max(1, round(steps * race.train.eval_interval / race.train.max_iters))
+        lengths[name] = change(cfg, max_iters=steps, lr_decay_iters=steps, eval_interval=interval)
     return lengths
 
 
-def step_times(contenders, cfg, device, folder):
+# ---- runs --------------------------------------------------------------------------------------
+
+def run_of(cfg, learning_rate, bank_lr, seed):
+    """The TrainConfig of one run. All its settings name its folder, so that it is known again."""
+    cfg = change(cfg, learning_rate=learning_rate, min_lr=learning_rate / 10, bank_lr=bank_lr,
+                 seed=seed)
+    digest = hashlib.sha256(json.dumps(flat(cfg)).encode()).hexdigest()[:10]
+    shape = f"{cfg.model.block}-{cfg.model.n_layer}x{cfg.model.n_embd}"
+    name = f"{shape}-lr{learning_rate:g}-bank{bank_lr:g}-seed{seed}-{digest}"
+    return change(cfg, out_dir=str(Path(cfg.out_dir, name)))
+
+
+def result_of(run):
     """
-    {"times": {contender: {"ms": medians of five groups of steps, dtype, compile}}, "threads", ...}, all timed in turn; or
-    what folder/timing.json says, if it has these very contenders. (Delete it to time anew.)
+    {"steps", "val", "test", "broken"} of a finished run: lists of the steps at which it was
+    evaluated and of the losses of both halves there, and None or why it broke. None for a run
+    that is not finished.
     """
-    path, described = folder / "timing.json", {name: asdict(c) for name, c in contenders.items()}
-    kept = json.loads(path.read_text()) if path.exists() else {"contenders": {}}
-    if not described.items() <= kept["contenders"].items():
-        rows = bench_training(contenders, device, [cfg.dtype], [cfg.compile], rounds=cfg.rounds)
-        times = {row["contender"]: {"ms": [statistics.median(row["steps_ms"][i::5]) for i in range(5)], "dtype": row["dtype"],
-                                    "compile": row["compile"]} for row in rows}
-        kept = {"contenders": described, "times": times, "threads": torch.get_num_threads(), "machine": platform.processor()}
-        write_aside(path, json.dumps(kept, indent=1).encode())
-    return kept
+    path = Path(run.out_dir, "result.json")
+    return json.loads(path.read_bytes()) if path.exists() else None
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
-
-def run_of(cfg, lr, seed):
-    """The TrainConfig of one run; its folder is named by all its settings, so that the same run is known again."""
-    cfg = replace(cfg, learning_rate=lr, min_lr=lr / 10, seed=seed, overwrite=True)
-    settings = {f.name: value for f in fields(cfg) if (value := getattr(cfg, f.name)) != f.default and f.name != "out_dir"}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-    return replace(cfg, out_dir=str(RACES / "runs" / f"{cfg.block}-{cfg.n_layer}x{cfg.n_embd}-lr{lr:g}-seed{seed}-{digest}"))
+def final_loss(run, half):
+    """The last loss of a finished run on a half, "val" or "test"; infinite where it broke."""
+    result = result_of(run)
+    return math.inf if result["broken"] else result[half][-1]
 
 
-def curve_of(run):
-    """What was evaluated in a finished run, [{step, tokens, val_loss, val_bits_per_byte}]; None if it isn't finished."""
-    path = Path(run.out_dir, "metrics.jsonl")
-    lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    if not records or records[-1]["step"] < run.max_iters or "val_loss" not in records[-1]:
-        return None
-    return [record for record in records if "val_loss" in record]
-
-
-def final_loss(run):
-    return curve_of(run)[-1]["val_loss"]
-
-
-def carry_out(run, threads):
-    """Train one run, in a process of its own. What it prints is in its folder; a loss that breaks counts as infinite."""
-    torch.set_num_threads(threads)
-    torch.compiler.reset()                                             # it gives up on a model that it saw in many forms
+def carry_out(run):
+    """
+    Train one run to its end, from its last checkpoint if it was stopped. Returns whether it is
+    finished. What it prints is in its folder's log.txt.
+    """
     folder = Path(run.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+    with only_writer(folder), open(folder / "log.txt", "a") as log, redirect_stdout(log), \
+            redirect_stderr(log), Stop() as stop:
+        torch.compiler.reset()
+        compile_or_fail()
+        saved, broken = folder / "last.pt", None
+        checkpoint = load_checkpoint(saved) if saved.exists() else None
+        data = halve(train.open_data(run), run.model.block_size)
         try:
-            train.train(run)
-        except SystemExit:
-            if "is broken" not in (said := (folder / "log.txt").read_text()) and "validation loss is" not in said:
-                print(said.splitlines()[-1], file=sys.__stderr__)
-                raise
-            record = {"step": run.max_iters, "tokens": math.inf, "val_loss": math.inf, "val_bits_per_byte": math.inf}
-            with open(folder / "metrics.jsonl", "a") as metrics:
-                metrics.write(json.dumps(record) + "\n")
-    for name in ("last.pt", "best.pt"):
-        (folder / name).unlink(missing_ok=True)
+            done = train.train(run, pick_device(run.device), stop, checkpoint, data=data)
+            if done["stopped"]:
+                return False
+        except train.BrokenLoss as error:
+            broken = str(error)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        records = [record for record in records if "test_loss" in record]
+        result = {"steps": [record["step"] for record in records],
+                  "val": [round(record["val_loss"], 5) for record in records],
+                  "test": [round(record["test_loss"], 5) for record in records],
+                  "broken": broken}
+        with replacing(folder / "result.json") as file:
+            file.write(json.dumps(result).encode())
+        for name in ("last.pt", "best.pt"):
+            (folder / name).unlink(missing_ok=True)
+    return True
 
 
-def sweep(text, cfg, race):
-    """The runs that try learning rates, as far as they are known, by rising rate; and the best of them once it is known."""
-    lrs = rates(text, race)
+@contextmanager
+def only_writer(folder, patience=10):
+    """
+    Make the folder and hold its lock, a file with the number of this process. The system frees
+    it when the process ends, in whatever way. Raises UserError where another process keeps it for
+    so many seconds; a worker whose race was killed needs a moment to end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as file:
+        if fcntl:
+            lock(file, patience)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def lock(file, patience):
+    """Lock an open file. Raises UserError where another process keeps it."""
+    start = time.perf_counter()
     while True:
-        runs = [run_of(cfg, lr, race.seed) for lr in lrs]
-        if any(curve_of(run) is None for run in runs):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.perf_counter() - start > patience:
+                file.seek(0)
+                fail(f"process {file.read()} writes in {Path(file.name).parent}: wait for it, or "
+                     f"stop it")
+            time.sleep(0.1)
+
+
+# ---- which runs are needed ---------------------------------------------------------------------
+
+def sweep(cfg, name, rates, fixed):
+    """
+    (runs, best run) of the contender cfg at rates of `name`, learning_rate or bank_lr, and at the
+    `fixed` other settings of run_of(). Further rates follow while the best is at an end of them.
+    The best run is None while a run is not finished.
+    """
+    while True:
+        runs = [run_of(cfg, **fixed, **{name: rate}) for rate in rates]
+        if any(result_of(run) is None for run in runs):
             return runs, None
-        best = min(runs, key=final_loss)
-        if len(lrs) == 1 or best not in (runs[0], runs[-1]):
-            return runs, best
-        beyond = lrs[0] ** 2 / lrs[1] if best is runs[0] else lrs[-1] ** 2 / lrs[-2]          # on by the same factor
-        lrs = sorted([*lrs, float(f"{beyond:.3g}")])
+        losses = [final_loss(run, "val") for run in runs]
+        best = losses.index(min(losses))
+        if len(rates) == 1 or len(rates) >= MOST_RATES or 0 < best < len(rates) - 1:
+            return runs, runs[best]
+        if best == 0:
+            beyond = rates[0] * rates[0] / rates[1]
+        else:
+            beyond = rates[-1] * rates[-1] / rates[-2]
+        rates = sorted([*rates, float(f"{beyond:.3g}")])
 
 
-def runs_at_best(best, race):
-    """The runs of all seeds at the best learning rate; the first is the sweep's own."""
-    return [run_of(best, best.learning_rate, race.seed + i) for i in range(race.seeds)]
+def tune(name, cfg, race):
+    """(runs of a contender's sweeps, best run), the latter None while a run is not finished."""
+    own = own_settings(name)
+    rates, bank_rates = read_rates("lrs", race.lrs), read_rates("bank_lrs", race.bank_lrs)
+    if "learning_rate" in own:
+        rates = [cfg.learning_rate]
+    runs, best = sweep(cfg, "learning_rate", rates, dict(bank_lr=cfg.bank_lr, seed=race.seed))
+    if best and cfg.model.bank_layers and "bank_lr" not in own:
+        fixed = dict(learning_rate=best.learning_rate, seed=race.seed)
+        more, best = sweep(cfg, "bank_lr", bank_rates, fixed)
+        runs += [run for run in more if run not in runs]
+    return runs, best
 
 
-def run_all(contenders, race, times, device):
-    """Carry out the runs that are needed and not done, race.jobs at a time, until no more are known to be needed."""
-    threads = max(1, (os.cpu_count() if device.type == "cpu" else torch.get_num_threads()) // race.jobs)
-    start, spent, count, pending, known = time.perf_counter(), 0.0, 0, {}, set()
-    pool = ProcessPoolExecutor(race.jobs, multiprocessing.get_context("spawn"))
+def seeds_of(best, cfg, race):
+    """The runs of all seeds at the rates of a contender's best run."""
+    return [run_of(cfg, best.learning_rate, best.bank_lr, race.seed + i) for i in range(race.seeds)]
+
+
+def missing_runs(contenders, race):
+    """{folder: (contender, run)} of the runs that are needed, as is known now, and not finished."""
+    missing = {}
+    for name, cfg in contenders.items():
+        runs, best = tune(name, cfg, race)
+        if best:
+            runs = runs + seeds_of(best, cfg, race)
+        missing |= {run.out_dir: (name, run) for run in runs if result_of(run) is None}
+    return missing
+
+
+# ---- workers -----------------------------------------------------------------------------------
+
+def start_worker(threads, stopping):
+    """Prepare a worker process: it ends with the race, and stops when `stopping` is set."""
+    torch.set_num_threads(threads)
+    # Ctrl-C goes to all processes of a terminal. During a run it stops the run in good order, and
+    # between two it is for the race to act on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for watch in (end_with_parent, stopping_ends_the_run):
+        threading.Thread(target=watch, args=(stopping,), daemon=True).start()
+
+
+def end_with_parent(_):
+    """Wait until the race is no more, even by a kill, and end."""
+    wait_for_end([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def stopping_ends_the_run(stopping):
+    """Wait for the event, and let the run that is going on save its state and end."""
+    stopping.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def cores():
+    """How many of the CPU's cores are for this process: OMP_NUM_THREADS and its affinity say."""
     try:
-        while True:
-            for text, cfg in contenders.items():
-                tried, best = sweep(text, cfg, race)
-                for run in tried + (runs_at_best(best, race) if best else []):
-                    if run.out_dir not in known and curve_of(run) is None:
-                        cost = run.max_iters * statistics.fmean(times[text]["ms"])
-                        pending[pool.submit(carry_out, run, threads)] = text, run, cost
-                    known.add(run.out_dir)
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:
+        # Only Linux has it
+        allowed = os.cpu_count()
+    return min(allowed, torch.get_num_threads())
+
+
+def run_all(contenders, race, stop):
+    """
+    Carry out the missing runs, race.jobs at a time, until none is known to be needed or a stop is
+    asked for. Raises UserError where a worker does, or where one dies.
+    """
+    if not missing_runs(contenders, race):
+        return
+    spawn = multiprocessing.get_context("spawn")
+    stopping, threads = spawn.Event(), max(1, cores() // race.jobs)
+    pool = ProcessPoolExecutor(race.jobs, spawn, start_worker, (threads, stopping))
+    start, count, pending = time.perf_counter(), 0, {}                 # future: folder of its run
+    try:
+        while not stop.signal:
+            missing = missing_runs(contenders, race)
+            waiting = [folder for folder in missing if folder not in pending.values()]
+            while waiting and len(pending) < race.jobs:
+                folder = waiting.pop(0)
+                pending[pool.submit(carry_out, missing[folder][1])] = folder
             if not pending:
                 return
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                text, run, cost = pending.pop(future)
-                future.result()
-                if curve_of(run) is None:                              # a signal ended it
-                    raise KeyboardInterrupt
-                count, spent, gone = count + 1, spent + cost, time.perf_counter() - start
-                left = gone * sum(cost for *_, cost in pending.values()) / spent
-                print(f"{count} of {count + len(pending)} runs known to be needed: {text}, learning rate {run.learning_rate:g}, "
-                      f"seed {run.seed}: val loss {final_loss(run):.4f}; {tqdm.format_interval(gone)} gone, about "
-                      f"{tqdm.format_interval(left)} left for these", flush=True)
+            for future in wait(pending, timeout=0.1, return_when=FIRST_COMPLETED).done:
+                name, run = missing.pop(pending.pop(future))
+                if not future.result():
+                    # It was told to stop, as by Ctrl-C. If the race was not, the run goes on.
+                    continue
+                count += 1
+                passed = time.perf_counter() - start
+                left = tqdm.format_interval(passed / count * len(missing))
+                print(f"{tqdm.format_interval(passed)}  {name}, learning rate "
+                      f"{run.learning_rate:g}, seed {run.seed}: {final_loss(run, 'val'):.4f} on "
+                      f"the first half; {len(missing)} more to do as far as is known, about "
+                      f"{left}", flush=True)
+    except BrokenProcessPool:
+        fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
+             f"{RUNS}, may say more; the same command goes on")
     finally:
+        if pending:
+            stopping.set()
         pool.shutdown(cancel_futures=True)
 
 
-# ---- what came of it ------------------------------------------------------------------------------------------------
+# ---- what is written ---------------------------------------------------------------------------
 
-def spread(values):
-    """{mean, sd, n}; a single value has no sd."""
-    return {"mean": statistics.fmean(values) if values else None, "sd": statistics.stdev(values) if len(values) > 1 else None,
-            "n": len(values)}
-
-
-def scaled(figure, factor):
-    """A {mean, sd, n} in another unit."""
-    return figure | {key: figure[key] and figure[key] * factor for key in ("mean", "sd")}
-
-
-def steps_to(curve, target):
-    """The step at which a curve [{step, val_loss}] first reached the loss target, by straight lines between; None: never."""
-    if curve[0]["val_loss"] <= target:
-        return curve[0]["step"]
-    for a, b in zip(curve, curve[1:]):
-        if b["val_loss"] <= target:
-            return a["step"] + (b["step"] - a["step"]) * (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
-    return None
-
-
-def summary(contenders, race, times):
+def facts_of(contenders, race, before, after):
     """
-    {contender: figures}, where "gpt2" in a key stands for the reference. The loss to reach is the mean of the reference's
-    final ones, and the time that a contender's seeds took to it is held against the reference's whole time: the sd of this
-    ratio holds the spread of the seeds and that of the step times' ratio. Seeds that never reached it are left out: n says
-    how many did.
+    {contender: what its runs came to}: settings, size, the step times before and after the runs,
+    the sweep's losses on the first half, and the curves of all seeds at the best rates.
     """
-    results, first = {}, next(iter(contenders))
-    for text, cfg in contenders.items():
-        tried, best = sweep(text, cfg, race)
-        runs = runs_at_best(best, race)
-        curves = [curve_of(run) for run in runs]
-        losses = spread([curve[-1]["val_loss"] for curve in curves])
-        target = results[first]["final_val_loss"]["mean"] if results else losses["mean"]
+    facts = {}
+    for name, cfg in contenders.items():
+        tried, best = tune(name, cfg, race)
         with torch.device("meta"):
-            model = GPT(cfg)
-        ms = spread(times[text]["ms"])
-        step_ratio = spread([ours / theirs for ours, theirs in zip(times[text]["ms"], times[first]["ms"])])      # drift cancels
-        steps = spread([step for step in (steps_to(curve, target) for curve in curves) if step is not None])
-        ratio = scaled(steps, step_ratio["mean"] / contenders[first].max_iters)
-        if ratio["sd"]:
-            ratio["sd"] = ratio["mean"] * math.hypot(steps["sd"] / steps["mean"], step_ratio["sd"] / step_ratio["mean"])
-        results[text] = {
-            "settings": {name: getattr(cfg, name) for name in ("block", "n_layer", "n_embd", "bank_layers", "optimizer")},
-            "params": spread([model.num_params()] * race.seeds) | {"body": body_params(cfg)},
-            "flops_per_token": model.flops_per_token(), "dtype": times[text]["dtype"], "compile": times[text]["compile"],
-            "ms_per_step": ms, "step_time_ratio": step_ratio, "steps": cfg.max_iters, "seconds": cfg.max_iters * ms["mean"] / 1e3,
-            "learning_rate": best.learning_rate, "sweep": {f"{run.learning_rate:g}": final_loss(run) for run in tried},
-            "final_val_loss": losses, "bits_per_byte": spread([curve[-1]["val_bits_per_byte"] for curve in curves]),
-            "tokens_to_gpt2_loss": scaled(steps, cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size),
-            "seconds_to_gpt2_loss": scaled(steps, ms["mean"] / 1e3), "time_to_gpt2_loss_ratio": ratio,
-            "curves": [{"seed": run.seed, "tokens": [r["tokens"] for r in curve],
-                        "seconds": [r["step"] * ms["mean"] / 1e3 for r in curve], "val_loss": [r["val_loss"] for r in curve]}
-                       for run, curve in zip(runs, curves)]}
-    return results
+            model = build_model(cfg.model)
+        sweep = [{"learning_rate": run.learning_rate, "bank_lr": run.bank_lr,
+                  "loss": None if result_of(run)["broken"] else final_loss(run, "val")}
+                 for run in tried]
+        facts[name] = {"settings": flat(cfg), "parameters": model.num_params(),
+                       "flops_per_token": model.flops_per_token(),
+                       "ms_before": before[name], "ms_after": after[name],
+                       "learning_rate": best.learning_rate, "bank_lr": best.bank_lr,
+                       "sweep": sweep, "runs": [{"seed": run.seed} | result_of(run)
+                                                for run in seeds_of(best, cfg, race)]}
+    return facts
 
 
-def pm(figure, digits, scale=1.0):
-    """mean ± sd, as far as there are."""
-    if figure["mean"] is None:
-        return "-"
-    return f"{figure['mean'] / scale:.{digits}f}" + (f" ± {figure['sd'] / scale:.{digits}f}" if figure["sd"] is not None else "")
+def claim_folder(folder, description, overwrite):
+    """
+    What race.json in the folder keeps of the race that `description` is of, if it was begun.
+    Raises UserError where the folder holds another race, unless that may go.
+    """
+    path = folder / "race.json"
+    files = [folder / name for name in
+             ("race.json", "results.json", "table.md", "race.svg", "race-all.svg")]
+    if any(file.exists() for file in files):
+        kept = json.loads(path.read_bytes()) if path.exists() else {}
+        difference = first_difference(description, kept.get("description", {}))
+        if not difference:
+            return kept
+        if not overwrite:
+            fail(f"{folder} holds another race, with {difference}: keep both with another --name=, "
+                 f"or let this one take its place with --overwrite=True")
+    for file in files:
+        file.unlink(missing_ok=True)
+    return {"description": description}
 
 
-def columns(race, first):
-    """{heading: function of (name, figures)} of the table."""
-    def reached(figure, digits, scale=1.0, unit=""):
-        few = f" ({figure['n']} of {race.seeds} seeds)" if figure["n"] < race.seeds else ""
-        return pm(figure, digits, scale) + unit + few if figure["n"] else "-"
-
-    return {
-        "contender": lambda r: r["name"], "layers": lambda r: r["settings"]["n_layer"],
-        "parameters": lambda r: f"{r['params']['mean'] / 1e6:.2f} M",
-        "MFLOPs/token": lambda r: f"{r['flops_per_token'] / 1e6:.1f}",
-        "ms/step": lambda r: pm(r["ms_per_step"], 1), f"/ {first}": lambda r: pm(r["step_time_ratio"], 3),
-        "steps": lambda r: r["steps"], "seconds": lambda r: f"{r['seconds']:.0f}",
-        "learning rate": lambda r: f"{r['learning_rate']:g}", "val loss": lambda r: pm(r["final_val_loss"], 4),
-        "bits/byte": lambda r: pm(r["bits_per_byte"], 3),
-        f"tokens to {first}'s loss": lambda r: reached(r["tokens_to_gpt2_loss"], 2, 1e6, " M"),
-        "seconds to it": lambda r: reached(r["seconds_to_gpt2_loss"], 1),
-        "its time ratio": lambda r: reached(r["time_to_gpt2_loss_ratio"], 3)}
+def first_difference(ours, theirs):
+    """In words where two dicts differ first; "" where they do not."""
+    for name in ours | theirs:
+        our, their = ours.get(name), theirs.get(name)
+        if isinstance(our, dict) and isinstance(their, dict):
+            deeper = first_difference(our, their)
+            if deeper:
+                return f"{name}: {deeper}"
+        elif our != their:
+            return f"{name}={their!r} where this one has {our!r}"
+    return ""
 
 
-def draw(results, path):
-    """Loss against tokens and against seconds, side by side: mean lines, seeds as bands, names on the lines' ends."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
-    styles = ["-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1))]
-    ends = [r["final_val_loss"]["mean"] for r in results.values()]
-    top = max(ends) + max(0.25, 3 * (max(ends) - min(ends)))           # the first steps would press all else together
-    for panel, x_name, scale in zip(panels, ("tokens", "seconds"), (1e6, 1)):
-        labels = []
-        for i, (name, r) in enumerate(results.items()):
-            x = [value / scale for value in r["curves"][0][x_name]]
-            losses = list(zip(*(curve["val_loss"] for curve in r["curves"])))                    # per point, all seeds
-            grey = f"{0.65 * i / max(1, len(results) - 1):.2f}"
-            panel.plot(x, [statistics.fmean(values) for values in losses], color=grey, linestyle=styles[i % len(styles)],
-                       linewidth=2 if i == 0 else 1.4)
-            panel.fill_between(x, [min(values) for values in losses], [max(values) for values in losses], color=grey, alpha=0.2,
-                               linewidth=0)
-            labels.append((statistics.fmean(losses[-1]), x[-1], name))
-        bottom = min(ends) - 0.1 * (top - min(ends))
-        panel.set(xlabel="training tokens, millions" if x_name == "tokens" else "training time, seconds", ylim=(bottom, top))
-        panel.spines[["top", "right"]].set_visible(False)
-        labels, room = sorted(labels), (top - bottom) / 24             # one above the other, each with a line to its end
-        heights = list(itertools.accumulate((loss for loss, *_ in labels), lambda below, loss: max(loss, below + room)))
-        down = min(statistics.fmean(heights) - statistics.fmean(ends), heights[0] - bottom - room)
-        right = 1.03 * max(x for _, x, _ in labels)
-        for (loss, x, name), y in zip(labels, heights):
-            panel.annotate(name, (x, loss), (right, y - down), fontsize=8, va="center", annotation_clip=False,
-                           arrowprops=dict(arrowstyle="-", color="0.75", linewidth=0.5, relpos=(0, 0.5)))
-    panels[0].set_ylabel("validation loss, nats per token")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def write_json(value, path):
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
-def report(results, race, folder, **more):
-    """Write results.json, table.md and race.png."""
-    everything = {"config": asdict(race), "reference": next(iter(results)), **more, "contenders": results}
-    write_aside(folder / "results.json", (json.dumps(everything, indent=1) + "\n").encode())
-    with open(folder / "table.md", "w") as file, redirect_stdout(file):
-        show([{"name": name} | r for name, r in results.items()], columns(race, next(iter(results))))
-        print("\nThe sweeps, final loss of the first seed by learning rate:\n")
-        for name, r in results.items():
-            print(f"- {name}: " + ", ".join(f"{lr} {loss:.4f}" for lr, loss in r["sweep"].items()))
-    draw(results, folder / "race.png")
+def commit():
+    """The git commit of this code, with -dirty behind it where files were changed since."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True,
+                              capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    race = load(RaceConfig, argv if any(text.endswith(".py") for text in argv) else ["config/race_laptop.py", *argv])
-    device = train.pick_device(race.device)
-    folder = RACES / (race.name or f"{race.dataset}-{race.match}")
-    folder.mkdir(parents=True, exist_ok=True)
-    contenders = enter(race)
-    timing = step_times(contenders, race, device, folder)
-    contenders = set_lengths(contenders, race, timing["times"])
-    try:
-        run_all(contenders, race, timing["times"], device)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the runs that are finished", file=sys.stderr)
-        raise SystemExit(130)
-    report(summary(contenders, race, timing["times"]), race, folder, device=str(device), torch=torch.__version__,
-           threads=timing["threads"])
-    print((folder / "table.md").read_text() + f"all is in {folder}/")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not any(argument.endswith(".py") for argument in argv if not argument.startswith("-")):
+        argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
+    given = config.read(RaceConfig, argv)
+    race = build(RaceConfig, given)
+    read_rates("lrs", race.lrs)
+    read_rates("bank_lrs", race.bank_lrs)
+    device = pick_device(race.train.device)
+    meta = read_meta(Path(race.train.data_dir, race.train.dataset))
+    conditions = conditions_of(race, meta, device)
+    contenders = enter(race, given, conditions, device)
+    rules = ("contenders", "match", "seeds", "seed", "lrs", "bank_lrs", "rounds")
+    description = {"rules": {name: getattr(race, name) for name in rules},
+                   "conditions": conditions,
+                   "contenders": {name: flat(cfg) for name, cfg in contenders.items()}}
+    folder = RACES / race.name
+    with only_writer(folder):
+        kept = claim_folder(folder, description, race.overwrite)
+        if "before" not in kept:
+            kept["before"] = time_steps(contenders, device, race.rounds)
+            write_json(kept, folder / "race.json")
+        contenders = set_lengths(contenders, race, kept["before"])
+        with Stop() as stop:
+            run_all(contenders, race, stop)
+        if missing_runs(contenders, race):
+            print("stopped; the same command goes on, and finished runs are not run again",
+                  file=sys.stderr)
+            raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+        if "after" not in kept:
+            kept["after"] = time_steps(contenders, device, race.rounds)
+            write_json(kept, folder / "race.json")
+        facts = facts_of(contenders, race, kept["before"], kept["after"])
+        figures = figures_of(facts, split(race.against))
+        results = {"name": race.name, "rules": description["rules"], "conditions": conditions,
+                   "commit": commit(), "python": platform.python_version(),
+                   "threads": torch.get_num_threads(), "contenders": facts, "figures": figures}
+        write_json(results, folder / "results.json")
+        text = table(results)
+        with replacing(folder / "table.md") as file:
+            file.write(text.encode())
+        draw_all(results, split(race.highlight), folder)
+    print(f"{text}\nall is in {folder}/")
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

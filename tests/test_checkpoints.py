@@ -1,0 +1,321 @@
+"""A run's folder: nothing in it is lost, half written, or opened that could do harm."""
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command_line, contents, records, refused, runs_differ, send
+
+import prepare_data
+import sample
+import train
+from checkpoints import load_checkpoint, save
+from config import UserError
+
+# ---- nothing is lost by overwriting --------------------------------------------------------------
+
+def test_a_run_is_never_overwritten_silently(run, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with refused("last.pt and best.pt", "--init_from=resume", "--overwrite=True", "--out_dir"):
+        run()
+    assert contents(tmp_path / "out") == before
+
+
+def test_overwriting_removes_the_run_and_nothing_else(run, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    run(max_iters=1, eval_interval=50, overwrite=True)
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 1
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert [record["step"] for record in records(tmp_path / "out")] == [-1, 0, 1]
+
+
+def test_a_folder_without_a_checkpoint_counts_as_empty(run, tmp_path):
+    """A first run that broke leaves its metrics, and needs no --overwrite."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(train.BrokenLoss):
+        run(learning_rate=1e30, min_lr=1e30)
+    assert set(contents(tmp_path / "out")) == {"notes.txt", "metrics.jsonl"}
+    run(max_iters=1)
+    assert [record["step"] for record in records(tmp_path / "out")] == [-1, 0, 1]
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def wrong(trained, data_dir, tmp_path_factory):
+    """A folder with what a mistaken command line may name."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "other.txt").write_text("zyx " * 1000)
+    prepare_data.main(["other_char", f"--input={folder / 'other.txt'}", f"--data_dir={folder}"])
+    shutil.copytree(data_dir / "tiny_char", folder / "cut")
+    (folder / "cut" / "val.bin").write_bytes((folder / "cut" / "val.bin").read_bytes()[:-2])
+    shutil.copytree(data_dir / "tiny_char", folder / "short")
+    (folder / "preset.py").write_text("n_layr = 3\n")
+    (folder / "half.pt").write_bytes((trained / "best.pt").read_bytes()[:5000])
+    torch.save({"weights": torch.ones(2)}, folder / "foreign.pt")
+    return folder
+
+
+MISTAKES = {
+    "too few rows": (dict(vocab_size=5), "vocab_size=5"),
+    "no such data set": (dict(dataset="missing"), "missing/train.bin"),
+    "no such data folder": (dict(data_dir="missing"), "missing/tiny_char/train.bin"),
+    "damaged data": (dict(data_dir="{wrong}", dataset="cut"), "is not what its meta.json"),
+    "a window longer than val": (dict(block_size=501), "block_size=501 needs at least 502"),
+    "no such device": (dict(device="cuda:77"), "device='cuda:77' is not on this machine"),
+    "heads that do not divide": (dict(n_head=3), "n_embd=16 does not divide into n_head=3"),
+    "an odd query": (dict(block="dva", qk_dim=7), "a query has 7"),
+    "a bank where none fits": (dict(block="mean", bank_layers=1), "cannot hold a bank"),
+    "more banks than layers": (dict(bank_layers=3), "bank_layers=3"),
+    "no such block": (dict(block="mlp"), "block='mlp'"),
+    "no such gelu": (dict(gelu="new"), "gelu='new'"),
+    "no such optimizer": (dict(optimizer="sgd"), "optimizer='sgd'"),
+    "no such dtype": (dict(dtype="float8"), "dtype='float8'"),
+    "no such backend": (dict(backend="mpi"), "backend='mpi'"),
+    "a misspelt setting": (dict(n_layr=3), "did you mean 'n_layer'?"),
+    "a number in words": (dict(learning_rate="fast"), "learning_rate='fast'"),
+    "min_lr above the rate": (dict(min_lr=1), "min_lr=1.0 is above"),
+    "a beta of 1": (dict(beta2=1), "both must be below 1"),
+    "all dropped out": (dict(dropout=1), "dropout=1.0"),
+    "no layers": (dict(n_layer=0), "n_layer=0"),
+    "no batches": (dict(batch_size=0), "batch_size=0"),
+    "a negative seed": (dict(seed=-1), "seed=-1"),
+    "nothing to start from": (dict(init_from="nowhere"), "init_from='nowhere'"),
+    "half a checkpoint": (dict(init_from="{wrong}/half.pt"), "half.pt is not a checkpoint"),
+    "a foreign checkpoint": (dict(init_from="{wrong}/foreign.pt"), "neither a nanoDVA"),
+    "weights of another depth": (dict(init_from="{trained}", n_layer=3), "n_layer=3 contradicts"),
+    "positions made up": (dict(init_from="{trained}", block_size=32), "have 16 positions"),
+    "weights of another width": (dict(init_from="{trained}", block="dva", n_embd=8), "n_embd=8"),
+    "another alphabet": (dict(init_from="{trained}", data_dir="{wrong}", dataset="other_char",
+                              vocab_size=24), "another tokenizer"),
+    "weights that are not here": (dict(init_from="gpt2-xl"), "cannot fetch openai-community"),
+    "no wandb": (dict(wandb_log=True), "pip install wandb")}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_loses_nothing_and_leaves_nothing_behind(run, trained, wrong, tmp_path,
+                                                           monkeypatch, kind):
+    """The same command in the folder of a finished run, with --overwrite, and in a new folder."""
+    # As if wandb and the hub's cache were not there
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no cache"))
+    changes, words = MISTAKES[kind]
+    changes = {name: str(value).format(wrong=wrong, trained=trained)
+               for name, value in changes.items()}
+    shutil.copytree(trained, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with refused(words):
+        run("out", overwrite=True, **changes)
+    assert contents(tmp_path / "out") == before
+    with refused(words):
+        run("new/folder", **changes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_preset_with_a_mistake_loses_nothing(trained, wrong, tmp_path, arguments):
+    shutil.copytree(trained, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for preset, words in (("preset.py", "unknown setting 'n_layr' in"), ("no.py", "cannot read")):
+        with refused(words):
+            train.main([*arguments(), "--overwrite", str(wrong / preset)])
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_log_elsewhere_that_cannot_begin_loses_nothing(run, trained, tmp_path, monkeypatch):
+    """wandb.init fails without a login, for one."""
+    shutil.copytree(trained, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (tmp_path / "wandb.py").write_text("def init(**what): raise ValueError('no login')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="no login"):
+        run(overwrite=True, wandb_log=True)
+    sys.modules.pop("wandb")
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("out_dir", ["file", "file/below", "x" * 300, "/proc/nothing"])
+def test_an_out_dir_that_cannot_be_is_an_error_of_the_disk(run, tmp_path, out_dir):
+    """config.run makes one line of it."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        run(out_dir)
+    assert contents(tmp_path) == {"file": b"in the way"}
+
+
+# ---- the best and the last -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("always, saved", [(True, [3, 6, 9, 11]), (False, [3, 6, 11])])
+def test_best_is_only_replaced_by_better(run, tmp_path, losses, monkeypatch, always, saved):
+    seen = []
+
+    def watched(checkpoint, path):
+        seen.append((path.name, checkpoint["step"]))
+        save(checkpoint, path)
+    monkeypatch.setattr(train, "save", watched)
+    # at steps 0, 3, 6, 9 and 11
+    losses(9, 3, 2, 5, 4)
+    run(max_iters=11, eval_interval=3, always_save_checkpoint=always)
+    best, last = (load_checkpoint(tmp_path / "out" / name) for name in ("best.pt", "last.pt"))
+    assert (best["step"], best["best_val_loss"]) == (6, 2)
+    assert (last["step"], last["best_val_loss"]) == (11, 2)
+    assert [step for name, step in seen if name == "best.pt"] == [3, 6]
+    assert [step for name, step in seen if name == "last.pt"] == saved
+    # Resumed, the best so far is known; at steps 12 and 15
+    losses(1.9, 2.5)
+    run(init_from="resume", max_iters=15)
+    assert load_checkpoint(tmp_path / "out" / "best.pt")["step"] == 12
+
+
+def test_best_survives_a_kill_between_the_two_saves(run, tmp_path, losses):
+    """best.pt is of step 6 and last.pt of step 3, and with other settings step 6 is worse."""
+    losses(9, 3, 2)
+    run(max_iters=6, eval_interval=3)
+    best = (tmp_path / "out" / "best.pt").read_bytes()
+    losses(9, 3)
+    run(max_iters=3, eval_interval=3, overwrite=True)
+    (tmp_path / "out" / "best.pt").write_bytes(best)
+    losses(3, 2.5)
+    run(init_from="resume", max_iters=6, learning_rate=2e-2)
+    assert (tmp_path / "out" / "best.pt").read_bytes() == best
+
+
+def test_the_last_step_is_saved_whatever_the_interval(run, tmp_path):
+    run(max_iters=8, eval_interval=100, always_save_checkpoint=False)
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 8
+    assert (tmp_path / "out" / "best.pt").exists()
+    run("none", max_iters=0)
+    assert load_checkpoint(tmp_path / "none" / "last.pt")["step"] == 0
+
+
+# ---- all or nothing ------------------------------------------------------------------------------
+
+def test_a_second_interrupt_during_the_save_keeps_the_checkpoint_before(run, tmp_path, at_step,
+                                                                        monkeypatch):
+    """The step is finished, the save begins, and the user is impatient."""
+    def interrupt_the_next_save():
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(os, "fsync", lambda file: signal.raise_signal(signal.SIGINT))
+    at_step(6, interrupt_the_next_save)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 5
+    assert set(contents(tmp_path / "out")) == {"best.pt", "last.pt", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("limit, full", [(3000, "metrics.jsonl"), (10_000, "best.pt"),
+                                         (200_000, "last.pt")])
+def test_a_full_disk_leaves_the_checkpoints_whole(run, tmp_path, at_step, limit, full):
+    """
+    A limit on the size of a file stands for the full disk: metrics.jsonl takes more than 3 kB
+    here, best.pt about 110 and last.pt about 330.
+    """
+    run("straight", n_embd=32)
+    at_step(3, send(signal.SIGTERM))
+    run(n_embd=32)
+    before = contents(tmp_path / "out")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises((UserError, OSError)) as caught:
+            # Without a line for each step metrics.jsonl is not the first to grow
+            run(init_from="resume", log_interval=1 if full == "metrics.jsonl" else 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.strerror(errno.EFBIG) in str(caught.value)
+    after = contents(tmp_path / "out")
+    assert after["last.pt"] == before["last.pt"]
+    assert set(after) - {"best.pt"} == {"last.pt", "metrics.jsonl"}
+    assert ("best.pt" in after) == (full == "last.pt")
+    # There is room again
+    assert run(init_from="resume")[0] == 0
+    assert runs_differ(tmp_path / "straight", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("limit", [10, 1000, 100_000])
+def test_a_save_that_fails_says_so_in_one_line(tmp_path, limit):
+    save({"format": 2, "old": 1}, tmp_path / "last.pt")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with refused("cannot write", "last.pt", os.strerror(errno.EFBIG), "is untouched"):
+            save({"model": torch.zeros(100_000)}, tmp_path / "last.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(tmp_path / "last.pt")["old"] == 1
+    assert list(contents(tmp_path)) == ["last.pt"]
+
+
+# ---- safe to open --------------------------------------------------------------------------------
+
+class Harm:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def one_wrong_bit(whole):
+    middle = whole.index(b"data/0") + 3000
+    return whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]
+
+
+def a_zip_file(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+
+NO_CHECKPOINT = "is not a checkpoint, or a damaged one"
+# What stands in the place of last.pt: (how to make it, from the bytes of a good one; the error)
+DAMAGED = {
+    "code": (lambda path, whole: torch.save({"format": 2, "model": Harm(path.parent / "harm")},
+                                            path), "is refused: it calls for"),
+    "code in a pickle": (lambda path, whole: path.write_bytes(
+        pickle.dumps(Harm(path.parent / "harm"))), NO_CHECKPOINT),
+    "nothing": (lambda path, whole: path.write_bytes(b""), NO_CHECKPOINT),
+    "text": (lambda path, whole: path.write_bytes(b"hello\n"), NO_CHECKPOINT),
+    "half": (lambda path, whole: path.write_bytes(whole[:len(whole) // 2]), NO_CHECKPOINT),
+    "a byte too few": (lambda path, whole: path.write_bytes(whole[:-1]), NO_CHECKPOINT),
+    "one wrong bit": (lambda path, whole: path.write_bytes(one_wrong_bit(whole)), "is damaged"),
+    "a zip file": (lambda path, whole: a_zip_file(path), NO_CHECKPOINT),
+    "a folder": (lambda path, whole: path.mkdir(), NO_CHECKPOINT),
+    "a list": (lambda path, whole: torch.save([1], path), "nanoDVA checkpoint"),
+    "a foreign dict": (lambda path, whole: torch.save({"a": 1}, path), "nanoDVA checkpoint"),
+    "another format": (lambda path, whole: torch.save({"format": 1}, path), "nanoDVA checkpoint")}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_only_checkpoints_are_opened_and_none_can_run_code(run, trained, tmp_path, kind):
+    make, words = DAMAGED[kind]
+    path = tmp_path / "out" / "last.pt"
+    path.parent.mkdir()
+    make(path, (trained / "last.pt").read_bytes())
+    for main in (train.main, sample.main):
+        with refused("last.pt", words):
+            main(command_line({"out_dir": path.parent, "init_from": "resume"}))
+    assert not list(tmp_path.rglob("harm"))
+
+
+def test_a_checkpoint_holds_tensors_numbers_and_text_alone(trained):
+    """Which is all that weights_only reads; and best.pt has no optimizer in it."""
+    best, last = (load_checkpoint(trained / name) for name in ("best.pt", "last.pt"))
+    assert last.keys() - best.keys() == {"optimizers", "scaler", "elapsed_s"}
+    assert json.loads(json.dumps(best["config"])) == best["config"]
+    assert not [name for name in best["model"] if name.startswith(("module.", "_orig_mod."))]
+
+
+def test_no_file_is_half_written_beside_another(trained):
+    assert {path.name for path in Path(trained).iterdir()} == {"best.pt", "last.pt",
+                                                               "metrics.jsonl"}

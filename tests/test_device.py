@@ -1,0 +1,228 @@
+"""Every device of this machine computes what float32 on a CPU computes; and what is chosen."""
+import shutil
+import signal
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import KINDS, command_line, ending_of, refused, runs_differ
+
+import device as machine
+import sample
+from checkpoints import load_checkpoint
+from config import UserError
+from device import Stop
+from model import GPT, Cache, ModelConfig
+from optimizers import build_optimizers, set_learning_rate
+from train import TrainConfig
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append("cuda")
+if torch.backends.mps.is_available():
+    DEVICES.append("mps")
+HAS_COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+# float16 and bfloat16 keep 11 and 8 bits
+PRECISION = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+SETTINGS = [dict(block=block, bank_layers=banks) for block, banks in KINDS]
+# test_model.py compiles those without a bank, too
+COMPILED = [kind for kind in SETTINGS if kind["bank_layers"] == 1 or kind["block"] == "mean"]
+
+each_device = pytest.mark.parametrize("name", DEVICES)
+each_kind = pytest.mark.parametrize("kind", SETTINGS, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", list(PRECISION))
+
+
+def tiny(kind, n_layer=2):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=37, block_size=32, n_layer=n_layer, n_head=2, n_embd=32,
+                            qk_dim=16, **kind))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def gradients_of(model, device, dtype, backend=None):
+    """(loss, {name: gradient}) for one batch, as numbers and in float32 on the CPU."""
+    model.to(device)
+    forward = torch.compile(model, backend=backend, dynamic=False) if backend else model
+    idx = torch.randint(37, (4, 33), generator=torch.Generator().manual_seed(1)).to(device)
+    with machine.autocast(device, dtype):
+        _, loss = forward(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+    loss.backward()
+    return loss.item(), {name: p.grad.float().cpu() for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(kind, device, dtype, backend=None, n_layer=2):
+    loss, gradients = gradients_of(tiny(kind, n_layer), device, dtype, backend)
+    expected_loss, expected = gradients_of(tiny(kind, n_layer), CPU, "float32")
+    assert loss == pytest.approx(expected_loss, rel=PRECISION[dtype])
+    # A gradient that is next to nothing beside the others is all rounding: a bank's gamma has
+    # such a one under DVA, whose norm undoes what gamma does
+    size = torch.stack([p.norm() for p in expected.values()]).norm()
+    for name in expected:
+        distance = (gradients[name] - expected[name]).norm()
+        assert distance < PRECISION[dtype] * max(expected[name].norm(), size / 100), name
+
+
+# ---- the same numbers on every device ------------------------------------------------------------
+
+@each_device
+@each_kind
+@each_dtype
+def test_gradients_are_those_of_float32_on_the_cpu(name, kind, dtype):
+    assert_same_gradients(kind, torch.device(name), dtype)
+
+
+@each_device
+@pytest.mark.parametrize("kind", COMPILED, ids=str)
+def test_compiled_gradients_are_those_of_float32_on_the_cpu(name, kind):
+    """Inductor on a GPU; on a CPU all but the C++ compiler."""
+    torch._dynamo.reset()
+    backend = "aot_eager" if name == "cpu" else "inductor"
+    assert_same_gradients(kind, torch.device(name), "bfloat16", backend)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs g++ and Python.h")
+def test_what_the_cpp_compiler_makes_has_the_same_gradients():
+    torch._dynamo.reset()
+    assert_same_gradients(dict(block="dva", bank_layers=1), CPU, "bfloat16", "inductor", n_layer=1)
+
+
+@each_device
+@each_kind
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_optimizers_steps_are_those_of_float64_on_the_cpu(name, kind, optimizer):
+    _, gradients = gradients_of(tiny(kind), CPU, "float32")
+    models = [tiny(kind).to(name), tiny(kind).to(torch.float64)]
+    for model in models:
+        optimizers = build_optimizers(model, TrainConfig(optimizer=optimizer))
+        for step in range(3):
+            set_learning_rate(optimizers, 1e-2 / (step + 1))
+            for parameter_name, p in model.named_parameters():
+                p.grad = gradients[parameter_name].to(p) * (1 - step / 2)
+            for each in optimizers:
+                each.step()
+    for p, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        # Muon computes in bfloat16
+        allowed = 1e-5 if optimizer == "adamw" else 2e-3
+        torch.testing.assert_close(p.detach().cpu().double(), expected.detach(), rtol=0,
+                                   atol=allowed)
+
+
+@each_device
+@each_kind
+@each_dtype
+def test_logits_with_a_cache_are_those_without(name, kind, dtype):
+    """As sampling computes them, with weights of that type."""
+    model = tiny(kind).eval().to(name, getattr(torch, dtype))
+    idx = torch.randint(37, (2, 32), generator=torch.Generator().manual_seed(1)).to(name)
+    whole, cache = model(idx, idx)[0].float(), Cache(32)
+    for first, end in [(0, 20), *((t, t + 1) for t in range(20, 32))]:
+        logits = model(idx[:, first:end], cache=cache)[0].float()
+        distance = (logits[:, 0] - whole[:, end - 1]).norm() / whole[:, end - 1].norm()
+        assert distance < PRECISION[dtype]
+
+
+@each_device
+@each_dtype
+def test_a_run_trains_saves_resumes_and_samples(run, tmp_path, capsys, name, dtype):
+    settings = dict(device=name, dtype=dtype, block="dva", bank_layers=1, optimizer="muon")
+    run("straight", **settings)
+    run("parts", max_iters=6, **settings)
+    run("parts", init_from="resume", max_iters=12)
+    # A GPU may add up in another order
+    allowed = 0 if name == "cpu" else 1e-2
+    assert runs_differ(tmp_path / "straight", tmp_path / "parts") <= allowed
+    tensors = load_checkpoint(tmp_path / "parts" / "last.pt")["model"].values()
+    assert {(p.dtype, p.device.type) for p in tensors} == {(torch.float32, "cpu")}
+    argv = command_line(dict(out_dir=tmp_path / "parts", device=name, dtype=dtype, start="ab",
+                             num_samples=2, max_new_tokens=30))
+    assert len(ending_of(sample.main, argv, capsys)[1]) == 2 * 32 + 2 * 17
+
+
+# ---- what is chosen ------------------------------------------------------------------------------
+
+def test_auto_is_the_fastest_device_that_is_there():
+    assert machine.pick_device("auto").type == DEVICES[-1]
+    assert machine.pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "cpu:", "tpu", "meta", "", "cuda:-1", "CPU"])
+def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
+    with refused(f"device={name!r} is not on this machine: there are", "cpu"):
+        machine.pick_device(name)
+
+
+@pytest.mark.parametrize("multiplies, width, chosen", [
+    (True, 128, "bfloat16"), (True, 127, "float32"), (False, 768, "float32")])
+def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it_and_for_models_wide_enough(
+        monkeypatch, multiplies, width, chosen):
+    monkeypatch.setattr(machine, "cpu_multiplies_bfloat16", lambda: multiplies)
+    assert machine.pick_dtype("auto", CPU, width) == chosen
+    assert machine.pick_dtype("auto", torch.device("mps"), 768) == "float32"
+    for name in PRECISION:
+        assert machine.pick_dtype(name, CPU, width) == name
+
+
+@pytest.mark.parametrize("has_bfloat16, chosen", [(True, "bfloat16"), (False, "float16")])
+def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch, has_bfloat16, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation: has_bfloat16)
+    assert machine.pick_dtype("auto", torch.device("cuda"), 64) == chosen
+
+
+@pytest.mark.parametrize("parameters, chosen", [(1e6, "float32"), (124e6, "bfloat16")])
+def test_large_models_sample_in_bfloat16(monkeypatch, parameters, chosen):
+    monkeypatch.setattr(machine, "cpu_multiplies_bfloat16", lambda: True)
+    assert machine.pick_sampling_dtype("auto", CPU, parameters) == chosen
+    assert machine.pick_sampling_dtype("auto", torch.device("mps"), parameters) == "float32"
+    assert machine.pick_sampling_dtype("float16", CPU, parameters) == "float16"
+
+
+def test_compiling_is_for_long_runs_where_a_compiler_is(monkeypatch, tmp_path):
+    cuda, mps = torch.device("cuda"), torch.device("mps")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: tmp_path)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    assert not machine.pick_compile("auto", CPU, 1e16)
+    (tmp_path / "Python.h").touch()
+    assert machine.pick_compile("auto", CPU, 1e16) and machine.pick_compile("auto", cuda, 1e16)
+    for device in (CPU, cuda, mps):
+        assert not machine.pick_compile("auto", device, 1e13)
+        assert machine.pick_compile(True, device, 1)
+        assert not machine.pick_compile(False, device, 1e20)
+    assert not machine.pick_compile("auto", mps, 1e20)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not machine.pick_compile("auto", CPU, 1e16)
+    assert not machine.pick_compile("auto", cuda, 1e16)
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+def test_stop_keeps_the_first_signal_and_gives_the_handlers_back(capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with Stop() as stop:
+        assert stop.signal == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert capsys.readouterr().err == "\nfinishing the step; Ctrl-C again stops at once\n"
+
+
+@pytest.mark.parametrize("raised, becomes", [(RuntimeError, KeyboardInterrupt),
+                                             (UserError, UserError)])
+def test_what_breaks_after_a_signal_was_broken_by_it(raised, becomes):
+    """Ctrl-C reaches the C++ compiler, too, and a compilation that it ended fails."""
+    with pytest.raises(becomes), Stop():
+        signal.raise_signal(signal.SIGINT)
+        raise raised("the compiler failed")
+    with pytest.raises(raised), Stop():
+        raise raised("without a signal")

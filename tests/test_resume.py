@@ -1,0 +1,257 @@
+"""A run that is stopped, killed or continued ends bit for bit as one that nobody disturbed."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import (
+    KINDS,
+    TINY,
+    comparable,
+    contents,
+    records,
+    refused,
+    runs_differ,
+    send,
+)
+
+import prepare_data
+import train
+from checkpoints import load_checkpoint
+
+TESTS = Path(__file__).parent
+
+
+# ---- as if nothing had happened ------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("block, banks", KINDS)
+def test_resume_is_exact(run, tmp_path, at_step, block, banks, optimizer, dtype):
+    """
+    Stopped in step 4, behind which an evaluation is due, in step 7, behind which none is, and
+    during the evaluation of step 10. Dropout and accumulation are on.
+    """
+    changes = dict(block=block, bank_layers=banks, optimizer=optimizer, dtype=dtype)
+    run("straight", **changes)
+    at_step(4, send(signal.SIGTERM))
+    at_step(7, send(signal.SIGTERM))
+    at_step(10, send(signal.SIGTERM), function="learning_rate")
+    status, out = run("parts", **changes)
+    assert status == 143 and "stopped at step 5" in out
+    for step in (8, 10):
+        status, out = run("parts", init_from="resume")
+        assert status == 143 and f"stopped at step {step}" in out
+    assert run("parts", init_from="resume")[0] == 0
+    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
+
+
+def test_resume_of_float16_keeps_the_scale(run, tmp_path):
+    changes = dict(dtype="float16", block="dva", bank_layers=1, optimizer="muon")
+    run("straight", **changes)
+    run("parts", max_iters=7, **changes)
+    run("parts", init_from="resume", max_iters=12)
+    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
+
+
+def test_resume_with_more_steps(run, tmp_path):
+    run("straight")
+    run("parts", max_iters=7)
+    status, out = run("parts", init_from="resume", max_iters=12)
+    assert status == 0 and "at step 7, max_iters=12 (was 7)\n" in out
+    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
+
+
+def test_more_steps_than_the_decay_has_are_remarked_on(run):
+    run(max_iters=12)
+    out = run(init_from="resume", max_iters=14)[1]
+    assert "from step 12 on" in out and "--lr_decay_iters=14 spreads the decay" in out
+
+
+def test_a_signal_in_the_last_step_loses_no_evaluation(run, tmp_path, at_step):
+    run("straight")
+    at_step(11, send(signal.SIGTERM))
+    assert run("parts")[0] == 143
+    assert run("parts", init_from="resume")[0] == 0
+    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
+
+
+@pytest.mark.parametrize("function", ["learning_rate", "seed_dropout"])
+def test_a_stop_does_not_lose_the_best_model_at_its_step(run, tmp_path, at_step, losses, function):
+    """Stopped at step 5 before its evaluation or during it, which is the best; then come worse."""
+    if function == "seed_dropout":
+        at_step(4, send(signal.SIGTERM))
+    else:
+        at_step(5, send(signal.SIGTERM), function="learning_rate")
+    assert run()[0] == 143
+    losses(2, 3, 4)
+    run(init_from="resume")
+    best = load_checkpoint(tmp_path / "out" / "best.pt")
+    assert (best["step"], best["best_val_loss"]) == (5, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kill_many.py forks")
+def test_kills_change_nothing():
+    """In a process of its own, since it forks."""
+    command = [sys.executable, TESTS / "kill_many.py", "--kills=6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills, saves, runs = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
+    assert kills >= 6 and saves >= 1 and runs >= 1
+
+
+def test_a_real_process_stops_and_resumes(arguments, run, tmp_path):
+    """python train.py, stopped from outside by a SIGTERM."""
+    argv = arguments(max_iters=100_000, lr_decay_iters=60)
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=TESTS.parent,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 7: loss"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 143 and "continue:  python train.py --init_from=resume" in out
+    assert err.strip() == "finishing the step; Ctrl-C again stops at once"
+    step = load_checkpoint(tmp_path / "out" / "last.pt")["step"]
+    assert f"stopped at step {step}" in out and step >= 8
+    run(init_from="resume", max_iters=step + 3)
+    run("straight", max_iters=step + 3, lr_decay_iters=60)
+    assert runs_differ(tmp_path / "straight", tmp_path / "out") == 0
+
+
+# ---- with other settings -------------------------------------------------------------------------
+
+def test_eval_only_on_resume_evaluates_and_writes_nothing(run, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    status, out = run(init_from="resume", eval_only=True, max_iters=1000)
+    loss = records(trained)[-1]["val_loss"]
+    assert status == 0 and f"val loss {loss:.4f}" in out
+    assert "step 12: train loss" in out and "step 13" not in out
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("change", [
+    dict(n_layer=3), dict(n_embd=32), dict(block="dva"), dict(bias=True), dict(block_size=8),
+    dict(bank_layers=1), dict(rotary=True), dict(gelu="tanh"), dict(optimizer="muon"),
+    dict(vocab_size=64), dict(value_norm=False)], ids=str)
+def test_resume_keeps_its_architecture_and_optimizer(run, trained, tmp_path, change):
+    shutil.copytree(trained, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    [(name, value)] = change.items()
+    with refused(f"{name}={value!r} differs from the checkpoint's"):
+        run(init_from="resume", **change)
+    assert contents(tmp_path / "out") == before
+
+
+def test_resume_with_other_settings_says_so_and_means_it(run, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    changes = dict(learning_rate=1e-5, min_lr=1e-6, weight_decay=0.3, beta2=0.9, dropout=0.2,
+                   max_iters=14)
+    status, out = run(init_from="resume", **changes)
+    assert status == 0
+    assert all(f"{name}={value} (was {TINY.get(name, '')}" in out
+               for name, value in changes.items())
+    groups = load_checkpoint(tmp_path / "out" / "last.pt")["optimizers"][0]["param_groups"]
+    assert groups[0]["weight_decay"] == 0.3 and groups[1]["weight_decay"] == 0
+    assert groups[0]["betas"] == (0.9, 0.9)
+
+
+def test_a_resumed_run_writes_its_own_settings(run, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    run(init_from="resume", max_iters=14, learning_rate=2e-3)
+    headers = [record for record in records(tmp_path / "out") if "config" in record]
+    assert [header["step"] for header in headers] == [-1, 11]
+    assert [header["config"]["learning_rate"] for header in headers] == [1e-2, 2e-3]
+    assert headers[1]["config"]["max_iters"] == 14 and headers[1]["params"] == headers[0]["params"]
+    # The end of the first run is replaced by the step in its place
+    assert [record["step"] for record in comparable(tmp_path / "out")] == list(range(15))
+
+
+def test_resume_with_a_setting_that_only_fits_its_own(run):
+    # 0.02 is above the default learning_rate
+    run(learning_rate=0.05, min_lr=0.01)
+    assert run(init_from="resume", min_lr=0.02, max_iters=13)[0] == 0
+
+
+def test_a_resumed_run_keeps_the_precision_that_was_chosen_for_it(run, tmp_path):
+    """dtype=auto might choose another one on the machine where it goes on."""
+    run(dtype="auto", max_iters=2)
+    chosen = load_checkpoint(tmp_path / "out" / "last.pt")["config"]["dtype"]
+    assert chosen == "float32"
+    out = run(init_from="resume", max_iters=3)[1]
+    assert "cpu, float32" in out and "dtype=" not in out
+
+
+def test_resume_in_another_place_with_a_preset(run, trained, tmp_path):
+    """out_dir counts wherever it is given, and the folder may have been moved."""
+    shutil.copytree(trained, tmp_path / "moved")
+    (tmp_path / "more.py").write_text(f"out_dir = {str(tmp_path / 'moved')!r}\nmax_iters = 13\n")
+    train.main([str(tmp_path / "more.py"), "--init_from=resume"])
+    assert load_checkpoint(tmp_path / "moved" / "last.pt")["step"] == 13
+
+
+def test_data_that_was_prepared_anew_is_remarked_on(run, trained, data_dir, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    text = (data_dir / "tiny.txt").read_text()
+    (tmp_path / "text.txt").write_text(text[1000:] + text[:1000])
+    prepare_data.main(["tiny_char", f"--input={tmp_path / 'text.txt'}", f"--data_dir={tmp_path}"])
+    assert "prepared anew" not in run(init_from="resume", max_iters=13)[1]
+    out = run(init_from="resume", max_iters=14, data_dir=tmp_path)[1]
+    assert "the data set 'tiny_char' was prepared anew since this run began" in out
+
+
+# ---- what cannot be resumed ----------------------------------------------------------------------
+
+def test_resume_needs_a_checkpoint_with_the_optimizers_state(run, trained, tmp_path):
+    with refused("no ", "last.pt: train first"):
+        run(init_from="resume")
+    assert not (tmp_path / "out").exists()
+    shutil.copytree(trained, tmp_path / "out")
+    shutil.copy(tmp_path / "out" / "best.pt", tmp_path / "out" / "last.pt")
+    with refused("cannot be resumed"):
+        run(init_from="resume")
+
+
+def test_resume_needs_the_same_alphabet(run, trained, data_dir, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    shutil.copytree(data_dir / "tiny_char", tmp_path / "other")
+    meta = json.loads((tmp_path / "other" / "meta.json").read_text())
+    meta["tokenizer"]["alphabet"] = meta["tokenizer"]["alphabet"][::-1]
+    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
+    with refused("another tokenizer"):
+        run(init_from="resume", data_dir=tmp_path, dataset="other")
+
+
+def test_resume_names_the_settings_of_another_version(run, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
+    checkpoint["config"]["shift"] = True
+    train.save(checkpoint, tmp_path / "out" / "last.pt")
+    with refused("another version of train.py", "shift"):
+        run(init_from="resume")
+
+
+def test_a_damaged_best_does_not_block_resume(run, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    whole = (trained / "best.pt").read_bytes()
+    (tmp_path / "out" / "best.pt").write_bytes(whole[:len(whole) // 2])
+    status, out = run(init_from="resume", max_iters=13)
+    assert status == 0 and "going on without best.pt" in out
+
+
+def test_a_cut_last_line_of_the_metrics_is_dropped_and_other_damage_is_named(run, trained,
+                                                                             tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b'{"step": 12, "loss')
+    run(init_from="resume", max_iters=13)
+    assert [record["step"] for record in comparable(tmp_path / "out")] == list(range(14))
+    metrics.write_bytes(b"\0" * 100 + b"\n")
+    with refused("metrics.jsonl is damaged"):
+        run(init_from="resume", max_iters=14)

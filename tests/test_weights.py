@@ -1,0 +1,420 @@
+"""Weights and presets from the world of GPT-2 and nanoGPT, with transformers as the oracle."""
+import json
+import runpy
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, command_line, comparable, ending_of, refused
+from safetensors.torch import load_file, save_file
+
+import config
+import prepare_data
+import sample
+import train
+from checkpoints import load_checkpoint
+from model import GPT, ModelConfig
+from train import TrainConfig
+from weights import OPENAI, load_model
+
+ROOT = Path(__file__).parents[1]
+SHAPES = [dict(n_layer=1, n_head=1, n_embd=16, vocab_size=97),
+          dict(n_layer=3, n_head=4, n_embd=32, vocab_size=130),
+          dict(n_layer=2, n_head=5, n_embd=40, vocab_size=65)]
+
+
+def oracle(activation="gelu_new", seed=0, biases=True, **shape):
+    """A random GPT2LMHeadModel in which each parameter matters: none of them is near zero."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(seed)
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=128, activation_function=activation,
+                                        bos_token_id=None, eos_token_id=None, **shape)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p += 0.1 * torch.randn_like(p)
+            if name.endswith("bias") and not biases:
+                p.zero_()
+    return theirs
+
+
+@torch.no_grad()
+def assert_same_model(ours, theirs):
+    """The same logits on a full window, and the same 100 tokens after a prompt."""
+    idx = torch.randint(theirs.config.vocab_size, (2, 128),
+                        generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    text = ours.generate(idx[:, :4], 100, temperature=0)
+    assert torch.equal(text, theirs.generate(idx[:, :4], max_new_tokens=100, do_sample=False))
+    assert len(text.unique()) > 5
+
+
+def write_nanogpt(path, theirs, dataset="tiny_char", prefix="", masks=False, **changes):
+    """The transformers model as nanoGPT would have saved it."""
+    state = {}
+    for name, p in theirs.state_dict().items():
+        if name.endswith("bias") and not changes.get("bias", True):
+            continue
+        transposed = name.startswith("transformer.h.") and p.dim() == 2
+        state[prefix + name] = p.T.contiguous() if transposed else p.clone()
+    if masks:
+        for layer in range(theirs.config.n_layer):
+            mask = torch.ones(1, 1, 128, 128).tril()
+            state[f"{prefix}transformer.h.{layer}.attn.bias"] = mask
+    args = {name: getattr(theirs.config, name)
+            for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    torch.save({"model": state, "optimizer": {"state": {}, "param_groups": []}, "iter_num": 7,
+                "model_args": {"block_size": 128, "dropout": 0.2} | args | changes,
+                "best_val_loss": torch.tensor(1.5), "config": {"dataset": dataset}}, path)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(name, **shape): a random GPT-2 in an otherwise empty cache of the Hugging Face hub."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def add(name, **shape):
+        folder, commit = cache / f"models--openai-community--{name}", "0" * 40
+        theirs = oracle(**shape)
+        # OpenAI's names have no prefix either
+        theirs.transformer.save_pretrained(folder / "snapshots" / commit)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+        return theirs
+    return add
+
+
+# ---- GPT-2 from Hugging Face ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("activation, gelu", [("gelu_new", "tanh"), ("gelu", "exact")])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_hugging_face_gpt2_comes_in(tmp_path, shape, activation, gelu):
+    theirs = oracle(activation, **shape)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(str(tmp_path))
+    assert (ours.config.gelu, ours.config.bias, ours.training) == (gelu, True, False)
+    assert_same_model(ours, theirs)
+
+
+def test_openais_files_have_no_prefix_and_hold_masks(tmp_path):
+    theirs = oracle(**SHAPES[1])
+    theirs.transformer.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert "wte.weight" in state
+    state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril() for i in range(3)}
+    state["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_same_model(load_model(str(tmp_path)), theirs)
+
+
+def test_openais_names_come_from_the_hubs_cache_in_the_sizes_of_their_config(hub):
+    for layers, name in enumerate(OPENAI, start=1):
+        theirs = hub(name, n_layer=layers, n_head=2, n_embd=16 * layers, vocab_size=80)
+        ours = load_model(name)
+        assert (ours.config.n_layer, ours.config.n_embd) == (layers, 16 * layers)
+        assert_same_model(ours, theirs)
+
+
+def test_positions_are_cropped_and_never_made_up(tmp_path):
+    theirs = oracle(**SHAPES[1])
+    theirs.save_pretrained(tmp_path)
+    ours, idx = load_model(str(tmp_path), block_size=8, dropout=0.1), torch.arange(16).view(2, 8)
+    assert ours.config.dropout == 0.1 and ours.transformer.wpe.weight.shape == (8, 32)
+    torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    with refused("block_size=129: the weights have 128 positions"):
+        load_model(str(tmp_path), block_size=129)
+    with refused("n_layer=4 contradicts the weights, which have n_layer=3"):
+        load_model(str(tmp_path), n_layer=4)
+
+
+def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path):
+    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50304)
+    with torch.no_grad():
+        # These would win every time
+        theirs.transformer.wte.weight[50257:] *= 100
+    theirs.save_pretrained(tmp_path)
+    ours, idx = load_model(str(tmp_path)), torch.arange(100).view(2, 50)
+    with torch.no_grad():
+        logits = theirs(idx).logits
+        assert logits.argmax(-1).min() >= 50257
+        logits = logits[:, :-1, :50257].flatten(0, 1)
+        expected = F.cross_entropy(logits, idx[:, 1:].flatten()).item()
+        assert ours(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(expected, abs=1e-5)
+    assert ours.generate(idx[:, :4], 20, temperature=5.0).max() < 50257
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model_type": "llama"}, "model_type='llama' is not GPT-2"),
+    ({"activation_function": "relu"}, "activation_function='relu'"),
+    ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon=0.001"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ({"n_layer": 4}, "do not belong together"), ({"n_embd": 16}, "do not belong together"),
+    ({"n_head": None}, "do not belong together"), ({"n_head": 3}, "do not belong together")],
+    ids=str)
+def test_a_config_that_is_no_gpt2_is_refused(tmp_path, changes, words):
+    oracle(**SHAPES[1]).save_pretrained(tmp_path)
+    theirs = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(theirs | changes))
+    with refused(words):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", [b"{", b"", b"\xff" * 100, b"[]"])
+def test_a_damaged_file_is_refused(tmp_path, name, damage):
+    oracle(**SHAPES[0]).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(damage)
+    with refused(str(tmp_path)):
+        load_model(str(tmp_path))
+
+
+def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path, hub, monkeypatch):
+    for main in (sample.main, train.main):
+        with refused("cannot fetch openai-community/gpt2-large from http",
+                     "hf download openai-community/gpt2-large"):
+            main(["--init_from=gpt2-large"])
+    # The mistake comes to light before the download
+    with refused("batch_size=0"):
+        train.main(["--init_from=gpt2-large", "--batch_size=0"])
+    with refused("train first, or name another run's folder"):
+        load_model(str(tmp_path / "nothing"))
+    oracle(**SHAPES[0]).save_pretrained(tmp_path / "theirs")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with refused("pip install safetensors"):
+        load_model(str(tmp_path / "theirs"))
+
+
+# ---- nanoGPT's checkpoints -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("prefix, masks, bias", [
+    ("", False, True), ("_orig_mod.", False, False), ("_orig_mod.", True, True)])
+def test_a_nanogpt_checkpoint_comes_in(tmp_path, prefix, masks, bias):
+    theirs = oracle("gelu", biases=bias, **SHAPES[1])
+    write_nanogpt(tmp_path / "ckpt.pt", theirs, prefix=prefix, masks=masks, bias=bias)
+    for source in (tmp_path, tmp_path / "ckpt.pt"):
+        ours = load_model(str(source))
+        assert ours.config.bias == bias and ours.config.dropout == 0
+        assert_same_model(ours, theirs)
+
+
+def test_a_nanogpt_checkpoint_samples(tmp_path, data_dir, capsys):
+    meta = prepare_data.read_meta(data_dir / "tiny_char")
+    theirs = oracle("gelu", n_layer=2, n_head=2, n_embd=16, vocab_size=meta["vocab_size"])
+    write_nanogpt(tmp_path / "ckpt.pt", theirs)
+    alphabet = meta["tokenizer"]["alphabet"]
+    argv = command_line(dict(out_dir=tmp_path, data_dir=data_dir, num_samples=1, device="cpu",
+                             max_new_tokens=100, temperature=0, start=alphabet[3],
+                             dtype="float32"))
+    _, out = ending_of(sample.main, argv, capsys)
+    ids = theirs.generate(torch.tensor([[3]]), max_new_tokens=100, do_sample=False)[0]
+    assert out == "".join(alphabet[i] for i in ids) + "\n---------------\n"
+
+
+def test_a_nanogpt_checkpoint_trains_on(tmp_path, data_dir):
+    rows = prepare_data.read_meta(data_dir / "tiny_char")["vocab_size"]
+    theirs = oracle("gelu", n_layer=2, n_head=2, n_embd=16, vocab_size=rows)
+    write_nanogpt(tmp_path / "ckpt.pt", theirs)
+    settings = TINY | dict(data_dir=data_dir, init_from=tmp_path / "ckpt.pt", block_size=64,
+                           out_dir=tmp_path / "on", max_iters=3, dropout=0)
+    for name in ("n_layer", "n_head", "n_embd", "qk_dim"):
+        del settings[name]
+    train.main(command_line(settings))
+    tokens = np.fromfile(data_dir / "tiny_char" / "val.bin", "uint16").astype("int64")
+    count = (len(tokens) - 1) // 64
+    x = torch.from_numpy(tokens[:count * 64]).view(count, 64)
+    y = torch.from_numpy(tokens[1:count * 64 + 1]).view(count, 64)
+    with torch.no_grad():
+        expected = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
+    first = comparable(tmp_path / "on")[0]
+    assert first["step"] == 0 and first["val_loss"] == pytest.approx(expected, abs=1e-4)
+    last = load_checkpoint(tmp_path / "on" / "last.pt")
+    assert last["step"] == 3 and last["model_config"]["block_size"] == 64
+
+
+def test_a_nanogpt_alphabet_is_asked_for_and_checked(tmp_path, data_dir):
+    theirs = oracle("gelu", n_layer=1, n_head=1, n_embd=8, vocab_size=11)
+    write_nanogpt(tmp_path / "ckpt.pt", theirs, dataset="lost")
+    argv = [f"--init_from={tmp_path / 'ckpt.pt'}", f"--data_dir={data_dir}"]
+    with refused("lost/train.bin: run"):
+        sample.main(argv)
+    with refused("and the weights have 11"):
+        sample.main([*argv, "--dataset=tiny_char"])
+    write_nanogpt(tmp_path / "ckpt.pt", theirs, dataset=None)
+    with refused("do not say what their tokens are", "--dataset=NAME"):
+        sample.main(argv)
+
+
+class Harm:
+    def __reduce__(self):
+        return Path.touch, (Path("harm"),)
+
+
+@pytest.mark.parametrize("main", [sample.main, train.main])
+def test_no_foreign_checkpoint_is_unpickled(tmp_path, monkeypatch, main):
+    monkeypatch.chdir(tmp_path)
+    write_nanogpt("ckpt.pt", oracle(**SHAPES[0]))
+    torch.save(torch.load("ckpt.pt", weights_only=True) | {"config": Harm()}, "ckpt.pt")
+    with refused("ckpt.pt is refused: it calls for"):
+        main(["--init_from=ckpt.pt"])
+    torch.save({"weights": torch.ones(2)}, "ckpt.pt")
+    with refused("neither a nanoDVA checkpoint"):
+        main(["--init_from=ckpt.pt"])
+    assert not Path("harm").exists()
+
+
+@pytest.mark.parametrize("checkpoint", [
+    {"format": 2}, {"format": 2, "model": 3, "model_config": 3, "tokenizer": 3},
+    {"model": 3, "model_args": 3}, {"model": {}, "model_args": {}, "config": 3},
+    {"model": {}, "model_args": {"zzz": 1}}, {"model": {}, "model_args": {"n_layer": 1}}, {1: 2}],
+    ids=str)
+def test_a_file_that_only_looks_like_a_checkpoint_is_refused(tmp_path, checkpoint):
+    torch.save(checkpoint, tmp_path / "best.pt")
+    with refused(str(tmp_path)):
+        load_model(str(tmp_path))
+
+
+# ---- our own, and starting from any --------------------------------------------------------------
+
+def test_a_run_of_ours_comes_in(run, tmp_path):
+    run(block="dva", bank_layers=1, max_iters=6)
+    ours = load_model(str(tmp_path / "out"))
+    saved = load_checkpoint(tmp_path / "out" / "best.pt")
+    assert asdict(ours.config) == saved["model_config"] | {"dropout": 0.0}
+    model = GPT(ModelConfig(**saved["model_config"])).eval()
+    model.load_state_dict(saved["model"])
+    idx = torch.arange(16)[None]
+    assert torch.equal(model(idx, idx)[0], ours(idx, idx)[0])
+
+
+def test_a_run_starts_from_another_ones_weights_at_step_0(run, trained, tmp_path):
+    _, out = run("tuned", init_from=trained, max_iters=2, lr_decay_iters=2, learning_rate=1e-4,
+                 min_lr=1e-5, dropout=0.0)
+    lines = comparable(tmp_path / "tuned")
+    best = load_checkpoint(trained / "best.pt")["best_val_loss"]
+    assert f"starting from the weights of {trained}" in out
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[0]["val_loss"] == pytest.approx(best, abs=1e-6)
+
+
+def test_gpt2_with_another_block_keeps_embeddings_positions_and_final_norm(run, tmp_path, data_dir):
+    rows = prepare_data.read_meta(data_dir / "tiny_char")["vocab_size"]
+    theirs = oracle(n_layer=2, n_head=2, n_embd=16, vocab_size=rows)
+    theirs.save_pretrained(tmp_path / "gpt2")
+    run(init_from=tmp_path / "gpt2", block="dva", bank_layers=1, n_layer=3, max_iters=1,
+        learning_rate=0, min_lr=0, weight_decay=0)
+    state, old = load_checkpoint(tmp_path / "out" / "last.pt")["model"], theirs.transformer
+    assert torch.equal(state["transformer.wte.weight"], old.wte.weight)
+    assert torch.equal(state["transformer.wpe.weight"], old.wpe.weight[:16])
+    assert torch.equal(state["transformer.ln_f.bias"], old.ln_f.bias)
+    assert not state["transformer.h.0.attn.c_q.bias"].any()
+    # The bank was made from these embeddings
+    embedded = F.layer_norm(old.wte.weight, (16,))
+    table = state["transformer.h.2.attn.bank.table"]
+    w_v = torch.linalg.lstsq(embedded, table).solution
+    torch.testing.assert_close(embedded @ w_v, table, atol=1e-5, rtol=0)
+
+
+# ---- nanoGPT's presets and command lines ---------------------------------------------------------
+
+OPENWEBTEXT = dict(wandb_log=False, wandb_project="owt", wandb_run_name="gpt2-124M", batch_size=12,
+                   block_size=1024, gradient_accumulation_steps=40, max_iters=600000,
+                   lr_decay_iters=600000, eval_interval=1000, eval_iters=200, log_interval=10,
+                   weight_decay=0.1)
+CHARACTERS = dict(out_dir="out-shakespeare-char", eval_interval=250, eval_iters=200,
+                  log_interval=10, always_save_checkpoint=False, wandb_log=False,
+                  wandb_project="shakespeare-char", wandb_run_name="mini-gpt",
+                  dataset="shakespeare_char", gradient_accumulation_steps=1, batch_size=64,
+                  block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
+                  learning_rate=1e-3, max_iters=5000, lr_decay_iters=5000, min_lr=1e-4,
+                  beta2=0.99, warmup_iters=100)
+FINE_TUNING = dict(out_dir="out-shakespeare", eval_interval=5, eval_iters=40, wandb_log=False,
+                   wandb_project="shakespeare", dataset="shakespeare", init_from="gpt2-xl",
+                   always_save_checkpoint=False, batch_size=1, gradient_accumulation_steps=32,
+                   max_iters=20, learning_rate=3e-5, decay_lr=False)
+PRESETS = {"train_gpt2": OPENWEBTEXT, "train_shakespeare_char": CHARACTERS,
+           "finetune_shakespeare": FINE_TUNING}
+for name in OPENAI:
+    PRESETS[f"eval_{name.replace('-', '_')}"] = dict(batch_size=8, eval_iters=500, eval_only=True,
+                                                     wandb_log=False, init_from=name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_nanogpts_presets_load_and_ours_of_that_name_say_the_same(tmp_path, name):
+    text = "".join(f"{key} = {value!r} # why\n" for key, value in PRESETS[name].items())
+    # As nanoGPT writes them
+    text = text.replace("steps = 40", "steps = 5 * 8")
+    if name == "finetune_shakespeare":
+        text = f"import time\n\n{text}wandb_run_name = 'ft-' + str(time.time())\n"
+    (tmp_path / "preset.py").write_text(text)
+    for path in (tmp_path / "preset.py", ROOT / "config" / f"{name}.py"):
+        cfg = config.flat(config.load(TrainConfig, [str(path)]))
+        assert {key: cfg[key] for key in PRESETS[name]} == PRESETS[name]
+
+
+NANOGPT_README = """
+python data/shakespeare_char/prepare.py
+python train.py config/train_shakespeare_char.py
+python train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 \
+    --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 \
+    --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
+python sample.py --out_dir=out-shakespeare-char
+python sample.py --out_dir=out-shakespeare-char --device=cpu
+python train.py config/train_shakespeare_char.py --device=mps
+python data/openwebtext/prepare.py
+torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=127.0.0.1 train.py
+python sample.py
+python train.py
+python train.py config/eval_gpt2.py
+python train.py config/eval_gpt2_medium.py
+python train.py config/eval_gpt2_large.py
+python train.py config/eval_gpt2_xl.py
+python data/shakespeare/prepare.py
+python train.py config/finetune_shakespeare.py
+python sample.py --out_dir=out-shakespeare
+python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe?" \
+    --num_samples=5 --max_new_tokens=100
+python sample.py --start=FILE:prompt.txt
+"""
+
+
+def small(line):
+    """The arguments that make a command line small; and where a run has been, it is told so."""
+    if "sample.py" in line:
+        return ["--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
+    if "prepare.py" in line:
+        return ["--data_dir=data", "--val_fraction=0.1", "--input=text.txt"]
+    shape = dict(block_size=16, max_iters=2, eval_iters=1, gradient_accumulation_steps=2,
+                 device="cpu", dtype="float32")
+    if "config/eval_" not in line and "finetune" not in line:
+        shape |= dict(n_layer=2, n_head=2, n_embd=16, batch_size=2, overwrite=True)
+    return command_line(shape)
+
+
+def test_every_command_line_of_nanogpts_readme_runs_in_small(tmp_path, monkeypatch, hub, data_dir,
+                                                             capsys):
+    """
+    As they are typed, one after another in one folder, and in this process: test_distributed.py
+    starts torchrun.
+    """
+    for layers, name in enumerate(OPENAI, start=1):
+        hub(name, n_layer=layers, n_head=1, n_embd=4, vocab_size=50257)
+    monkeypatch.chdir(tmp_path)
+    Path("config").symlink_to(ROOT / "config")
+    Path("prompt.txt").write_text("To be")
+    Path("text.txt").write_text((data_dir / "tiny.txt").read_text() + "\nTo be\n" * 100)
+    for line in NANOGPT_README.strip().replace("\\\n", "").splitlines():
+        words = shlex.split(line)
+        script = next(word for word in words if word.endswith(".py"))
+        argv = words[words.index(script) + 1:] + small(line)
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert capsys.readouterr().out.strip()
+    assert Path("out/last.pt").exists() and Path("out-shakespeare/last.pt").exists()
