@@ -33,7 +33,7 @@ SETTINGS = TINY | dict(block="dva", bank_layers=1, n_embd=48, optimizer="muon", 
 
 @dataclass
 class KillConfig:
-    kills: int = 20           # how many, at least; every fourth of them during a save
+    kills: int = 20           # how many, at least; every third of them during a save
     seed: int = 0             # of the moments
 
 
@@ -89,15 +89,16 @@ def kill_many(folder, cfg):
     (folder / "text.txt").write_text(" ".join(choose.choices(["to", "be", "or", "not"], k=2000)))
     prepare_data.main(["tiny_char", f"--input={folder / 'text.txt'}", f"--data_dir={folder}"])
     began = time.time()
-    os.waitpid(start(folder / "straight", folder), 0)
+    status = os.waitpid(start(folder / "straight", folder), 0)[1]
+    assert status == 0, (folder / "log.txt").read_text()[-2000:]
     whole_run = time.time() - began
     kills = during_saves = runs = 0
-    while kills < cfg.kills:
-        out_dir, patience = folder / "killed", 0.4 * whole_run
+    while kills < cfg.kills or during_saves == 0:
+        out_dir, patience = folder / "killed", 0.6 * whole_run
         shutil.rmtree(out_dir, ignore_errors=True)
         while True:
-            during_save = kills % 4 == 3
-            delay = choose.uniform(0, 0.003 if during_save else patience)
+            during_save = kills % 3 == 2
+            delay = choose.uniform(0, 0.002 if during_save else patience)
             if train_until_killed(out_dir, folder, delay, during_save):
                 break
             kills += 1

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import KINDS
 from safetensors.torch import load_file
 
 from checkpoints import FORMAT, save
 from config import UserError
-from model import BLOCKS, GPT, ModelConfig
+from model import GPT, ModelConfig
 from tokenizer import Tokenizer
 from tools import convert
 from weights import load_model, read_weights
@@ -106,8 +107,7 @@ def test_what_gpt2_cannot_express_is_refused(tmp_path, settings, reason):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("banks", [0, 1])
+@pytest.mark.parametrize("block, banks", KINDS)
 def test_plain_safetensors_of_any_block(tmp_path, block, banks):
     model = make_run(tmp_path / "out", block=block, bank_layers=banks)
     convert.main([str(tmp_path / "out"), "--to=safetensors", f"--dest={tmp_path / 'plain'}"])

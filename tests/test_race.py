@@ -91,7 +91,8 @@ def test_a_race_of_two_from_end_to_end(argv, tmp_path, capsys):
     for name, fact in results["contenders"].items():
         # The best has a worse rate on both sides, of the bank's rates too
         sweep = fact["sweep"]
-        rates = {run["learning_rate"]: run["loss"] for run in sweep if run["bank_lr"] == 8}
+        rates = {run["learning_rate"]: run["loss"] for run in sweep
+                 if run["bank_lr"] == train.TrainConfig.bank_lr}
         assert min(rates, key=rates.get) == fact["learning_rate"] not in (min(rates), max(rates))
         banks = {run["bank_lr"]: run["loss"] for run in sweep
                  if run["learning_rate"] == fact["learning_rate"]}

@@ -32,8 +32,8 @@ from weights import build_model, read_weights
 TEMPLATE = Path(__file__).with_suffix(".html")
 CANDIDATES = 10
 MOST_TOKENS = 512
-# What a page may take, and the bytes that it takes for a number of each kind (measured)
-MOST_BYTES = 4.6e6
+# What a page may take, and what it takes for a number of each kind where the model is trained
+MOST_BYTES = 5e6
 BYTES = {"parts": 0.6, "map": 0.16, "strengths": 0.5, "values": 1.35, "figures": 12}
 
 
@@ -262,11 +262,11 @@ def explain(model, ids, num_tokens):
     # What a norm makes of zeros is its bias
     final_bias = heads @ ln_f(torch.zeros(C))                                      # (T, K)
 
-    # -- who gave it: tokens, 32 at a time, then all positions and all biases
+    # -- who gave it: tokens, 8 at a time, then all positions and all biases
     parts = torch.zeros(T, heads.size(1), T + 2)
-    for first in range(0, T, 32):
+    for first in range(0, T, 8):
         # Before its own place a token has written nothing, so earlier positions are left out
-        N = min(32, T - first)
+        N = min(8, T - first)
         own = torch.eye(N, T - first)[..., None]                                   # (N, T, 1)
         stream = follow(layers, own * wte(idx[first:]), torch.zeros(N, 1, 1), own, first)
         parts[first:, :, first:first + N] = torch.einsum("nic,ikc->ikn", stream, readout[first:])
@@ -343,7 +343,7 @@ def label(token, tokenizer):
     return f"◌{shown}" if unicodedata.category(shown[0])[0] == "M" else shown
 
 
-def page_data(run, model, tokenizer, ids, notes, explanation):
+def page_data(run, model, tokenizer, ids, explanation):
     """What the page shows, as a dict for JSON."""
     layers, e = explanation.layers, explanation
     V, T, is_dva = tokenizer.vocab_size, len(ids), model.config.block == "dva"
@@ -362,7 +362,7 @@ def page_data(run, model, tokenizer, ids, notes, explanation):
     # Long texts show the map in fewer shades, which compress better
     shades = 127 if T <= 256 else 15
     return {
-        "run": run, "block": model.config.block, "notes": notes, "ids": ids, "shades": shades,
+        "run": run, "block": model.config.block, "note": "", "ids": ids, "shades": shades,
         "bank_layers": [n for n, layer in enumerate(layers) if layer.value is None],
         "size": f"{model.config.n_layer} layers, {model.config.n_embd} channels, {V} tokens, "
                 f"{model.num_params():,} parameters",
@@ -389,9 +389,9 @@ def compare(run, explanation, other, ids, num_tokens):
 
 
 def page(data):
-    """The HTML page. No text in the data can end the script element that holds it."""
+    """The HTML page, as bytes. No text in the data can end the script element that holds it."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text)
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text).encode()
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -412,22 +412,41 @@ def most_tokens(model):
         pairs = T * T / 2
         numbers = {"parts": K * pairs, "map": K * pairs * cfg.n_layer, "figures": K * T * 9,
                    "strengths": heads * pairs * cfg.n_layer, "values": T * width * cfg.n_layer}
-        if sum(count * BYTES[kind] for kind, count in numbers.items()) <= MOST_BYTES:
+        if sum(count * BYTES[kind] for kind, count in numbers.items()) <= 0.9 * MOST_BYTES:
             return T
     return 1
 
 
-def newest(ids, model, other):
-    """The newest ids that can be explained, and a sentence on the page if those are not all."""
-    limits = {f"the window of this {model.config.block} model": model.config.block_size,
+def write_page(cfg, model, tokenizer, ids, other):
+    """
+    (dest, ids, explanation): write the page on the newest of the token ids, as many as the models
+    see and a page holds, and tell where it is and which ids these are.
+    """
+    limits = {"the window of this model": model.config.block_size,
               "what a page of 5 MB holds of this model": most_tokens(model)}
     if other:
-        limits["the window of the other run"] = other.config.block_size
+        limits[f"the window of {cfg.against}"] = other.config.block_size
     reason, most = min(limits.items(), key=lambda limit: limit[1])
-    if len(ids) <= most:
-        return ids, []
-    return ids[-most:], [f"The text has {len(ids)} tokens. This page explains the newest {most}: "
-                         f"that is {reason}."]
+    text = ids
+    while True:
+        ids = text[-most:]
+        explanation = explain(model, ids, tokenizer.vocab_size)
+        data = page_data(cfg.out_dir, model, tokenizer, ids, explanation)
+        if len(ids) < len(text):
+            data["note"] = (f"The text has {len(text)} tokens. This page explains the newest "
+                            f"{most}: that is {reason}.")
+        if other:
+            data["against"] = compare(cfg.against, explanation, other, ids, tokenizer.vocab_size)
+        html = page(data)
+        if len(html) <= MOST_BYTES or most == 1:
+            break
+        # An untrained model looks everywhere alike, and its numbers hardly compress
+        reason, most = "what a page of 5 MB holds of this model", len(ids) * 3 // 4
+    folder = Path(cfg.out_dir)
+    dest = Path(cfg.dest or (folder if folder.is_dir() else Path()) / "explain.html")
+    with config.replacing(dest) as file:
+        file.write(html)
+    return dest, ids, explanation
 
 
 def print_givers(explanation, ids, tokenizer):
@@ -462,16 +481,8 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     stream = model.stream(torch.tensor([ids]), added, cfg.temperature, top_k=200,
                           num_tokens=tokenizer.vocab_size)
-    ids, notes = newest(ids + [new.item() for new in stream], model, other)
-
-    explanation = explain(model, ids, tokenizer.vocab_size)
-    data = page_data(cfg.out_dir, model, tokenizer, ids, notes, explanation)
-    if other:
-        data["against"] = compare(cfg.against, explanation, other, ids, tokenizer.vocab_size)
-    folder = Path(cfg.out_dir)
-    dest = Path(cfg.dest or (folder if folder.is_dir() else Path()) / "explain.html")
-    with config.replacing(dest) as file:
-        file.write(page(data).encode("utf-8", "replace"))
+    ids += [new.item() for new in stream]
+    dest, ids, explanation = write_page(cfg, model, tokenizer, ids, other)
     print_givers(explanation, ids, tokenizer)
     print(f"open in a browser: {dest} ({dest.stat().st_size / 1e6:.1f} MB)")
 

@@ -89,7 +89,7 @@ class RaceConfig:
     seeds: int = 5                           # runs at the best rates
     seed: int = 1337                         # the first of the seeds
     lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with
-    bank_lrs: str = "4,8,16"                 # rates of the banks to begin with, in learning rates
+    bank_lrs: str = "16,32,64"               # rates of the banks to begin with, in learning rates
     rounds: int = 20                         # timed steps of each, before the runs and after
     jobs: int = 1                            # runs at a time, which share the CPU's cores
     highlight: str = ""                      # drawn in colour, four at most; empty: the first four
@@ -99,6 +99,8 @@ class RaceConfig:
         check(self, least=dict(seeds=1, seed=0, rounds=1, jobs=1),
               choices=dict(match=["tokens", "time"]))
         check(self.train, least=dict(max_iters=1))
+        read_rates("lrs", self.lrs)
+        read_rates("bank_lrs", self.bank_lrs)
         names = self.contenders.split(",")
         if len(set(names)) < len(names):
             fail(f"contenders={self.contenders!r} names one of them twice")
@@ -356,9 +358,6 @@ def missing_runs(contenders, race):
 def start_worker(threads, stopping):
     """Prepare a worker process: it ends with the race, and stops when `stopping` is set."""
     torch.set_num_threads(threads)
-    # Ctrl-C goes to all processes of a terminal. During a run it stops the run in good order, and
-    # between two it is for the race to act on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for watch in (end_with_parent, stopping_ends_the_run):
         threading.Thread(target=watch, args=(stopping,), daemon=True).start()
 
@@ -395,21 +394,29 @@ def run_all(contenders, race, stop):
     spawn = multiprocessing.get_context("spawn")
     stopping, threads = spawn.Event(), max(1, cores() // race.jobs)
     pool = ProcessPoolExecutor(race.jobs, spawn, start_worker, (threads, stopping))
-    start, count, pending = time.perf_counter(), 0, {}                 # future: folder of its run
+    start, count, pending = time.perf_counter(), 0, {}                 # future: (contender, run)
     try:
         while not stop.signal:
             missing = missing_runs(contenders, race)
-            waiting = [folder for folder in missing if folder not in pending.values()]
+            # A run that is just finishing may stand in one of the two and not in the other
+            under_way = [run.out_dir for _, run in pending.values()]
+            waiting = [folder for folder in missing if folder not in under_way]
+            # Ctrl-C goes to all processes of a terminal. A worker that is started now ignores it
+            # but for the time of its runs.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
             while waiting and len(pending) < race.jobs:
                 folder = waiting.pop(0)
-                pending[pool.submit(carry_out, missing[folder][1])] = folder
+                _, run = missing[folder]
+                pending[pool.submit(carry_out, run)] = missing[folder]
+            signal.signal(signal.SIGINT, before)
             if not pending:
                 return
             for future in wait(pending, timeout=0.1, return_when=FIRST_COMPLETED).done:
-                name, run = missing.pop(pending.pop(future))
+                name, run = pending.pop(future)
                 if not future.result():
                     # It was told to stop, as by Ctrl-C. If the race was not, the run goes on.
                     continue
+                missing.pop(run.out_dir, None)
                 count += 1
                 passed = time.perf_counter() - start
                 left = tqdm.format_interval(passed / count * len(missing))
@@ -504,8 +511,6 @@ def main(argv=None):
         argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
     given = config.read(RaceConfig, argv)
     race = build(RaceConfig, given)
-    read_rates("lrs", race.lrs)
-    read_rates("bank_lrs", race.bank_lrs)
     device = pick_device(race.train.device)
     meta = read_meta(Path(race.train.data_dir, race.train.dataset))
     conditions = conditions_of(race, meta, device)
