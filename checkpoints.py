@@ -99,12 +99,16 @@ def restore(checkpoint, model, optimizers, scaler):
     scaler.load_state_dict(checkpoint["scaler"])
 
 
-def claim_out_dir(out_dir, overwrite):
-    """Make the folder of a new run. An earlier run in it is an error, or is removed if told so."""
+def check_out_dir(out_dir, overwrite):
+    """Raise UserError where a new run would overwrite an earlier one without being told to."""
     saved = [name for name in ("last.pt", "best.pt") if (out_dir / name).exists()]
     if saved and not overwrite:
         fail(f"{out_dir} holds a run, {' and '.join(saved)}: continue it with --init_from=resume, "
              f"start anew with --overwrite=True, or give another --out_dir")
+
+
+def clear_out_dir(out_dir):
+    """Make the folder of a new run, without what an earlier one wrote there."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in ("last.pt", "best.pt", "metrics.jsonl"):
         (out_dir / name).unlink(missing_ok=True)

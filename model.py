@@ -242,6 +242,9 @@ class DynamicValueAttention(Attention):
         self.c_v = nn.Linear(C, M, bias=config.bias) if not banked else None
         self.c_gate = nn.Linear(C, M, bias=config.bias)
         self.norm = RMSNorm(M) if config.value_norm else nn.Identity()
+        if banked and config.value_norm:
+            # The norm divides the table's scale out again, so there is nothing to learn in it
+            self.bank.gamma.requires_grad_(False)
 
     def forward(self, x, idx, cache=None):
         """x (B, T, C), all token ids so far idx (B, S) -> (B, T, C)"""

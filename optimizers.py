@@ -32,7 +32,7 @@ def set_learning_rate(optimizers, lr):
 
 def parameter_groups(model):
     """
-    Each parameter of a GPT in exactly one group, {name: list of parameters}:
+    Each parameter that a GPT learns in exactly one group, {name: list of parameters}:
 
         matrices      2-D weights of the blocks, for which Muon is made
         embeddings    tokens and positions, and what else has two dimensions or more
@@ -42,11 +42,11 @@ def parameter_groups(model):
     """
     groups = {"matrices": [], "embeddings": [], "vectors": [],
               "tables": [bank.table for bank in model.banks()],
-              "gammas": [bank.gamma for bank in model.banks()]}
+              "gammas": [bank.gamma for bank in model.banks() if bank.gamma.requires_grad]}
     in_banks = set(groups["tables"] + groups["gammas"])
     in_blocks = set(model.transformer.h.parameters())
     for p in model.parameters():
-        if p in in_banks:
+        if p in in_banks or not p.requires_grad:
             continue
         if p.dim() < 2:
             groups["vectors"].append(p)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import config
 import device as machine
-from checkpoints import FORMAT, claim_out_dir, open_metrics, restore, resume, save
+from checkpoints import FORMAT, check_out_dir, clear_out_dir, open_metrics, restore, resume, save
 from config import UserError, build, change, check, fail, flat
 from device import DTYPES, RANK, WORLD, Stop
 from model import ModelConfig
@@ -231,6 +231,9 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     if cfg.gradient_accumulation_steps % WORLD:
         fail(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide among "
              f"{WORLD} processes: use a multiple of {WORLD}")
+    out_dir, writing = Path(cfg.out_dir), RANK == 0 and not cfg.eval_only
+    if writing and not checkpoint:
+        check_out_dir(out_dir, cfg.overwrite)
     # A resumed run keeps the dtype that is chosen here, on whatever machine it goes on
     cfg = change(cfg, dtype=machine.pick_dtype(cfg.dtype, device, cfg.model.n_embd))
     data = data or open_data(cfg)
@@ -261,11 +264,10 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     parallel = DistributedDataParallel(compiled) if WORLD > 1 else compiled
 
     # -- where it is written
-    out_dir, writing = Path(cfg.out_dir), RANK == 0 and not cfg.eval_only
-    if writing and not checkpoint:
-        claim_out_dir(out_dir, cfg.overwrite)
-    metrics = open_metrics(out_dir, step) if writing else open(os.devnull, "a")
     wandb_log = open_wandb(cfg)
+    if writing and not checkpoint:
+        clear_out_dir(out_dir)
+    metrics = open_metrics(out_dir, step) if writing else open(os.devnull, "a")
     checkpoint = weights = None                                        # lets their memory go
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     # A resumed run keeps the lines of the steps before its own, and this one counts as such
@@ -366,7 +368,9 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
         if step % cfg.log_interval == 0 or losses:
             rate = (step + 1 - logged_step) * batch_tokens / training_s
             logged_step, training_s = step + 1, 0.0
-            record |= {"train_loss": loss, "lr": lr, "grad_norm": norm,
+            # JSON has no infinity, the norm of a float16 step that was left out
+            record |= {"train_loss": loss, "lr": lr,
+                       "grad_norm": norm if math.isfinite(norm) else None,
                        "tokens_per_s": round(rate, 1),
                        "elapsed_s": round(time.perf_counter() - start, 3)}
             metrics.write(json.dumps(record) + "\n")

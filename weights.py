@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import FORMAT, load_file
-from config import build, fail
+from config import UserError, build, fail
 from model import GPT, ModelConfig
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -97,18 +97,15 @@ def read_weights(source):
     if not path.is_file():
         files = [path / name for name in ("best.pt", "last.pt", "ckpt.pt")]
     files = [file for file in files if file.exists()]
-    if source in OPENAI:
-        folder = download(f"openai-community/{source}", "config.json", "model.safetensors")
-        weights = read_folder(folder)
-    elif files:
-        weights = read_checkpoint(files[0])
-    elif (path / "config.json").is_file():
-        weights = read_folder(path)
-    else:
+    if source not in OPENAI and not files and not (path / "config.json").is_file():
         fail(f"no {path / 'best.pt'}: train first, or name another run's folder, a nanoGPT "
              f"ckpt.pt, a folder with config.json and model.safetensors, or one of "
              f"{', '.join(OPENAI)}")
+    if source in OPENAI:
+        files = []
+        path = download(f"openai-community/{source}", "config.json", "model.safetensors")
     try:
+        weights = read_checkpoint(files[0]) if files else read_folder(path)
         # A compiled model's names have a prefix, an old model's masks are no weights, and of the
         # two tied weights safetensors keeps one
         state = {name.removeprefix("_orig_mod."): p for name, p in weights["model"].items()
@@ -118,7 +115,9 @@ def read_weights(source):
         # On the meta device each name and shape is compared at no cost
         with torch.device("meta"):
             GPT(ModelConfig(**config)).load_state_dict(state, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{source}: weights and settings do not belong together: {str(error)[:300]}")
     # How much to drop out is a matter of the run, not of the weights
     del config["dropout"]
@@ -164,7 +163,7 @@ def read_folder(folder):
     except ImportError:
         fail(f"{folder} needs the package safetensors:  pip install safetensors")
     try:
-        theirs = json.loads((folder / "config.json").read_bytes())
+        theirs = dict(json.loads((folder / "config.json").read_bytes()))
         state = load_safetensors(folder / "model.safetensors")
     except Exception as error:
         # safetensors has a class of its own

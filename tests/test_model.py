@@ -271,7 +271,11 @@ def test_every_parameter_gets_a_dense_gradient(system):
     model, idx = shaken(tiny(**system)).train(), tokens(4, 17)
     model(idx[:, :-1], idx[:, 1:])[1].backward()
     for name, p in model.named_parameters():
-        assert not p.grad.is_sparse and p.grad.abs().max() > 0, name
+        # Under DVA's norm the scale of a bank cancels, and it alone is not learned
+        if system["block"] == "dva" and name.endswith("bank.gamma"):
+            assert p.grad is None and not p.requires_grad
+        else:
+            assert not p.grad.is_sparse and p.grad.abs().max() > 0, name
 
 
 @each_system
