@@ -22,6 +22,7 @@ import torch
 import config
 from config import check, fail
 from device import DTYPES, pick_device, pick_sampling_dtype
+from generate import stream
 from model import ModelConfig
 from prepare_data import read_meta
 from tokenizer import Tokenizer
@@ -120,8 +121,8 @@ def main(argv=None):
     texts, ended = [""] * cfg.num_samples, [False] * cfg.num_samples
     print(prompt, end="", flush=True)
     try:
-        for new in model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                                cfg.stop_token, tokenizer.vocab_size):
+        for new in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                          cfg.stop_token, tokenizer.vocab_size):
             for row, (token,) in enumerate(new.tolist()):
                 if ended[row]:
                     continue

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ import pytest
 import torch
 from torch import nn
 
+import model
 import prepare_data
 import train
 from checkpoints import load_checkpoint
 from config import UserError
-from model import BLOCKS
+from model import BLOCKS, GPT, ModelConfig
 
 torch.set_num_threads(1)
 
@@ -49,6 +51,18 @@ class RunningMeanBlock(nn.Module):
 
 BLOCKS["mean"] = RunningMeanBlock
 
+
+def block_of_the_readme():
+    """The class of the README's section "Add a block", as the page prints it."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = re.search(r"```python\n(class .*?)```", readme, re.DOTALL)[1]
+    names = dict(vars(model))
+    exec(code, names)
+    return names["BLOCKS"]["parallel"]
+
+
+BLOCKS["parallel"] = block_of_the_readme()
+
 # Every block with a bank and without. The mean has no values that a bank could replace.
 KINDS = [(block, banks) for block, banks in itertools.product(BLOCKS, (0, 1))
          if banks == 0 or block != "mean"]
@@ -65,6 +79,27 @@ TINY = dict(dataset="tiny_char", n_layer=2, n_head=2, n_embd=16, qk_dim=8, block
             batch_size=4, dropout=0.1, gradient_accumulation_steps=2, learning_rate=1e-2,
             min_lr=1e-3, warmup_iters=2, lr_decay_iters=12, max_iters=12, eval_interval=5,
             eval_iters=2, log_interval=1, device="cpu", dtype="float32", compile=False)
+
+
+def tiny(seed=0, **settings):
+    """A tiny GPT in evaluation mode."""
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=37, block_size=16, n_layer=3, n_head=2, n_embd=24, qk_dim=8, bias=True)
+    return GPT(ModelConfig(**shape | settings)).eval()
+
+
+def shaken(model, seed=1):
+    """The model with each parameter away from where it starts, where many effects are tiny."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return model
+
+
+def tokens(B, T, V=37, seed=2):
+    """Random token ids (B, T) below V."""
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
 def command_line(settings):

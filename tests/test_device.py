@@ -13,7 +13,8 @@ import sample
 from checkpoints import load_checkpoint
 from config import UserError
 from device import Stop
-from model import GPT, Cache, ModelConfig
+from generate import Cache
+from model import GPT, ModelConfig
 from optimizers import build_optimizers, set_learning_rate
 from train import TrainConfig
 

@@ -102,6 +102,14 @@ def runs(tmp_path_factory, characters, pairs):
             for name, (model, tokenizer) in models.items()}
 
 
+@pytest.fixture(scope="module")
+def attacker(tmp_path_factory, runs):
+    """A run whose folder's name would become an element of the page, and end its data."""
+    folder = tmp_path_factory.mktemp("names") / "<" / "script><img src=x onerror=alert(1)>"
+    shutil.copytree(runs["dva"], folder)
+    return folder
+
+
 @pytest.fixture
 def write(runs, tmp_path, capsys):
     """write(run, text, **settings): run the command on a text -> (its page's data, its output)."""
@@ -265,7 +273,7 @@ def test_the_page_holds_the_exact_sums_and_rounded_parts(write, runs, run, text)
     assert abs(total - logit).max() < 2e-6 * abs(logit).max()
     assert abs(look_total - logit).max() < 2e-6 * abs(logit).max()
     # What is stored is as near to the exact parts as the page says
-    for stored, exact in ((parts, e.parts[..., :T]), (looks, e.looks)):
+    for stored, exact in ((parts, e.parts[..., :T]), (looks, e.looks.flatten(-2))):
         row = exact.abs().amax(dim=-1, keepdim=True).numpy()
         assert (abs(stored - exact.numpy()) <= row / 254 * 1.001).all()
     whole = parts.sum(axis=-1) + positions + biases
@@ -510,17 +518,21 @@ def test_choosing_tokens_in_a_browser(browser, write, tmp_path):
 
 
 @pytest.mark.parametrize("run", ["dva", "gpt2", "bpe"])
-def test_text_stays_text_in_a_browser(browser, write, runs, tmp_path, run):
+def test_text_stays_text_in_a_browser(browser, write, attacker, tmp_path, run):
     browser.events.clear()
     text = ATTACK + "שלום\n" if run != "bpe" else ATTACK
-    write(run, text, against=runs["gpt2"] if run == "dva" else "")
-    html = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "alert(1)" not in html.replace("alert(1)\\u003c", "")
+    if run == "dva":
+        write(run, text, out_dir=attacker, against=attacker)
+    else:
+        write(run, text)
     browser.open(tmp_path / "page.html")
     shown = browser.value("document.getElementById('text').textContent")
     if run != "bpe":
         assert shown == text.replace("\n", "↵\n") + "[ ]"
     assert browser.value("document.scripts.length") == 2
+    assert browser.value("document.images.length") == 0
+    assert browser.value("document.getElementById('rival-sum').textContent.includes('<img')") == (
+        run == "dva")
     assert browser.value("document.getElementById('banks').hidden") == (run != "dva")
     assert browser.value("document.getElementById('rival').hidden") == (run != "dva")
     # No dialog, no error, and nothing loaded but the page itself

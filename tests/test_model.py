@@ -5,35 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SYSTEMS, each_system
+from conftest import SYSTEMS, each_system, shaken, tiny, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import GPT, Cache, ModelConfig
+from generate import Cache
+from model import GPT, ModelConfig
 from optimizers import build_optimizers
 from train import TrainConfig
 
 each_bank = pytest.mark.parametrize("block", ["gpt2", "dva"])
-
-
-def tiny(seed=0, **settings):
-    torch.manual_seed(seed)
-    shape = dict(vocab_size=37, block_size=16, n_layer=3, n_head=2, n_embd=24, qk_dim=8, bias=True)
-    return GPT(ModelConfig(**shape | settings)).eval()
-
-
-def shaken(model, seed=1):
-    """The model with each parameter away from where it starts, where many effects are tiny."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn_like(p)
-    return model
-
-
-def tokens(B, T, V=37, seed=2):
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
 # ---- DVA and rotary positions against their definitions ------------------------------------------
@@ -242,31 +224,6 @@ def test_every_position_sees_all_earlier_ones(system):
 
 
 @each_system
-def test_cached_generation_equals_recomputation_across_a_full_window(system):
-    """The window holds 16; of a full one the newer half becomes the next prompt."""
-    model, prompt = shaken(tiny(**system)), tokens(2, 5)
-    text = model.generate(prompt, 40, temperature=0)
-    assert text.shape == (2, 45)
-    window = prompt
-    for new in text[:, 5:].split(1, dim=1):
-        if window.size(1) > 16:
-            window = window[:, -8:]
-        logits, _ = model(window)
-        assert torch.equal(logits[:, -1].argmax(dim=-1, keepdim=True), new)
-        window = torch.cat((window, new), dim=1)
-
-
-@each_system
-def test_logits_with_a_cache_are_those_without(system):
-    model, idx, cache = shaken(tiny(**system)), tokens(2, 16), Cache(16)
-    whole = model(idx, idx)[0]
-    pieces = [(0, 6), *((t, t + 1) for t in range(6, 16))]
-    for first, end in pieces:
-        logits, _ = model(idx[:, first:end], cache=cache)
-        torch.testing.assert_close(logits[:, 0], whole[:, end - 1], atol=2e-5, rtol=1e-4)
-
-
-@each_system
 def test_every_parameter_gets_a_dense_gradient(system):
     model, idx = shaken(tiny(**system)).train(), tokens(4, 17)
     model(idx[:, :-1], idx[:, 1:])[1].backward()
@@ -345,36 +302,6 @@ def test_angles_are_not_in_the_checkpoint_and_names_are_gpt2s(system):
     banks = [name for name in names if "bank" in name]
     last = ["h.2.attn.bank.gamma", "h.2.attn.bank.table"]
     assert sorted(banks) == last[:2 * system["bank_layers"]]
-
-
-# ---- generation ----------------------------------------------------------------------------------
-
-def test_top_k_1_is_the_likeliest_and_padded_rows_are_never_drawn():
-    model, idx = shaken(tiny()), tokens(2, 4)
-    greedy = model.generate(idx, 8, temperature=0)
-    assert torch.equal(model.generate(idx, 8, top_k=1), greedy)
-    assert torch.equal(model.generate(idx, 8, top_k=1, temperature=1e-3), greedy)
-    drawn = model.generate(idx, 200, num_tokens=5, temperature=5.0)[:, 4:]
-    assert set(drawn.unique().tolist()) == {0, 1, 2, 3, 4}
-
-
-def test_a_text_does_not_depend_on_how_many_are_made_with_it():
-    model, idx = shaken(tiny()), tokens(1, 4)
-    texts = []
-    for count in (1, 2, 7):
-        torch.manual_seed(5)
-        texts.append(model.generate(idx.expand(count, 4), 30))
-    assert torch.equal(texts[0][0], texts[1][0]) and torch.equal(texts[1], texts[2][:2])
-    assert len({tuple(row) for row in texts[2].tolist()}) == 7
-
-
-def test_a_stopped_row_stays_stopped_and_the_stream_ends_with_the_last():
-    model, idx = shaken(tiny()), tokens(4, 3)
-    torch.manual_seed(0)
-    out = model.generate(idx, 500, stop_token=7, temperature=2.0)[:, 3:]
-    ends = [row.tolist().index(7) for row in out]
-    assert len(set(ends)) > 1 and max(ends) == out.size(1) - 1
-    assert all((row[end:] == 7).all() for row, end in zip(out, ends, strict=True))
 
 
 # ---- what is refused -----------------------------------------------------------------------------

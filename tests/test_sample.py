@@ -9,7 +9,8 @@ from conftest import BLOCKS, command_line, ending_of, refused
 
 import sample
 from checkpoints import load_checkpoint, save
-from model import GPT, ModelConfig, draw
+from generate import generate, stream
+from model import GPT, ModelConfig
 from tokenizer import Tokenizer
 from weights import load_model
 
@@ -31,51 +32,6 @@ def texts(trained, capsys):
 @pytest.fixture
 def alphabet(trained):
     return load_checkpoint(trained / "best.pt")["tokenizer"]["alphabet"]
-
-
-# ---- drawing a token -----------------------------------------------------------------------------
-
-@pytest.mark.parametrize("options", [
-    dict(), dict(top_k=5), dict(top_p=0.6), dict(top_k=9, top_p=0.8), dict(temperature=0.5)],
-    ids=str)
-def test_draws_follow_the_chances(options):
-    """
-    Of 20,000 rows, as many draw a token as its chance says, to 5 standard deviations, and a token
-    without a chance is never drawn.
-    """
-    logits = 2 * torch.randn(23, generator=torch.Generator().manual_seed(0))
-    chances = (logits / options.get("temperature", 1)).softmax(dim=0)
-    keep = chances.argsort(descending=True)[:options.get("top_k", 23)]
-    share = chances[keep] / chances[keep].sum()
-    keep = keep[share.cumsum(dim=0) - share < options.get("top_p", 1.1)]
-    expected = torch.zeros(23).index_copy(0, keep, chances[keep] / chances[keep].sum())
-    luck = torch.rand(20000, 1, generator=torch.Generator().manual_seed(1))
-    drawn = draw(logits.expand(20000, 23), luck, **options)
-    share = drawn.flatten().bincount(minlength=23) / 20000
-    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 20000).sqrt()).all()
-
-
-@pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (0, 0.3), (7, 0.8), (0, 1e-9)])
-def test_top_k_and_top_p_leave_the_tokens_that_transformers_leaves(top_k, top_p):
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
-    logits = 3 * torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
-    theirs = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
-    left = TopPLogitsWarper(top_p)(None, theirs).isfinite()
-    luck = torch.linspace(0, 1 - 1e-6, 3000)[:, None]
-    for row in range(8):
-        drawn = draw(logits[row].expand(3000, 40), luck, top_k=top_k, top_p=top_p)
-        likely = left[row] & (logits[row].softmax(dim=0) > 1e-3)
-        drawn = set(drawn.flatten().tolist())
-        assert drawn <= set(left[row].nonzero().flatten().tolist())
-        assert drawn >= set(likely.nonzero().flatten().tolist())
-
-
-@pytest.mark.parametrize("luck", [0.0, 0.5, 1 - 2**-24])
-@pytest.mark.parametrize("temperature", [0, 1e-40, 1e-6, 1e-4])
-def test_a_temperature_near_0_takes_the_likeliest(temperature, luck):
-    logits = torch.tensor([[1.0, 3.0, 2.0], [-1e4, -2e4, -3e4]])
-    drawn = draw(logits, torch.full((2, 1), luck), temperature)
-    assert drawn.tolist() == [[1], [0]]
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -181,7 +137,7 @@ def test_characters_that_span_tokens_are_put_together(tmp_path, capsys):
     tokenizer = Tokenizer({"kind": "gpt2:257"})
     ids = torch.tensor([tokenizer.encode("é")] * 2)
     expected = [tokenizer.decode(row).decode(errors="replace")
-                for row in model.eval().generate(ids, 100, temperature=2).tolist()]
+                for row in generate(model.eval(), ids, 100, temperature=2).tolist()]
     # A last character that is cut off is not written
     assert [text.rstrip("\ufffd") for text in out.split(BETWEEN)[:-1]] \
         == [text.rstrip("\ufffd") for text in expected]
@@ -240,14 +196,12 @@ def test_a_wrong_setting_is_named(texts, settings, words):
 
 
 def test_an_interrupted_text_is_shown_as_far_as_it_came(trained, capsys, monkeypatch):
-    stream = GPT.stream
-
-    def interrupted(self, *args):
-        for count, new in enumerate(stream(self, *args)):
+    def interrupted(*args):
+        for count, new in enumerate(stream(*args)):
             if count == 5:
                 raise KeyboardInterrupt
             yield new
-    monkeypatch.setattr(GPT, "stream", interrupted)
+    monkeypatch.setattr(sample, "stream", interrupted)
     argv = command_line(dict(out_dir=trained, num_samples=2, start="ab", device="cpu"))
     with pytest.raises(KeyboardInterrupt):
         sample.main(argv)

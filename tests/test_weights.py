@@ -18,6 +18,7 @@ import prepare_data
 import sample
 import train
 from checkpoints import load_checkpoint
+from generate import generate
 from model import GPT, ModelConfig
 from train import TrainConfig
 from weights import OPENAI, load_model
@@ -48,7 +49,7 @@ def assert_same_model(ours, theirs):
     idx = torch.randint(theirs.config.vocab_size, (2, 128),
                         generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
-    text = ours.generate(idx[:, :4], 100, temperature=0)
+    text = generate(ours, idx[:, :4], 100, temperature=0)
     assert torch.equal(text, theirs.generate(idx[:, :4], max_new_tokens=100, do_sample=False))
     assert len(text.unique()) > 5
 
@@ -146,7 +147,7 @@ def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path
         logits = logits[:, :-1, :50257].flatten(0, 1)
         expected = F.cross_entropy(logits, idx[:, 1:].flatten()).item()
         assert ours(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(expected, abs=1e-5)
-    assert ours.generate(idx[:, :4], 20, temperature=5.0).max() < 50257
+    assert generate(ours, idx[:, :4], 20, temperature=5.0).max() < 50257
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -32,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import train
+from batches import get_batch
 from config import build, change, check, fail, flat
 from device import DTYPES, autocast, pick_device
-from model import Cache, ModelConfig, explicit_attention
+from generate import Cache, stream
+from model import ModelConfig, explicit_attention
 from optimizers import build_optimizers
 from weights import build_model
 
@@ -266,7 +268,7 @@ def bench_sampling(contenders, cfg, device):
 
         def sample(count, length, model=model):
             start = torch.zeros(count, 1, dtype=torch.long, device=device)
-            for _ in model.stream(start, length):
+            for _ in stream(model, start, length):
                 continue
 
         for dtype in cfg.dtypes.split(","):
@@ -359,7 +361,7 @@ def bench_data(contenders, cfg, device):
     entry = next(iter(contenders.values()))
     rng = np.random.default_rng(0)
     tokens = rng.integers(entry.model.vocab_size, size=10**6).astype(np.uint32)
-    times = [timed(device, train.get_batch, tokens, entry, step, 0, device) for step in range(100)]
+    times = [timed(device, get_batch, tokens, entry, step, 0, device) for step in range(100)]
     return [{"data loading, ms per batch": statistics.median(times)}]
 
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 import config
 from config import check, fail
+from generate import stream
 from model import ModelConfig, rotate
 from sample import encode_prompt, find_tokenizer, read_prompt
 from weights import build_model, read_weights
@@ -34,7 +35,7 @@ CANDIDATES = 10
 MOST_TOKENS = 512
 # What a page may take, and what it takes for a number of each kind where the model is trained
 MOST_BYTES = 5e6
-BYTES = {"parts": 0.6, "map": 0.16, "strengths": 0.5, "values": 1.35, "figures": 12}
+BYTES = {"parts": 0.6, "looks": 0.13, "strengths": 0.5, "values": 1.35, "figures": 5}
 
 
 @dataclass
@@ -323,9 +324,9 @@ def exact(numbers):
     return {"shape": list(numbers.shape), "numbers": base64.b64encode(data).decode()}
 
 
-def rounded(numbers, levels=127):
-    """A tensor for the page in one byte a number: each row in `levels` steps up to its largest."""
-    scale = numbers.abs().amax(dim=-1, keepdim=True) / levels
+def rounded(numbers):
+    """A tensor for the page in one byte a number: each row in steps of 1/127 of its largest."""
+    scale = numbers.abs().amax(dim=-1, keepdim=True) / 127
     steps = (numbers / scale.clamp_min(1e-30)).round().to(torch.int8)
     data = zlib.compress(steps.contiguous().numpy().tobytes())
     return {"shape": list(numbers.shape), "steps": base64.b64encode(data).decode(),
@@ -359,17 +360,15 @@ def page_data(run, model, tokenizer, ids, explanation):
     for meanings in banks.values():
         for near, speaks in meanings:
             used |= {*(i for i, _ in near), *speaks}
-    # Long texts show the map in fewer shades, which compress better
-    shades = 127 if T <= 256 else 15
     return {
-        "run": run, "block": model.config.block, "note": "", "ids": ids, "shades": shades,
+        "run": run, "block": model.config.block, "note": "", "ids": ids,
         "bank_layers": [n for n, layer in enumerate(layers) if layer.value is None],
         "size": f"{model.config.n_layer} layers, {model.config.n_embd} channels, {V} tokens, "
                 f"{model.num_params():,} parameters",
         "labels": {token: label(token, tokenizer) for token in sorted(used)},
         "targets": e.targets.tolist(),
         "figures": exact(torch.stack([f.double() for f in figures], dim=-1)),
-        "parts": rounded(e.parts[..., :T]), "looks": rounded(e.looks, shades),
+        "parts": rounded(e.parts[..., :T]), "looks": rounded(e.looks.flatten(-2)),
         "strengths": rounded(torch.stack([layer.strengths for layer in layers])),
         "values": rounded(torch.stack([layer.u for layer in layers])),
         "gates": rounded(torch.stack([layer.gate for layer in layers])) if is_dva else None,
@@ -410,7 +409,7 @@ def most_tokens(model):
     heads, width = (cfg.n_head, cfg.n_embd) if cfg.block == "gpt2" else (1, 2 * cfg.value_dim)
     for T in range(MOST_TOKENS, 1, -1):
         pairs = T * T / 2
-        numbers = {"parts": K * pairs, "map": K * pairs * cfg.n_layer, "figures": K * T * 9,
+        numbers = {"parts": K * pairs, "looks": K * pairs * cfg.n_layer, "figures": K * T * 9,
                    "strengths": heads * pairs * cfg.n_layer, "values": T * width * cfg.n_layer}
         if sum(count * BYTES[kind] for kind, count in numbers.items()) <= 0.9 * MOST_BYTES:
             return T
@@ -440,8 +439,10 @@ def write_page(cfg, model, tokenizer, ids, other):
         html = page(data)
         if len(html) <= MOST_BYTES or most == 1:
             break
-        # An untrained model looks everywhere alike, and its numbers hardly compress
-        reason, most = "what a page of 5 MB holds of this model", len(ids) * 3 // 4
+        # A model that looks at everything alike has numbers that hardly compress. The size of a page
+        # grows with the square of the text.
+        reason = "what a page of 5 MB holds of this model"
+        most = max(1, int(0.97 * len(ids) * math.sqrt(MOST_BYTES / len(html))))
     folder = Path(cfg.out_dir)
     dest = Path(cfg.dest or (folder if folder.is_dir() else Path()) / "explain.html")
     with config.replacing(dest) as file:
@@ -479,9 +480,9 @@ def main(argv=None):
     if added == -1:
         added = 0 if from_file else 120
     torch.manual_seed(cfg.seed)
-    stream = model.stream(torch.tensor([ids]), added, cfg.temperature, top_k=200,
-                          num_tokens=tokenizer.vocab_size)
-    ids += [new.item() for new in stream]
+    added_ids = stream(model, torch.tensor([ids]), added, cfg.temperature, top_k=200,
+                       num_tokens=tokenizer.vocab_size)
+    ids += [new.item() for new in added_ids]
     dest, ids, explanation = write_page(cfg, model, tokenizer, ids, other)
     print_givers(explanation, ids, tokenizer)
     print(f"open in a browser: {dest} ({dest.stat().st_size / 1e6:.1f} MB)")
