@@ -45,7 +45,7 @@ class ExplainConfig:
     start: str = "\n"               # prompt, FILE:text.txt, or - for standard input
     max_new_tokens: int = -1        # tokens that the model adds; -1: 120 to a prompt, 0 to a file
     temperature: float = 0.8        # 1: as the model says; lower: safer; 0: always the likeliest
-    seed: int = 1337                # the same seed gives the same text, here and in sample.py
+    seed: int = 1337                # the same seed gives the same text
     dest: str = ""                  # file to write; by default explain.html in out_dir
     dataset: str = ""               # the one whose alphabet nanoGPT's weights take
     data_dir: str = "data"          # where data sets live
@@ -439,14 +439,16 @@ def write_page(cfg, model, tokenizer, ids, other):
         html = page(data)
         if len(html) <= MOST_BYTES or most == 1:
             break
-        # A model that looks at everything alike has numbers that hardly compress. The size of a page
-        # grows with the square of the text.
+        # The numbers of a model that looks at everything alike hardly compress. The size of a page
+        # grows with the square of its text.
         reason = "what a page of 5 MB holds of this model"
         most = max(1, int(0.97 * len(ids) * math.sqrt(MOST_BYTES / len(html))))
     folder = Path(cfg.out_dir)
     dest = Path(cfg.dest or (folder if folder.is_dir() else Path()) / "explain.html")
     with config.replacing(dest) as file:
         file.write(html)
+    if data["note"]:
+        print(data["note"])
     return dest, ids, explanation
 
 
@@ -463,6 +465,7 @@ def print_givers(explanation, ids, tokenizer):
         before = "".join(label(token, tokenizer).strip("\n") for token in ids[max(0, j - 8):j])
         giver = label(ids[j], tokenizer).strip("\n")
         print(f"  {parts[j]:+8.3f}  {giver}  (token {j + 1}, after {before or 'nothing'})")
+    print(f"  {explanation.parts[i, -2, -2:].sum():+8.3f}  all positions and biases together")
 
 
 def main(argv=None):
@@ -485,7 +488,7 @@ def main(argv=None):
     ids += [new.item() for new in added_ids]
     dest, ids, explanation = write_page(cfg, model, tokenizer, ids, other)
     print_givers(explanation, ids, tokenizer)
-    print(f"open in a browser: {dest} ({dest.stat().st_size / 1e6:.1f} MB)")
+    print(f"open in a browser: {dest} ({dest.stat().st_size / 1e3:,.0f} kB)")
 
 
 if __name__ == "__main__":
