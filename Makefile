@@ -13,7 +13,7 @@ demo: .venv/installed
 	@echo "Three things to try next:"
 	@echo "  $(BIN)/python sample.py --out_dir=out-demo --start='KING HENRY:' --temperature=0.8"
 	@echo "  $(BIN)/python train.py config/demo.py --block=gpt2 --out_dir=out-demo-gpt2"
-	@echo "  $(BIN)/python -m tools.explain --out_dir=out-demo --against=out-demo-gpt2"
+	@echo "  $(BIN)/python -m tools.explain --out_dir=out-demo --against=out-demo-gpt2 --start='ROMEO:'"
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ out_dir = "out-demo"
 dataset = "plays_char"
 block = "dva"
 n_layer = 6
+n_head = 4
 n_embd = 128
 block_size = 128
 batch_size = 8

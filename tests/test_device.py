@@ -162,7 +162,7 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
 
 
 @pytest.mark.parametrize("multiplies, width, chosen", [
-    (True, 128, "bfloat16"), (True, 127, "float32"), (False, 768, "float32")])
+    (True, 64, "bfloat16"), (True, 63, "float32"), (False, 768, "float32")])
 def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it_and_for_models_wide_enough(
         monkeypatch, multiplies, width, chosen):
     monkeypatch.setattr(machine, "cpu_multiplies_bfloat16", lambda: multiplies)
