@@ -74,7 +74,7 @@ DECIDED = ("block", "out_dir", "overwrite", "init_from", "learning_rate", "bank_
 # What has to be the same for all contenders
 COMMON = ("dataset", "data_dir", "block_size", "vocab_size", "eval_interval", "device")
 # What a run's numbers follow from, beside its settings
-CODE = ("model.py", "optimizers.py", "train.py", "device.py")
+CODE = ("model.py", "optimizers.py", "batches.py", "train.py", "device.py")
 # A sweep ends with so many rates, even if the best is still at an end
 MOST_RATES = 10
 
