@@ -6,7 +6,8 @@ A GPT with three kinds of layers to choose from, in the order of the lesson:
   BoV    values looked up by token id, under either of them     arXiv 2606.02780
 
 To add a block, write a class like DVABlock and name it in BLOCKS. The command line, checkpoints,
-sampling, the race and the tests then know it.
+sampling, the race and the tests then know it. The cache that a block may be called with is the one
+in generate.py.
 
 Letters in shapes: B batch, T positions of this call, S all positions so far (S = T unless a cache
 holds earlier ones), C n_embd, H heads, D and M the widths of keys and values, V vocab_size.
@@ -76,28 +77,6 @@ def rotate(x, angles):
     """
     cos, sin = angles.to(x.dtype)
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
-
-
-class BankOfValues(nn.Module):
-    """
-    Values looked up by token id (arXiv 2606.02780): u_p = gamma * E[token_p], with a table E
-    (V, M) of one row per token, and one learnable number gamma per layer that scales the table.
-    """
-
-    def __init__(self, vocab_size, width):
-        super().__init__()
-        self.table = nn.Parameter(torch.empty(vocab_size, width))
-        self.gamma = nn.Parameter(torch.ones(()))
-
-    def forward(self, idx):
-        """Token ids idx (B, S) -> values (B, S, M)"""
-        return self.gamma * F.embedding(idx, self.table)
-
-    @torch.no_grad()
-    def align(self, embedding):
-        """Start as the values that a fresh W_v would make of each token's embedding (V, C)."""
-        w_v = embedding.new_empty(self.table.size(1), embedding.size(1)).normal_(std=0.02)
-        self.table.copy_(F.layer_norm(embedding, embedding.shape[1:]) @ w_v.T)
 
 
 class Attention(nn.Module):
@@ -240,6 +219,30 @@ class DVABlock(nn.Module):
 
     def forward(self, x, idx, cache=None):
         return x + self.attn(self.ln_1(x), idx, cache)
+
+
+# ---- BoV ---------------------------------------------------------------------------------------
+
+class BankOfValues(nn.Module):
+    """
+    Values looked up by token id (arXiv 2606.02780): u_p = gamma * E[token_p], with a table E
+    (V, M) of one row per token, and one learnable number gamma per layer that scales the table.
+    """
+
+    def __init__(self, vocab_size, width):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(vocab_size, width))
+        self.gamma = nn.Parameter(torch.ones(()))
+
+    def forward(self, idx):
+        """Token ids idx (B, S) -> values (B, S, M)"""
+        return self.gamma * F.embedding(idx, self.table)
+
+    @torch.no_grad()
+    def align(self, embedding):
+        """Start as the values that a fresh W_v would make of each token's embedding (V, C)."""
+        w_v = embedding.new_empty(self.table.size(1), embedding.size(1)).normal_(std=0.02)
+        self.table.copy_(F.layer_norm(embedding, embedding.shape[1:]) @ w_v.T)
 
 
 # A block is built from (config, banked), and called with (x, idx, cache).
