@@ -109,6 +109,11 @@ def declared(cls):
     return found
 
 
+def left_out(cls):
+    """The names of the settings that dataclasses held by cls have, and cls leaves out."""
+    return {name for field in fields(cls) for name in field.metadata.get("without", ())}
+
+
 def flat(cfg):
     """{name: value} of the settings in cfg and in the dataclasses that it holds."""
     values = {}
@@ -199,6 +204,8 @@ def read(cls, argv=None):
             fail(f"{argument!r} is neither a preset (config/NAME.py) nor a setting (--key=value); "
                  f"see --help")
         for name, value in found.items():
+            if name not in known and name in left_out(cls):
+                fail(f"{name} {where}: this tool decides it itself; see --help for what is yours")
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else "--help lists them all"
@@ -229,9 +236,10 @@ def read_preset(path):
     try:
         tree = ast.parse(Path(path).read_bytes())
     except OSError as error:
-        names = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
-        fail(f"cannot read the preset {path}: {error.strerror or error}; "
-             f"config/NAME.py is there for {' '.join(names)}")
+        folder = Path(__file__).parent
+        names = sorted(p.name for p in folder.glob("*.py") if p.stem != "__init__")
+        fail(f"cannot read the preset {path}: {error.strerror or error}; in {folder} there are "
+             f"{', '.join(names)}")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         fail(f"{path} is not a preset, which holds assignments like 'n_layer = 6': {error}")
     settings = {}

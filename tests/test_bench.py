@@ -97,7 +97,7 @@ def test_torch_compile_fails_rather_than_give_up_in_silence():
     ("--dtypes=int8", "dtypes: 'int8' is none of float32, bfloat16, float16"),
     ("--what=all", "what: 'all' is none of"),
     ("--what=gpu,train", "gpu stands alone"),
-    ("--block=dva", "unknown setting 'block'"),
+    ("--block=dva", "block on the command line: this tool decides it"),
     ("--rounds=0", "rounds=0: it must be at least 1")])
 def test_a_wrong_argument_is_one_line(argument, message):
     with pytest.raises(UserError) as error:

@@ -467,8 +467,8 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, c
     (dict(seeds=0), "seeds=0: it must be at least 1"),
     (dict(block_size=300), "half of the validation split holds 250 tokens"),
     (dict(dataset="nowhere"), "prepare_data.py nowhere"),
-    (dict(learning_rate=1), "unknown setting 'learning_rate'"),
-    (dict(out_dir="x"), "unknown setting 'out_dir'")], ids=str)
+    (dict(learning_rate=1), "learning_rate on the command line: this tool decides it"),
+    (dict(out_dir="x"), "out_dir on the command line: this tool decides it")], ids=str)
 def test_a_wrong_race_is_one_line_and_leaves_nothing(argv, tmp_path, changes, message):
     assert message in error_of(race.main, argv(**changes))
     assert not (tmp_path / "out").exists()
