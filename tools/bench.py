@@ -272,17 +272,18 @@ def bench_sampling(contenders, cfg, device):
                 continue
 
         for dtype in cfg.dtypes.split(","):
-            with autocast(device, dtype):
-                timed(device, sample, 1, min(length, 8))               # warms up
-                one_ms = timed(device, sample, 1, length) / length
-                many_ms = timed(device, sample, cfg.num_samples, length) / length
-                # Without the cache a token costs a window as long as the text is by then. Eight
-                # lengths stand for all.
-                idx = torch.zeros(1, size, dtype=torch.long, device=device)
-                ends = np.linspace(1, length, 8).astype(int)
-                uncached_ms = [timed(device, model, idx[:, :end]) for end in ends]
-                cache = Cache(size)
-                model(idx[:, :2], cache=cache)
+            # As sample.py does: the weights are cast once, and not at every token
+            model.to(getattr(torch, dtype))
+            timed(device, sample, 1, min(length, 8))                   # warms up
+            one_ms = timed(device, sample, 1, length) / length
+            many_ms = timed(device, sample, cfg.num_samples, length) / length
+            # Without the cache a token costs a window as long as the text is by then. Eight
+            # lengths stand for all.
+            idx = torch.zeros(1, size, dtype=torch.long, device=device)
+            ends = np.linspace(1, length, 8).astype(int)
+            uncached_ms = [timed(device, model, idx[:, :end]) for end in ends]
+            cache = Cache(size)
+            model(idx[:, :2], cache=cache)
             held = [*cache.keys.values(), *cache.values.values()]      # each (B, H, size, width)
             held_bytes = sum(x[0, :, 0].nbytes for x in held) + cache.ids[0, :1].nbytes
             rows.append({"sampling": name, "dtype": dtype, "tokens/s": 1e3 / one_ms,
