@@ -2,6 +2,7 @@
 The machine: device, dtype, compilation, the group of processes and the signals that stop a run.
 """
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -83,7 +84,8 @@ def pick_compile(setting, device, flops):
     if setting != "auto":
         return setting
     if device.type == "cuda":
-        return flops > 1e15 and torch.utils._triton.has_triton()
+        # Windows has no Triton
+        return flops > 1e15 and importlib.util.find_spec("triton") is not None
     has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return device.type == "cpu" and flops > 3e14 and has_headers and bool(shutil.which("g++"))
 

@@ -1,4 +1,5 @@
 """Every device of this machine computes what float32 on a CPU computes; and what is chosen."""
+import importlib.util
 import shutil
 import signal
 import sysconfig
@@ -191,19 +192,22 @@ def test_compiling_is_for_long_runs_where_a_compiler_is(monkeypatch, tmp_path):
     cuda, mps = torch.device("cuda"), torch.device("mps")
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: tmp_path)
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    (tmp_path / "triton.py").touch()
+    with monkeypatch.context() as with_triton:
+        with_triton.syspath_prepend(tmp_path)
+        assert machine.pick_compile("auto", cuda, 1e16)
+    has_triton = importlib.util.find_spec("triton") is not None
+    assert machine.pick_compile("auto", cuda, 1e16) == has_triton
     assert not machine.pick_compile("auto", CPU, 1e16)
     (tmp_path / "Python.h").touch()
-    assert machine.pick_compile("auto", CPU, 1e16) and machine.pick_compile("auto", cuda, 1e16)
+    assert machine.pick_compile("auto", CPU, 1e16)
     for device in (CPU, cuda, mps):
         assert not machine.pick_compile("auto", device, 1e13)
         assert machine.pick_compile(True, device, 1)
         assert not machine.pick_compile(False, device, 1e20)
     assert not machine.pick_compile("auto", mps, 1e20)
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not machine.pick_compile("auto", CPU, 1e16)
-    assert not machine.pick_compile("auto", cuda, 1e16)
 
 
 # ---- signals -------------------------------------------------------------------------------------
