@@ -1,11 +1,11 @@
-# make demo: a small DVA model on Shakespeare's plays, character by character. It takes about a
-# minute on two CPU cores and then writes lines that read like a play.
+# make demo: a small DVA model on Shakespeare's plays, character by character. It takes one to two
+# minutes on two CPU cores and then writes lines that read like a play.
 out_dir = "out-demo"
 dataset = "plays_char"
 block = "dva"
-n_layer = 6
+n_layer = 10
 n_head = 4
-n_embd = 128
+n_embd = 96
 block_size = 128
 batch_size = 8
 gradient_accumulation_steps = 1
