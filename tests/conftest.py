@@ -330,3 +330,37 @@ def error_of(*arguments):
         prepare_data.main([*map(str, arguments)])
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+# ---- GPT-2 as transformers has it ----------------------------------------------------------------
+
+def oracle(activation="gelu_new", seed=0, biases=True, **shape):
+    """A random GPT2LMHeadModel in which each parameter matters: none of them is near zero."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(seed)
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=128, activation_function=activation,
+                                        bos_token_id=None, eos_token_id=None, **shape)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p += 0.1 * torch.randn_like(p)
+            if name.endswith("bias") and not biases:
+                p.zero_()
+    return theirs
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(name, **shape): a random GPT-2 in an otherwise empty cache of the Hugging Face hub."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def add(name, **shape):
+        folder, commit = cache / f"models--openai-community--{name}", "0" * 40
+        theirs = oracle(**shape)
+        # OpenAI's names have no prefix either
+        theirs.transformer.save_pretrained(folder / "snapshots" / commit)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+        return theirs
+    return add

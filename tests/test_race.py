@@ -1,4 +1,4 @@
-"""tools/race.py and tools/report.py: a small race from end to end, kills, and figures by hand."""
+"""tools/race.py: a small race from end to end, and kills."""
 import json
 import math
 import os
@@ -21,7 +21,7 @@ import train
 from config import UserError
 from device import Stop
 from model import BLOCKS
-from tools import race, report
+from tools import race
 from weights import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -337,114 +337,6 @@ def test_threads_are_divided_from_those_that_are_allowed(monkeypatch):
     assert race.cores() == 3
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)           # as OMP_NUM_THREADS=2 does
     assert race.cores() == 2
-
-
-# ---- figures by hand ---------------------------------------------------------------------------
-
-def test_intervals_are_those_of_students_t():
-    # Differences -0.1, -0.2, -0.3: mean -0.2, sd 0.1, t(2) = 4.303, margin 4.303 x 0.1 / sqrt(3)
-    three = report.compare([1.9, 1.8, 1.7], [2.0, 2.0, 2.0])
-    assert three["mean"] == pytest.approx(-0.2) and three["n"] == 3
-    assert three["high"] - three["mean"] == pytest.approx(0.24843, abs=1e-5)
-    assert three["mean"] - three["low"] == pytest.approx(0.24843, abs=1e-5)
-    assert three["verdict"] == "not told apart"
-    # -0.1, -0.2, -0.3, -0.2, -0.2: sd 0.0707, t(4) = 2.776, margin 0.0878
-    five = report.compare([1.9, 1.8, 1.7, 1.8, 1.8], [2.0] * 5)
-    assert five["high"] == pytest.approx(-0.2 + 0.08779, abs=1e-5) and five["verdict"] == "better"
-    assert report.compare([2.0] * 5, [1.9, 1.8, 1.7, 1.8, 1.8])["verdict"] == "worse"
-    # Paired: the seeds differ by much more than the contenders
-    assert report.compare([1.010, 2.011, 3.012], [1.0, 2.0, 3.0])["verdict"] == "worse"
-    assert report.compare([1.0], [2.0]) == {"mean": -1.0, "low": None, "high": None, "n": 1,
-                                            "verdict": "not told apart"}
-    assert report.compare([1.0, math.inf], [1.0, 1.0])["verdict"] == "broken"
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30])
-def test_the_quantiles_leave_two_and_a_half_percent_above_them(freedom):
-    density = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
-    t = np.linspace(0, report.STUDENT[freedom - 1], 200001)
-    area = np.trapezoid(density * (1 + t**2 / freedom) ** (-(freedom + 1) / 2), t)
-    assert area == pytest.approx(0.475, abs=2e-5)
-
-
-def test_steps_to_a_loss_lie_on_straight_lines():
-    steps, losses = [0, 100, 200, 300, 400], [4.0, 3.0, 2.0, 2.5, 1.5]
-    wanted = {4.5: 0, 4.0: 0, 3.5: 50, 2.0: 200, 2.25: 175, 1.75: 375, 1.5: 400, 1.4: math.inf}
-    for target, step in wanted.items():
-        assert report.steps_to(steps, losses, target) == step
-    assert report.steps_to([], [], 1.0) == math.inf
-
-
-def made_up(name, ms_before, ms_after, curves, broken=None):
-    """The facts of a contender with one curve for each seed, evaluated at steps 0, 50, 100."""
-    runs = [{"seed": seed, "steps": [0, 50, 100], "val": curve, "test": curve, "broken": broken}
-            for seed, curve in enumerate(curves)]
-    sweep = [{"learning_rate": rate, "bank_lr": 8.0, "loss": 2.0} for rate in (0.01, 0.02, 0.04)]
-    settings = dict(max_iters=100, n_layer=2, n_embd=16, block_size=16, batch_size=4, compile=False,
-                    gradient_accumulation_steps=1, optimizer="muon", dtype="float32", bank_layers=0)
-    return {name: {"settings": settings, "parameters": 12345, "flops_per_token": 1,
-                   "ms_before": ms_before, "ms_after": ms_after, "learning_rate": 0.02,
-                   "bank_lr": 8.0, "sweep": sweep, "runs": runs}}
-
-
-def results_of(facts, against=()):
-    conditions = {"dataset": "tiny", "tokens": {"train": 9, "val": 10}, "machine": "abacus",
-                  "bytes": {"train": 9, "val": 20}, "sha256": {"train": "0123456789abcdef"},
-                  "torch": "2"}
-    return {"name": "by hand", "rules": {"seeds": 2, "match": "tokens"}, "threads": 1,
-            "conditions": conditions, "commit": "c0ffee", "contenders": facts,
-            "figures": report.figures_of(facts, against)}
-
-
-FACTS = (made_up("gpt2", [10.0, 10.0], [10.0, 10.0], [[4.0, 3.0, 2.1], [4.0, 3.0, 1.9]])
-         | made_up("dva", [4.0, 6.0], [5.0, 5.0], [[4.0, 2.0, 1.5], [4.0, 2.5, 1.5]])
-         | made_up("dva+bank", [5.0, 5.0], [5.5, 5.5], [[4.0, 3.0, 2.5], [4.0, 3.0, 1.5]]))
-
-
-def test_times_to_the_reference_loss_by_hand():
-    figures = report.figures_of(FACTS, ["dva"])
-    assert figures["gpt2"]["seconds"] == pytest.approx(1.0)            # 100 steps of 10 ms
-    # The loss to reach is 2.0: dva has it after 50 and 75 steps of 5 ms
-    assert figures["dva"]["seconds_to_reference"] == pytest.approx(
-        {"mean": 0.3125, "sd": 0.125 / 2**0.5, "n": 2})
-    assert figures["dva"]["step_time_ratio"] == pytest.approx(0.5)
-    # One of two seeds got there, two thirds of the way from step 50 to 100, at 5.25 ms
-    reached = figures["dva+bank"]["seconds_to_reference"]
-    assert reached["n"] == 1 and reached["mean"] == pytest.approx((50 + 50 / 1.5) * 5.25e-3)
-    assert figures["dva+bank"]["against"].keys() == {"gpt2", "dva"}
-    assert figures["dva"]["against"]["gpt2"]["mean"] == pytest.approx(-0.5)
-    assert all(entry["bracketed"] for entry in figures.values())
-
-
-def test_the_table_shows_drift_and_verdicts_and_seeds_that_never_got_there():
-    facts = FACTS | made_up("broke", [1.0], [1.0], [[], []], broken="a loss is nan")
-    facts["broke"]["ms_before"] = facts["broke"]["ms_after"] = [1.0, 1.0]
-    facts["broke"]["sweep"] = facts["broke"]["sweep"][1:]
-    text = report.table(results_of(facts, ["dva"]))
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
-    assert "| 5.00 |" in rows["dva"] and "| 5.25 (before 5.00, after 5.50) |" in rows["dva+bank"]
-    assert "(1 of 2 seeds)" in rows["dva+bank"] and "not told apart" in rows["dva+bank"]
-    assert "| 1.5000 ± 0.0000 | 1.082 ± 0.000 |" in rows["dva"]        # 1.5 / ln 2 x 10 / 20
-    assert "0.312 ± 0.088" in rows["dva"] and "not bracketed" in rows["broke"]
-    assert "broken" in rows["broke"] and "abacus" in text and "0123456789ab" in text
-
-
-def test_pictures_name_their_lines_and_let_the_page_shine_through(tmp_path):
-    report.draw_all(results_of(FACTS), ["gpt2", "dva"], tmp_path)
-    picture, everything = ((tmp_path / name).read_text() for name in ("race.svg", "race-all.svg"))
-    assert ">gpt2<" in picture and ">dva<" in picture and ">dva+bank<" not in picture
-    assert all(f">{name}<" in everything for name in FACTS)
-    assert report.COLOURS[0].lower() in picture and report.COLOURS[0].lower() not in everything
-    assert "fill: #ffffff" not in picture and "fill: #000000" not in picture
-    report.draw_all(results_of(FACTS), ["gpt2", "dva"], tmp_path)
-    assert (tmp_path / "race.svg").read_text() == picture
-
-
-def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report.draw_all(results_of(FACTS), ["gpt2"], tmp_path)
-    printed = capsys.readouterr().out
-    assert "pip install matplotlib" in printed and printed.count("\n") == 1
 
 
 # ---- what the user gets wrong ------------------------------------------------------------------
