@@ -87,7 +87,7 @@ def resume(cls, given):
     for name in changed.keys() & fixed:
         fail(f"{name}={changed[name]!r} differs from the checkpoint's {saved[name]!r}: a run keeps "
              f"its architecture and optimizer; leave {name} out, or train from scratch")
-    changes = [f", {name}={value!r} (was {saved[name]!r})" for name, value in changed.items()]
+    changes = [f"{name}={value!r} (was {saved[name]!r})" for name, value in changed.items()]
     return cfg, checkpoint, changes
 
 

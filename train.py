@@ -338,7 +338,7 @@ def main(argv=None):
     checkpoint = weights = None
     if init_from == "resume":
         cfg, checkpoint, changes = resume(TrainConfig, given)
-        say(f"resuming {cfg.out_dir} at step {checkpoint['step']}{''.join(changes)}")
+        say(", ".join([f"resuming {cfg.out_dir} at step {checkpoint['step']}", *changes]))
         if cfg.decay_lr and cfg.max_iters > cfg.lr_decay_iters:
             say(f"from step {cfg.lr_decay_iters} on, lr_decay_iters, it trains at min_lr, "
                 f"{cfg.min_lr:g}; --lr_decay_iters={cfg.max_iters} spreads the decay")
