@@ -357,10 +357,10 @@ def attend(q, k, v, dropout=0.0):
     has_kernel = D == v.size(-1) and (device != "cuda" or D <= 256)
     if has_kernel and not (device == "cpu" and T <= 256):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-    return explicit_attention(q, k, v, dropout, rows=256 if device == "cpu" else T)
+    return explicit_attention(q, k, v, dropout, rows=128 if device == "cpu" else T)
 
 
-def explicit_attention(q, k, v, dropout=0.0, rows=256):
+def explicit_attention(q, k, v, dropout=0.0, rows=128):
     """
     attend() as the textbook writes it, but for `rows` queries at a time: none of them looks at
     keys behind the last of them, which saves almost half of the work in a long window.

@@ -44,7 +44,7 @@ class SampleConfig:
     stop_token: int = -1            # token id that ends a text; -1: none
     seed: int = 1337                # the same seed gives the same texts
     device: str = "auto"            # auto (cuda, else mps, else cpu), or cpu, cuda, cuda:1, mps
-    dtype: str = "auto"             # of the weights: auto, float32, bfloat16, float16
+    dtype: str = "auto"             # auto, float32, bfloat16, float16: greedy texts begin alike
     compile: bool | str = "auto"    # True: compile the model first; auto: don't
 
     def __post_init__(self):

@@ -146,6 +146,21 @@ def evaluate(model, compiled, data, splits, cfg, device, stop):
 
 # ---- the run -----------------------------------------------------------------------------------
 
+def reached(metrics, most=8):
+    """
+    A table, as text, of the evaluations that found a new lowest loss, and of the seconds after
+    which they did: those that metrics.jsonl holds, or `most` of them, evenly, with the last.
+    """
+    rows, lowest = [], math.inf
+    for line in metrics.read_text().splitlines():
+        record = json.loads(line)
+        if record.get("val_loss", math.inf) < lowest:
+            lowest = record["val_loss"]
+            rows.append(f"{lowest:12.4f}{record['step']:10d}{record['elapsed_s']:10.1f}")
+    kept = np.linspace(len(rows) - 1, 0, min(most, len(rows))).astype(int)
+    return "\n".join(["    val loss      step   seconds", *(rows[i] for i in sorted(kept))])
+
+
 def open_wandb(cfg):
     """The log function of a Weights & Biases run; where none is wanted, one that does nothing."""
     if not cfg.wandb_log or cfg.eval_only or RANK > 0:
@@ -357,6 +372,8 @@ def main(argv=None):
         say(f"{'stopped at' if done['stopped'] else 'done:'} step {done['step']}, best val loss "
             f"{done['best_val_loss']:.4f}, {done['tokens_per_s']:,.0f} tokens/s, "
             f"{tqdm.format_interval(done['elapsed_s'])}; all is in {folder}/")
+        if RANK == 0 and done["step"]:
+            say(reached(Path(cfg.out_dir, "metrics.jsonl")))
         if done["stopped"]:
             say(f"continue:  python train.py --init_from=resume --out_dir={folder}")
         else:

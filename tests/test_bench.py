@@ -44,6 +44,12 @@ def test_it_times_every_contender_and_prints_what_it_writes(tmp_path, capsys):
     assert 0 < parts["data"][0]["data loading, ms per batch"] < 100
 
 
+def test_transformers_model_of_the_same_shape_writes_in_turn(tmp_path):
+    [(part, [row])] = parts_of(tmp_path, "--what=transformers", "--contenders=gpt2")
+    assert part == "transformers" and row["dtype"] == "float32"
+    assert min(row["tokens/s"], row["transformers' tokens/s"], row["ratio of times"]) > 0
+
+
 def test_attention_is_timed_in_all_its_forms(tmp_path):
     [(part, rows)] = parts_of(tmp_path, "--what=attention", "--contenders=gpt2,dva,dva:qk_dim=16")
     assert part == "attention" and all(row["ms"] > 0 for row in rows)
@@ -96,10 +102,11 @@ def test_torch_compile_fails_rather_than_give_up_in_silence():
     ("--contenders=dva:", "then :setting=value"),
     ("--dtypes=int8", "dtypes: 'int8' is none of float32, bfloat16, float16"),
     ("--what=all", "what: 'all' is none of"),
+    ("--what=transformers --contenders=dva", "the first contender is dva"),
     ("--what=gpu,train", "gpu stands alone"),
     ("--block=dva", "block on the command line: this tool decides it"),
     ("--rounds=0", "rounds=0: it must be at least 1")])
 def test_a_wrong_argument_is_one_line(argument, message):
     with pytest.raises(UserError) as error:
-        bench.main([*SHAPE, argument])
+        bench.main([*SHAPE, *argument.split()])
     assert message in str(error.value) and "\n" not in str(error.value)

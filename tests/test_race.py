@@ -231,6 +231,21 @@ def test_a_sweep_goes_on_until_its_best_has_worse_on_both_sides(argv, best_rate,
     assert min(banks) < best_bank < max(banks)
 
 
+def test_a_sweep_can_have_shorter_runs_than_the_seeds(argv):
+    rules, contenders = entered(argv(contenders="gpt2", sweep_share=0.25, warmup_iters=4))
+    cfg = race.set_lengths(contenders, rules, {})["gpt2"]
+    runs, _ = race.tune("gpt2", cfg, rules)
+    for run in runs:
+        assert (run.max_iters, run.lr_decay_iters) == (3, 3)
+        assert (run.warmup_iters, run.eval_interval) == (1, 1)
+        finish(run, [9.0, abs(run.learning_rate - 0.03)], [9.0, 9.0])
+    _, best = race.tune("gpt2", cfg, rules)
+    seeds = race.seeds_of(best, cfg, rules)
+    assert all((run.learning_rate, run.max_iters, run.warmup_iters) == (0.03, 12, 4)
+               for run in seeds)
+    assert len(race.missing_runs({"gpt2": cfg}, rules)) == 2
+
+
 def test_a_contender_that_fixes_its_rates_is_not_swept(argv):
     rules, contenders = entered(argv(contenders="dva+bank:learning_rate=0.02:bank_lr=3"))
     [(name, cfg)] = contenders.items()
@@ -344,6 +359,7 @@ def test_threads_are_divided_from_those_that_are_allowed(monkeypatch):
 @pytest.mark.parametrize("changes, message", [
     (dict(match="steps"), "match='steps': there are tokens, time"),
     (dict(lrs="1e-3,fast"), "lrs='1e-3,fast': give rates above 0"),
+    (dict(sweep_share=2), "sweep_share=2.0: it must be above 0 and at most 1"),
     (dict(lrs="0"), "lrs='0': give rates above 0"),
     (dict(bank_lrs="-1"), "bank_lrs='-1': give rates"),
     (dict(contenders="gpt2,dvaa"), "there are gpt2, dva"),

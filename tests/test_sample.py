@@ -86,6 +86,14 @@ def test_every_block_writes_text_in_every_precision(run, texts, tmp_path, block)
         assert text.startswith("ab") and len(text) == 32
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_greedy_texts_begin_alike_in_float32_and_bfloat16(run, texts, tmp_path, block):
+    run(block=block, max_iters=60, dropout=0)
+    begin = [texts(out_dir=tmp_path / "out", dtype=dtype, max_new_tokens=10, temperature=0)
+             for dtype in ("float32", "bfloat16")]
+    assert begin[0] == begin[1]
+
+
 # ---- prompts -------------------------------------------------------------------------------------
 
 def test_a_prompt_in_a_file_and_on_standard_input(texts, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Time training steps, sampling, attention and data loading, at any size.
     python -m tools.bench                                         GPT-2's 124M shape, batch 1
     python -m tools.bench --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --vocab_size=65
     python -m tools.bench --what=train,sample --contenders=gpt2,dva:qk_dim=768,dva+bank
+    python -m tools.bench --what=transformers --contenders=gpt2   sampling, beside transformers'
     python -m tools.bench --what=gpu --json=gpu.json              ten minutes of a GPU
 
 A contender is a block, perhaps with +bank (a bank in the last third of its layers), perhaps with
@@ -12,6 +13,7 @@ first contender. On a CPU, whose speed drifts, contenders take turns step by ste
 memory is short, each is gone before the next one comes.
 """
 import gc
+import importlib.util
 import json
 import math
 import platform
@@ -40,7 +42,7 @@ from model import ModelConfig, explicit_attention
 from optimizers import build_optimizers
 from weights import build_model
 
-PARTS = ("train", "sample", "data", "attention")
+PARTS = ("train", "sample", "data", "attention", "transformers")
 # The settings that a contender has from this tool, unless it names its own
 SHARED = ("batch_size", "gradient_accumulation_steps", "optimizer")
 # Steps before the timed ones, in which memory is found and kernels are compiled
@@ -61,7 +63,7 @@ GPU_SHAPES = [dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_siz
 class BenchConfig:
     model: ModelConfig = field(default_factory=ModelConfig, metadata={"without": ("block",)})
     contenders: str = "gpt2,dva:qk_dim=768,dva,gpt2+bank,dva+bank"   # the first is the reference
-    what: str = "train,sample,data"          # parts: train, sample, data, attention; or gpu
+    what: str = "train,sample,data"          # these, attention, transformers; or gpu alone
     batch_size: int = 1                      # sequences per micro-batch
     gradient_accumulation_steps: int = 1     # micro-batches per step
     optimizer: str = "adamw"                 # adamw or muon
@@ -293,6 +295,45 @@ def bench_sampling(contenders, cfg, device):
     return rows
 
 
+@torch.no_grad()
+def bench_transformers(contenders, cfg, device):
+    """
+    Rows of tokens per second of the first contender, a gpt2, and of Hugging Face's model of its
+    shape, each writing one text with its own cache, greedily, in turn; one row for each dtype.
+    """
+    if not importlib.util.find_spec("transformers"):
+        fail("what=transformers needs the package transformers:  pip install transformers")
+    from transformers import GPT2Config, GPT2LMHeadModel
+    name, entry = next(iter(contenders.items()))
+    if entry.model.block != "gpt2" or entry.model.bank_layers:
+        fail(f"what=transformers: the first contender is {name}, and transformers has gpt2 alone")
+    shape = {key: getattr(entry.model, key) for key in ("n_layer", "n_head", "n_embd")}
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=entry.model.vocab_size, eos_token_id=None,
+                                        n_positions=entry.model.block_size, **shape))
+    ours = build_model(entry.model)
+    start = torch.zeros(1, 1, dtype=torch.long, device=device)
+    length = min(cfg.max_new_tokens, entry.model.block_size - 1)
+
+    def write():
+        for _ in stream(ours, start, length, temperature=0):
+            continue
+
+    def write_theirs():
+        theirs.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=length,
+                        do_sample=False, pad_token_id=0)
+
+    rows = []
+    for dtype in cfg.dtypes.split(","):
+        for model in (ours, theirs):
+            model.to(device, getattr(torch, dtype)).eval()
+        ms = [(timed(device, write), timed(device, write_theirs)) for _ in range(cfg.rounds + 1)]
+        ours_ms, theirs_ms = (statistics.median(times) for times in zip(*ms[1:], strict=True))
+        ratio = statistics.median(mine / other for mine, other in ms[1:])
+        rows.append({"sampling": name, "dtype": dtype, "tokens/s": length * 1e3 / ours_ms,
+                     "transformers' tokens/s": length * 1e3 / theirs_ms, "ratio of times": ratio})
+    return rows
+
+
 def bench_attention(contenders, cfg, device):
     """
     Rows of milliseconds, forward and backward, for each way to compute the attention of one layer
@@ -400,7 +441,7 @@ def main(argv=None):
                "threads": torch.get_num_threads(), "parts": []}
     print(f"{results['machine']}, torch {torch.__version__}")
     parts = {"train": bench_training, "sample": bench_sampling, "data": bench_data,
-             "attention": bench_attention}
+             "attention": bench_attention, "transformers": bench_transformers}
     for settings in jobs:
         cfg = build(BenchConfig, settings)
         # A contender's defaults are those of this tool, and then those of train.py

@@ -12,10 +12,10 @@ number of tokens, or with --match=time its training time.
 
 The validation split is cut in two. Its first half chooses: every rate in --lrs is tried with the
 first seed, and further ones while the best is at an end of those tried; then, for contenders with
-banks, those in --bank_lrs at the best learning rate. :learning_rate= and :bank_lr= fix a
-contender's own. Its second half is reported, for all seeds at the best rates. Two contenders are
-compared seed by seed, since equal seeds see equal batches: Student's t gives the 95 % interval of
-the mean difference.
+banks, those in --bank_lrs at the best learning rate. With --sweep_share=0.25 these runs have a
+quarter of the steps. :learning_rate= and :bank_lr= fix a contender's own. Its second half is
+reported, for all seeds at the best rates. Two contenders are compared seed by seed, since equal
+seeds see equal batches: Student's t gives the 95 % interval of the mean difference.
 
 Step times are measured before the runs and after them, all contenders in turn: let nothing else
 run then. A run's seconds are its steps times that. Results go to out/race/NAME: results.json,
@@ -90,6 +90,7 @@ class RaceConfig:
     seed: int = 1337                         # the first of the seeds
     lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with
     bank_lrs: str = "16,32,64"               # rates of the banks to begin with, in learning rates
+    sweep_share: float = 1.0                 # length of the runs that choose rates, of the others'
     rounds: int = 20                         # timed steps of each, before the runs and after
     jobs: int = 1                            # runs at a time, which share the CPU's cores
     highlight: str = ""                      # drawn in colour, four at most; empty: the first four
@@ -99,6 +100,8 @@ class RaceConfig:
         check(self, least=dict(seeds=1, seed=0, rounds=1, jobs=1),
               choices=dict(match=["tokens", "time"]))
         check(self.train, least=dict(max_iters=1))
+        if not 0 < self.sweep_share <= 1:
+            fail(f"sweep_share={self.sweep_share}: it must be above 0 and at most 1")
         read_rates("lrs", self.lrs)
         read_rates("bank_lrs", self.bank_lrs)
         names = self.contenders.split(",")
@@ -323,8 +326,16 @@ def sweep(cfg, name, rates, fixed):
         rates = sorted([*rates, float(f"{beyond:.3g}")])
 
 
+def shortened(cfg, share):
+    """The TrainConfig cfg with this share of its steps, of its warm-up and of its intervals."""
+    lengths = {name: max(1, round(getattr(cfg, name) * share))
+               for name in ("max_iters", "lr_decay_iters", "eval_interval")}
+    return change(cfg, warmup_iters=round(cfg.warmup_iters * share), **lengths)
+
+
 def tune(name, cfg, race):
     """(runs of a contender's sweeps, best run), the latter None while a run is not finished."""
+    cfg = shortened(cfg, race.sweep_share)
     own = own_settings(name)
     rates, bank_rates = read_rates("lrs", race.lrs), read_rates("bank_lrs", race.bank_lrs)
     if "learning_rate" in own:
@@ -515,7 +526,7 @@ def main(argv=None):
     meta = read_meta(Path(race.train.data_dir, race.train.dataset))
     conditions = conditions_of(race, meta, device)
     contenders = enter(race, given, conditions, device)
-    rules = ("contenders", "match", "seeds", "seed", "lrs", "bank_lrs", "rounds")
+    rules = ("contenders", "match", "seeds", "seed", "lrs", "bank_lrs", "sweep_share", "rounds")
     description = {"rules": {name: getattr(race, name) for name in rules},
                    "conditions": conditions,
                    "contenders": {name: flat(cfg) for name, cfg in contenders.items()}}

@@ -124,8 +124,9 @@ def table(results):
         f"{compiled}. Equal for all: {results['rules']['match']}. {conditions['machine']}, "
         f"CPU threads: {results['threads']}, torch {conditions['torch']}, nanoDVA "
         f"{results['commit']}.\n",
-        f"Learning rates were chosen on the first half of the validation split; losses are those "
-        f"on its second half, mean and standard deviation of {seeds} seeds. Differences are taken "
+        f"Learning rates were chosen on the first half of the validation split, in runs of "
+        f"{results['rules']['sweep_share']:g} times the length. Losses are those on its second "
+        f"half, mean and standard deviation of {seeds} seeds. Differences are taken "
         f"seed by seed; in brackets stands the 95 % interval of their mean, by Student's t, each "
         f"for itself.\n",
         markdown(rows),
