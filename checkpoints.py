@@ -13,7 +13,7 @@ import torch
 from config import UserError, build, declared, fail, flat, replacing
 from model import ModelConfig
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(checkpoint, path):

@@ -64,11 +64,13 @@ def build_optimizers(model, cfg):
     """
     groups = parameter_groups(model)
     optimizers = []
-    decayed = groups["embeddings"] + groups["matrices"]
-    if cfg.optimizer == "muon" and groups["matrices"]:
-        decayed = groups["embeddings"]
-        optimizers.append(Muon(groups["matrices"], cfg.learning_rate, cfg.weight_decay))
-    adamw = [dict(params=decayed, weight_decay=cfg.weight_decay),
+    matrices = groups["matrices"]
+    if cfg.optimizer == "muon" and matrices:
+        optimizers.append(Muon(matrices, cfg.learning_rate, cfg.weight_decay))
+        matrices = []
+    adamw = [dict(params=groups["embeddings"], lr_multiple=cfg.embedding_lr,
+                  weight_decay=cfg.weight_decay),
+             dict(params=matrices, weight_decay=cfg.weight_decay),
              dict(params=groups["vectors"], weight_decay=0.0),
              dict(params=groups["tables"], lr_multiple=cfg.bank_lr, **TABLE),
              dict(params=groups["gammas"], **GAMMA)]

@@ -55,6 +55,7 @@ class TrainConfig:
     optimizer: str = "adamw"                 # adamw, or muon: Muon on the blocks' matrices
     learning_rate: float = 6e-4              # at its highest
     weight_decay: float = 1e-1               # on matrices and embeddings, never on vectors
+    embedding_lr: float = 1.0                # of the embeddings, in learning_rates
     bank_lr: float = 32.0                    # learning rate of the banks' tables, in learning_rates
     beta1: float = 0.9                       # AdamW
     beta2: float = 0.95                      # AdamW
@@ -82,7 +83,7 @@ class TrainConfig:
         check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, eval_interval=1,
                                eval_iters=1, log_interval=1, max_iters=0, warmup_iters=0,
                                lr_decay_iters=0, min_lr=0, learning_rate=0, weight_decay=0,
-                               grad_clip=0, bank_lr=0, beta1=0, beta2=0, seed=0),
+                               grad_clip=0, embedding_lr=0, bank_lr=0, beta1=0, beta2=0, seed=0),
               choices=dict(optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
                            dtype=["auto", *DTYPES], compile=[True, False, "auto"]))
         if max(self.beta1, self.beta2) >= 1:

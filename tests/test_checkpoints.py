@@ -17,7 +17,7 @@ from conftest import command_line, contents, records, refused, runs_differ, send
 import prepare_data
 import sample
 import train
-from checkpoints import load_checkpoint, save
+from checkpoints import FORMAT, load_checkpoint, save
 from config import UserError
 
 # ---- nothing is lost by overwriting --------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_the_checkpoints_whole(run, tmp_path, at_step, limit,
 
 @pytest.mark.parametrize("limit", [10, 1000, 100_000])
 def test_a_save_that_fails_says_so_in_one_line(tmp_path, limit):
-    save({"format": 2, "old": 1}, tmp_path / "last.pt")
+    save({"format": FORMAT, "old": 1}, tmp_path / "last.pt")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -280,7 +280,7 @@ def a_zip_file(path):
 NO_CHECKPOINT = "is not a checkpoint, or a damaged one"
 # What stands in the place of last.pt: (how to make it, from the bytes of a good one; the error)
 DAMAGED = {
-    "code": (lambda path, whole: torch.save({"format": 2, "model": Harm(path.parent / "harm")},
+    "code": (lambda path, whole: torch.save({"format": FORMAT, "model": Harm(path.parent / "harm")},
                                             path), "is refused: it calls for"),
     "code in a pickle": (lambda path, whole: path.write_bytes(
         pickle.dumps(Harm(path.parent / "harm"))), NO_CHECKPOINT),

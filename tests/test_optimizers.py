@@ -54,7 +54,8 @@ def test_each_parameter_is_in_one_group_with_the_right_optimizer_and_decay(syste
     model = tiny(**system)
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     found = []
-    for each in build_optimizers(model, TrainConfig(optimizer=optimizer, weight_decay=0.3)):
+    cfg = TrainConfig(optimizer=optimizer, weight_decay=0.3, embedding_lr=3.0)
+    for each in build_optimizers(model, cfg):
         for group in each.param_groups:
             for p in group["params"]:
                 name = names[p]
@@ -64,7 +65,8 @@ def test_each_parameter_is_in_one_group_with_the_right_optimizer_and_decay(syste
                 assert isinstance(each, Muon) == (optimizer == "muon" and matrix), name
                 if not in_bank:
                     assert group["weight_decay"] == (0.3 if p.dim() == 2 else 0), name
-                    assert group["lr_multiple"] == 1, name
+                    embeds = name in ("transformer.wte.weight", "transformer.wpe.weight")
+                    assert group["lr_multiple"] == (3 if embeds else 1), name
     assert sorted(found) == sorted(names.values())
 
 

@@ -18,7 +18,7 @@ TEXTS = {page.name: page.read_text() for page in PAGES}
 SETTINGS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig,
             "prepare_data.py": prepare_data.PrepareConfig, "tools.bench": bench.BenchConfig,
             "tools.race": race.RaceConfig, "tools.convert": convert.ConvertConfig,
-            "tools.explain": explain.ExplainConfig}
+            "tools.explain": explain.ExplainConfig, "docs/bank_controls.py": race.RaceConfig}
 
 
 def commands():
@@ -78,6 +78,13 @@ def test_each_link_and_picture_is_there(page, target):
 
 def test_the_front_page_is_short():
     assert (ROOT / "README.md").stat().st_size <= 9 * 1024
+
+
+def test_the_presets_comments_hold_no_figures_of_their_own():
+    for preset in sorted((ROOT / "config").glob("*.py")):
+        comments = re.findall(r"^# (.*)", preset.read_text(), re.MULTILINE)
+        for figure in re.findall(r"\d+\.\d+", " ".join(comments)):
+            assert figure in TEXTS["race.md"], f"{preset.name}: {figure}"
 
 
 def test_python_on_the_pages_is_python():

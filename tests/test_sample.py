@@ -8,7 +8,7 @@ import torch
 from conftest import BLOCKS, command_line, ending_of, refused
 
 import sample
-from checkpoints import load_checkpoint, save
+from checkpoints import FORMAT, load_checkpoint, save
 from generate import generate, stream
 from model import GPT, ModelConfig
 from tokenizer import Tokenizer
@@ -136,7 +136,7 @@ def test_characters_that_span_tokens_are_put_together(tmp_path, capsys):
     """A random model over GPT-2's tokens writes many a token that ends inside a character."""
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=257, n_layer=1, n_head=1, n_embd=8, block_size=16))
-    save({"format": 2, "model": model.state_dict(), "model_config": asdict(model.config),
+    save({"format": FORMAT, "model": model.state_dict(), "model_config": asdict(model.config),
           "tokenizer": {"kind": "gpt2:257"}}, tmp_path / "best.pt")
     argv = [f"--out_dir={tmp_path}", "--num_samples=2", "--start=é", "--max_new_tokens=100",
             "--temperature=2", "--top_k=0", "--dtype=float32"]

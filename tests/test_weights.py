@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import prepare_data
 import sample
 import train
-from checkpoints import load_checkpoint
+from checkpoints import FORMAT, load_checkpoint
 from generate import generate
 from model import GPT, ModelConfig
 from weights import OPENAI, load_model
@@ -235,7 +235,7 @@ def test_no_foreign_checkpoint_is_unpickled(tmp_path, monkeypatch, main):
 
 
 @pytest.mark.parametrize("checkpoint", [
-    {"format": 2}, {"format": 2, "model": 3, "model_config": 3, "tokenizer": 3},
+    {"format": FORMAT}, {"format": 2, "model": 3, "model_config": 3, "tokenizer": 3},
     {"model": 3, "model_args": 3}, {"model": {}, "model_args": {}, "config": 3},
     {"model": {}, "model_args": {"zzz": 1}}, {"model": {}, "model_args": {"n_layer": 1}}, {1: 2}],
     ids=str)
