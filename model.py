@@ -31,7 +31,7 @@ class ModelConfig:
     dropout: float = 0.0         # 0 for pre-training, 0.1 and more for small data sets
     bias: bool = False           # biases in Linear and LayerNorm, as GPT-2 has them
     gelu: str = "exact"          # exact (nanoGPT's) or tanh (OpenAI's GPT-2)
-    rotary: bool | str = "auto"  # rotary positions beside the learned ones; auto: for all but gpt2
+    rotary: bool | str = "auto"  # True: beside learned positions; only; auto: True but for gpt2
     qk_dim: int = 64             # dva: width D of query and key
     value_dim: int = 0           # dva: width M of value and gate; 0: n_embd
     value_norm: bool = True      # dva: RMSNorm on the mixed value
@@ -40,7 +40,8 @@ class ModelConfig:
     def __post_init__(self):
         least = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, qk_dim=1,
                      value_dim=0, bank_layers=0, dropout=0)
-        choices = dict(block=list(BLOCKS), gelu=["exact", "tanh"], rotary=[True, False, "auto"])
+        choices = dict(block=list(BLOCKS), gelu=["exact", "tanh"],
+                       rotary=[True, False, "only", "auto"])
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least {lowest}")
@@ -264,7 +265,7 @@ class GPT(nn.Module):
         Block = BLOCKS[config.block]
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(V, C),
-            wpe=nn.Embedding(config.block_size, C),
+            wpe=nn.Embedding(config.block_size, C) if config.rotary != "only" else None,
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer >= L - config.bank_layers) for layer in range(L)),
             ln_f=nn.LayerNorm(C, bias=config.bias),
@@ -299,6 +300,15 @@ class GPT(nn.Module):
         """The BankOfValues of every layer that has one."""
         return [module for module in self.modules() if isinstance(module, BankOfValues)]
 
+    def positions(self, first, end):
+        """
+        What the tokens at positions first ... end - 1 have added to them for their place, (T, C):
+        GPT-2's learned positions, or zeros where rotary ones stand alone.
+        """
+        if self.transformer.wpe is None:
+            return self.transformer.wte.weight.new_zeros(end - first, self.config.n_embd)
+        return self.transformer.wpe.weight[first:end]
+
     def forward(self, idx, targets=None, cache=None):
         """
         Token ids idx (B, T) and, if given, the token after each, targets (B, T), with -1 for
@@ -313,8 +323,7 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} positions do not fit into "
                              f"block_size={self.config.block_size}")
-        positions = torch.arange(first, end, device=idx.device)        # (T)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
+        x = self.transformer.wte(idx) + self.positions(first, end)
         x = self.transformer.drop(x)                                   # (B, T, C)
         if cache is not None:
             cache.ids = idx = idx if first == 0 else torch.cat((cache.ids, idx), dim=1)   # (B, S)

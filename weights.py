@@ -217,5 +217,8 @@ def fit_weights(weights, config):
         raise ValueError(f"block_size={config.block_size}: the weights have {theirs.block_size} "
                          f"positions, and more cannot be made up: use at most that many")
     positions = "transformer.wpe.weight"
-    state[positions] = state[positions][:config.block_size]
+    if positions in state:
+        state[positions] = state[positions][:config.block_size]
+    if config.rotary == "only":
+        state.pop(positions, None)
     return state

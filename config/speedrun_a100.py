@@ -9,6 +9,7 @@ block = "dva"
 n_layer = 8
 n_embd = 192
 qk_dim = 32
+rotary = "only"
 block_size = 256
 batch_size = 16
 gradient_accumulation_steps = 1

@@ -36,7 +36,8 @@ SYSTEMS = [dict(block=block, bank_layers=banks, rotary=rotary, bias=bias)
            for block in ("dva", "gpt2") for banks, rotary, bias in
            [(0, False, False), (0, True, True), (1, True, False), (2, False, True)]]
 each_system = pytest.mark.parametrize("system", [
-    *SYSTEMS, dict(block="dva", value_norm=False, value_dim=12), dict(block="gpt2", gelu="tanh")],
+    *SYSTEMS, dict(block="dva", value_norm=False, value_dim=12), dict(block="gpt2", gelu="tanh"),
+    dict(block="dva", rotary="only")],
     ids=lambda system: "-".join(f"{name}={value}" for name, value in system.items()))
 
 
@@ -142,9 +143,9 @@ def held_logits(model, ids, amounts, positions=1.0):
     (T) of each token's embedding and bank rows goes in, where strengths, gates and scales stay as
     they are for the text. Biases are left out, and the head's norm is in.
     """
-    x = model.transformer.wte.weight[ids] + model.transformer.wpe.weight[:len(ids)]
+    x = model.transformer.wte.weight[ids] + model.positions(0, len(ids))
     y = (model.transformer.wte.weight[ids] * amounts[:, None]
-         + model.transformer.wpe.weight[:len(ids)] * positions)
+         + model.positions(0, len(ids)) * positions)
 
     def norm(module, x, y):
         std = (x.var(dim=-1, correction=0, keepdim=True) + 1e-5).sqrt().detach()

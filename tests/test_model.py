@@ -69,6 +69,16 @@ def test_rotary_positions_turn_every_head_of_gpt2():
     torch.testing.assert_close(attn(x, tokens(2, 16)), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("block", ["gpt2", "dva"])
+def test_rotary_positions_can_take_the_place_of_learned_ones(block):
+    both, alone = (shaken(tiny(block=block, rotary=rotary)) for rotary in (True, "only"))
+    assert both.num_params() - alone.num_params() == both.transformer.wpe.weight.numel()
+    torch.nn.init.zeros_(both.transformer.wpe.weight)
+    alone.load_state_dict(both.state_dict(), strict=False)
+    idx = tokens(2, 16)
+    torch.testing.assert_close(alone(idx, idx), both(idx, idx))
+
+
 def test_rotary_positions_tell_the_distance_and_nothing_else():
     N = 8
     torch.manual_seed(0)

@@ -284,3 +284,7 @@ def test_gpt2_with_another_block_keeps_embeddings_positions_and_final_norm(run, 
     table = state["transformer.h.2.attn.bank.table"]
     w_v = torch.linalg.lstsq(embedded, table).solution
     torch.testing.assert_close(embedded @ w_v, table, atol=1e-5, rtol=0)
+    # Where rotary positions stand alone, the learned ones are left behind
+    run("only", init_from=tmp_path / "gpt2", block="dva", rotary="only", max_iters=1)
+    state = load_checkpoint(tmp_path / "only" / "last.pt")["model"]
+    assert "transformer.wte.weight" in state and "transformer.wpe.weight" not in state

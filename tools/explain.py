@@ -197,7 +197,7 @@ def hold(model, idx):
     if kind not in HELD:
         fail(f"block={kind!r}: tools/explain.py can hold {' and '.join(HELD)}; write a class like "
              f"HeldDVA for this one, and name it in HELD")
-    x, layers = model.transformer.wte(idx) + model.transformer.wpe.weight[:len(idx)], []
+    x, layers = model.transformer.wte(idx) + model.positions(0, len(idx)), []
     for block in model.transformer.h:
         try:
             layers.append(HELD[kind](block, x, idx))
@@ -238,7 +238,7 @@ def explain(model, ids, num_tokens):
     Raises UserError where the logits that are recomputed here are not the model's.
     """
     idx, T, C = torch.tensor(ids), len(ids), model.config.n_embd
-    wte, wpe, ln_f = (model.transformer[name] for name in ("wte", "wpe", "ln_f"))
+    wte, ln_f, positions = model.transformer.wte, model.transformer.ln_f, model.positions(0, T)
     layers, x = hold(model, idx)
     logits = model(idx[None], idx[None])[0][0]                                     # (T, V)
     final_scale = norm_scale(x)
@@ -271,7 +271,7 @@ def explain(model, ids, num_tokens):
         own = torch.eye(N, T - first)[..., None]                                   # (N, T, 1)
         stream = follow(layers, own * wte(idx[first:]), torch.zeros(N, 1, 1), own, first)
         parts[first:, :, first:first + N] = torch.einsum("nic,ikc->ikn", stream, readout[first:])
-    stream = torch.stack((wpe.weight[:T], torch.zeros(T, C)))
+    stream = torch.stack((positions, torch.zeros(T, C)))
     has_biases = torch.tensor([0.0, 1.0]).view(2, 1, 1)
     stream = follow(layers, stream, has_biases, torch.zeros(2, T, 1))
     parts[..., T:] = torch.einsum("nic,ikc->ikn", stream, readout)
@@ -280,7 +280,7 @@ def explain(model, ids, num_tokens):
     # -- where it was picked up: what was written to the stream, by whom
     looks = torch.stack([layer.looks(readout) for layer in layers], dim=2)
     written = torch.stack((
-        wte(idx) + wpe.weight[:T],
+        wte(idx) + positions,
         sum(layer.mlp_wrote for layer in layers),
         sum(layer.attn.c_proj(torch.zeros_like(layer.u)) for layer in layers)))    # (3, T, C)
     others = torch.einsum("nic,ikc->ikn", written, readout)
