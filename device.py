@@ -2,12 +2,14 @@
 The machine: device, dtype, compilation, the group of processes and the signals that stop a run.
 """
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
 import signal
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import torch
@@ -45,16 +47,15 @@ def pick_device(name):
 def pick_dtype(name, device, n_embd):
     """
     The name of the type in which matrices are multiplied; it is `name` unless that is auto. auto:
-    on CUDA bfloat16 or, where the card lacks it, float16; on a CPU that multiplies bfloat16 itself
-    (AMX or AVX512-BF16) bfloat16 for models at least 64 wide, where a step took 0.5 to 0.9 of its
-    time in float32; float32 elsewhere.
+    on CUDA bfloat16 or, where the card lacks it, float16; on a CPU that multiplies faster in
+    bfloat16, for models at least 64 wide, bfloat16; float32 elsewhere.
     """
     if name != "auto":
         return name
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if has_bfloat16 else "float16"
-    if device.type == "cpu" and n_embd >= 64 and cpu_multiplies_bfloat16():
+    if device.type == "cpu" and n_embd >= 64 and cpu_prefers_bfloat16():
         return "bfloat16"
     return "float32"
 
@@ -70,9 +71,24 @@ def pick_sampling_dtype(name, device, parameters):
     return pick_dtype(name, device, n_embd=1024)
 
 
-def cpu_multiplies_bfloat16():
-    """Does this CPU have instructions that multiply bfloat16 matrices?"""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+@functools.cache
+def cpu_prefers_bfloat16():
+    """
+    Does this CPU multiply matrices clearly faster in bfloat16 than in float32? Its instructions do
+    not tell: with AVX512-BF16, some CPUs are twice as fast and others half as fast.
+    """
+    return matmul_seconds(torch.float32) > 1.2 * matmul_seconds(torch.bfloat16)
+
+
+def matmul_seconds(dtype):
+    """The time of a small layer's matrix product on the CPU, the best of ten."""
+    x, weight = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        x @ weight
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def pick_compile(setting, device, flops):

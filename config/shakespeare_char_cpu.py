@@ -1,5 +1,5 @@
 # nanoGPT's laptop run, for which its README gives a command: 4 layers, 128 wide, 2000 steps, and
-# float32 as there. --dtype=auto is faster on a CPU that multiplies bfloat16.
+# float32 as there. --dtype=auto takes bfloat16 where the CPU is faster in it.
 out_dir = "out-shakespeare-char-cpu"
 dataset = "shakespeare_char"
 device = "cpu"

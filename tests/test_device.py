@@ -162,15 +162,22 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
         machine.pick_device(name)
 
 
-@pytest.mark.parametrize("multiplies, width, chosen", [
+@pytest.mark.parametrize("faster, width, chosen", [
     (True, 64, "bfloat16"), (True, 63, "float32"), (False, 768, "float32")])
-def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it_and_for_models_wide_enough(
-        monkeypatch, multiplies, width, chosen):
-    monkeypatch.setattr(machine, "cpu_multiplies_bfloat16", lambda: multiplies)
+def test_auto_is_bfloat16_on_a_cpu_that_is_faster_in_it_and_for_models_wide_enough(
+        monkeypatch, faster, width, chosen):
+    monkeypatch.setattr(machine, "cpu_prefers_bfloat16", lambda: faster)
     assert machine.pick_dtype("auto", CPU, width) == chosen
     assert machine.pick_dtype("auto", torch.device("mps"), 768) == "float32"
     for name in PRECISION:
         assert machine.pick_dtype(name, CPU, width) == name
+
+
+@pytest.mark.parametrize("seconds, faster", [(0.5, True), (0.9, False), (2, False)])
+def test_a_cpu_prefers_bfloat16_where_it_takes_clearly_less_time(monkeypatch, seconds, faster):
+    times = {torch.float32: 1, torch.bfloat16: seconds}
+    monkeypatch.setattr(machine, "matmul_seconds", times.get)
+    assert machine.cpu_prefers_bfloat16.__wrapped__() == faster
 
 
 @pytest.mark.parametrize("has_bfloat16, chosen", [(True, "bfloat16"), (False, "float16")])
@@ -182,7 +189,7 @@ def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch, has_bfloat16, chosen
 
 @pytest.mark.parametrize("parameters, chosen", [(1e6, "float32"), (124e6, "bfloat16")])
 def test_large_models_sample_in_bfloat16(monkeypatch, parameters, chosen):
-    monkeypatch.setattr(machine, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(machine, "cpu_prefers_bfloat16", lambda: True)
     assert machine.pick_sampling_dtype("auto", CPU, parameters) == chosen
     assert machine.pick_sampling_dtype("auto", torch.device("mps"), parameters) == "float32"
     assert machine.pick_sampling_dtype("float16", CPU, parameters) == "float16"
