@@ -3,7 +3,7 @@
 #   pip install safetensors
 #   python prepare_data.py shakespeare
 #   python train.py config/finetune_shakespeare.py
-# nanoGPT's choice is the largest GPT-2, with 1.6 B parameters: 25 GB for weights, gradients and
+# nanoGPT's choice is gpt2-xl, the largest of four sizes: 25 GB for weights, gradients and
 # AdamW before any activation. --init_from=gpt2 has a twelfth of them, and a shorter --block_size
 # saves memory, too.
 out_dir = "out-shakespeare"

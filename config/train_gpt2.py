@@ -1,5 +1,5 @@
 # GPT-2 (124 M) on OpenWebText, nanoGPT's setting: 491,520 tokens a step, made for 8 x A100 40GB.
-# nanoGPT reaches a validation loss of about 2.85 in 600,000 steps; we have not run it to its end.
+# We have not run its 600,000 steps to the end.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 out_dir = "out-gpt2"
 eval_interval = 1000

@@ -26,7 +26,9 @@ def commands():
     found = []
     for page, text in TEXTS.items():
         blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        lines = [line for block in blocks for line in block.splitlines()]
+        # A notebook marks the shell's lines with !
+        lines = [command.removeprefix("!") for block in blocks for line in block.splitlines()
+                 for command in line.split(" && ")]
         inline = re.findall(r"`((?:python|make) [^`]+)`", text)
         lines += [code.replace("\n", " ") for code in inline]
         found += [(page, re.split(r"   | # ", line)[0]) for line in lines
@@ -53,6 +55,8 @@ def test_each_command_exists_and_parses(page, command, monkeypatch):
     if words[1] == "-m":
         words = ["python", *words[2:]]
     script, arguments = words[1], words[2:]
+    if script == "venv":
+        return
     if script == "pytest":
         assert all((ROOT / path).exists() for path in arguments)
         return
@@ -82,9 +86,11 @@ def test_the_front_page_is_short():
 
 def test_the_presets_comments_hold_no_figures_of_their_own():
     for preset in sorted((ROOT / "config").glob("*.py")):
-        comments = re.findall(r"^# (.*)", preset.read_text(), re.MULTILINE)
-        for figure in re.findall(r"\d+\.\d+", " ".join(comments)):
-            assert figure in TEXTS["race.md"], f"{preset.name}: {figure}"
+        comments = " ".join(re.findall(r"^# (.*)", preset.read_text(), re.MULTILINE))
+        # A setting, as in --dropout=0.2, is no claim
+        for figure in re.findall(r"\d+\.\d+", re.sub(r"--\S+", "", comments)):
+            known = re.findall(r"\d+\.\d+", TEXTS["race.md"])
+            assert figure in known, f"{preset.name}: {figure}"
 
 
 def test_python_on_the_pages_is_python():
