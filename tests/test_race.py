@@ -237,7 +237,7 @@ def test_a_sweep_can_have_shorter_runs_than_the_seeds(argv):
     runs, _ = race.tune("gpt2", cfg, rules)
     for run in runs:
         assert (run.max_iters, run.lr_decay_iters) == (3, 3)
-        assert (run.warmup_iters, run.eval_interval) == (1, 1)
+        assert (run.warmup_iters, run.eval_interval) == (1, 3)
         finish(run, [9.0, abs(run.learning_rate - 0.03)], [9.0, 9.0])
     _, best = race.tune("gpt2", cfg, rules)
     seeds = race.seeds_of(best, cfg, rules)

@@ -327,10 +327,15 @@ def sweep(cfg, name, rates, fixed):
 
 
 def shortened(cfg, share):
-    """The TrainConfig cfg with this share of its steps, of its warm-up and of its intervals."""
-    lengths = {name: max(1, round(getattr(cfg, name) * share))
-               for name in ("max_iters", "lr_decay_iters", "eval_interval")}
-    return change(cfg, warmup_iters=round(cfg.warmup_iters * share), **lengths)
+    """
+    The TrainConfig cfg with this share of its steps and of its warm-up, and evaluated at its end
+    alone. All of cfg is cfg itself, whose run counts for the seeds, too.
+    """
+    if share == 1:
+        return cfg
+    steps = max(1, round(cfg.max_iters * share))
+    return change(cfg, max_iters=steps, lr_decay_iters=steps, eval_interval=steps,
+                  warmup_iters=round(cfg.warmup_iters * share))
 
 
 def tune(name, cfg, race):
