@@ -85,8 +85,8 @@ def test_a_bpe_run_goes_out_with_its_tokenizer(tmp_path, gpt2_files, kind, rows,
     # Rows of padding are gone, and <|endoftext|> is the last token
     assert theirs.config.vocab_size == len(their_tokenizer) == tokens
     assert theirs.config.eos_token_id == their_tokenizer.eos_token_id == tokens - 1
-    for text in ("Hello, world! It's 1999.", "naïve café — 你好 🙂\n\n\tend  ", " <|endoftex",
-                 "".join(map(chr, range(32, 600)))):
+    for text in ("Hello, world! It's 1999.", "naïve café — 你好 🙂\n\n\tend  ",
+                 " <|endoftex", "".join(map(chr, range(32, 600)))):
         ids = ours.encode(text)
         assert their_tokenizer(text)["input_ids"] == ids
         assert their_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text

@@ -5,7 +5,7 @@ Time training steps, sampling, attention and data loading, at any size.
     python -m tools.bench --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --vocab_size=65
     python -m tools.bench --what=train,sample --contenders=gpt2,dva:qk_dim=768,dva+bank
     python -m tools.bench --what=transformers --contenders=gpt2   sampling, beside transformers'
-    python -m tools.bench --what=gpu --json=gpu.json              ten minutes of a GPU
+    python -m tools.bench --what=gpu --json=gpu.json              all that a GPU is asked for
 
 A contender is a block, perhaps with +bank (a bank in the last third of its layers), perhaps with
 settings of train.py: dva+bank:qk_dim=32:optimizer=muon. Figures are medians, and ratios are to the
