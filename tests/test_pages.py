@@ -10,15 +10,16 @@ import config
 import prepare_data
 import sample
 import train
-from tools import bench, convert, explain, race
+from tools import bench, convert, explain, race, report
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text() for page in PAGES}
 SETTINGS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig,
             "prepare_data.py": prepare_data.PrepareConfig, "tools.bench": bench.BenchConfig,
-            "tools.race": race.RaceConfig, "tools.convert": convert.ConvertConfig,
-            "tools.explain": explain.ExplainConfig, "docs/bank_controls.py": race.RaceConfig}
+            "tools.race": race.RaceConfig, "tools.report": report.ReportConfig,
+            "tools.convert": convert.ConvertConfig, "tools.explain": explain.ExplainConfig,
+            "docs/bank_controls.py": race.RaceConfig}
 
 
 def commands():

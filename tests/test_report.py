@@ -1,10 +1,13 @@
 """tools/report.py: the figures of a race, compared with figures by hand."""
+import json
 import math
+import re
 import sys
 
 import numpy as np
 import pytest
 
+from config import UserError
 from tools import report
 
 
@@ -113,3 +116,43 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, c
     report.draw_all(results_of(FACTS), ["gpt2"], tmp_path)
     printed = capsys.readouterr().out
     assert "pip install matplotlib" in printed and printed.count("\n") == 1
+
+
+def write_races(folder):
+    """Two races, in which dva lies 0.5 below gpt2, with an interval, and 0.1 above it."""
+    above = (made_up("gpt2", [1.0], [1.0], [[4.0, 3.0, 1.9]])
+             | made_up("dva", [1.0], [1.0], [[4.0, 3.0, 2.0]]))
+    for name, facts in dict(small=FACTS, large=above).items():
+        (folder / name).mkdir()
+        (folder / name / "results.json").write_text(json.dumps(results_of(facts)))
+    return f"--races={folder / 'small'},{folder / 'large'}"
+
+
+def test_gaps_are_drawn_on_the_right_side_of_the_line(tmp_path, capsys):
+    picture = tmp_path / "gaps.svg"
+    report.main([write_races(tmp_path), "--pairs=dva/gpt2", f"--picture={picture}"])
+    assert str(picture) in capsys.readouterr().out
+    text = picture.read_text()
+    assert ">dva minus gpt2<" in text and text.count(">2 layers x 16<") == 2
+    # In SVG y grows downwards
+    x0, y0, x1, y1 = line_in(text, f"{report.COLOURS[0].lower()}; stroke-width: 2;")
+    _, zero, _, end = line_in(text, f"{report.GREY}; stroke-linecap")
+    assert zero == end and x0 < x1
+    assert y1 < zero < y0 and (y0 - zero) / (zero - y1) == pytest.approx(5, rel=1e-3)
+
+
+def line_in(svg, stroke):
+    """x and y of both ends of the first straight line that is drawn with a stroke."""
+    found = re.search(rf'd="M (\S+) (\S+) \nL (\S+) (\S+) \n"[^>]*stroke: {stroke}', svg)
+    return map(float, found.groups())
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--pairs=dva/gpt3"], "the race by hand knows no 'dva/gpt3', but dva/gpt2, dva+bank/gpt2"),
+    (["--pairs=" + ",".join(["dva/gpt2"] * 5)], "four at most"),
+    (["--races=nowhere"], "races: there is no nowhere")])
+def test_a_picture_of_gaps_that_cannot_be_is_refused(tmp_path, arguments, message):
+    picture = tmp_path / "gaps.svg"
+    with pytest.raises(UserError, match=re.escape(message)):
+        report.main([write_races(tmp_path), f"--picture={picture}", *arguments])
+    assert not picture.exists()

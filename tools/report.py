@@ -1,10 +1,25 @@
 """
-What came of a race: its figures, table.md and the two pictures, all from the facts that
-tools/race.py writes to results.json.
+What came of races. From the facts that tools/race.py writes to results.json this makes a race's
+figures, its table.md and its two pictures.
+
+    python -m tools.report                      draw the gap against the size, from several races
+
+The gap of a pair is the mean difference of two contenders' losses, seed by seed, with its 95 %
+interval. A race knows a pair OURS/THEIRS if THEIRS was its first contender, or in its --against=.
 """
+import json
 import math
 import statistics
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
+# So that python tools/report.py finds the modules above this folder, too
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import config
+from config import fail, replacing
 from tools.bench import markdown
 
 # The 97.5 % quantile of Student's t for 1, 2 ... 30 degrees of freedom
@@ -202,11 +217,9 @@ def draw_all(results, highlight, folder):
               "again")
 
 
-def draw(results, styles, path):
-    """
-    Draw loss against seconds, as SVG: for each contender in styles {name: (colour, line style)}
-    the mean of its seeds, a band from the lowest to the highest, and its name at the line's end.
-    """
+@contextmanager
+def figure_for(path):
+    """A figure in the colours of the pictures, for a with block, which then is saved as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
     greys = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color",
@@ -215,6 +228,17 @@ def draw(results, styles, path):
     fixed = {"svg.fonttype": "none", "svg.hashsalt": "race", "savefig.transparent": True}
     with matplotlib.rc_context(greys | fixed):
         figure = Figure(figsize=(8, 4.5))
+        yield figure
+        with replacing(path) as file:
+            figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+
+
+def draw(results, styles, path):
+    """
+    Draw loss against seconds, as SVG: for each contender in styles {name: (colour, line style)}
+    the mean of its seeds, a band from the lowest to the highest, and its name at the line's end.
+    """
+    with figure_for(path) as figure:
         axes = figure.subplots()
         ends = []
         for name, (colour, line) in styles.items():
@@ -234,21 +258,95 @@ def draw(results, styles, path):
         axes.set_title("lower and further left is better", loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
         if ends:
-            write_names(axes, sorted(ends))
-        figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
+            lowest, highest = min(ends)[0], max(ends)[0]
+            # The first steps would press everything else together
+            top = highest + max(0.25, 3 * (highest - lowest))
+            axes.set_ylim(lowest - 0.1 * (top - lowest), top)
+            write_names(axes, ends)
 
 
 def write_names(axes, ends):
-    """Write each name at the end of its line; ends are (loss, seconds, name, colour), rising."""
-    lowest, highest = ends[0][0], ends[-1][0]
-    # The first steps would press everything else together
-    top = highest + max(0.25, 3 * (highest - lowest))
-    height = bottom = lowest - 0.1 * (top - lowest)
-    axes.set_ylim(bottom, top)
-    right = 1.03 * max(seconds for _, seconds, _, _ in ends)
-    for loss, seconds, name, colour in ends:
+    """Write each name at the end of its line; ends are (height, x, name, colour)."""
+    bottom, top = axes.get_ylim()
+    height, right = bottom, 1.03 * max(x for _, x, _, _ in ends)
+    for y, x, name, colour in sorted(ends):
         # One name above the other, each with a thin line to its end
-        height = max(loss, height + (top - bottom) / 18)
-        axes.annotate(name, (seconds, loss), (right, height), color=colour, va="center",
+        height = max(y, height + (top - bottom) / 18)
+        axes.annotate(name, (x, y), (right, height), color=colour, va="center",
                       annotation_clip=False,
                       arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.5))
+
+
+# ---- several races -----------------------------------------------------------------------------
+
+LADDER = "docs/race/plays-3x64,docs/race/plays-6x128,docs/race/plays-6x256"
+PAIRS = ("dva/gpt2:rotary=True,gpt2+bank:rotary=True/gpt2:rotary=True,"
+         "dva+bank/gpt2+bank:rotary=True,dva+bank/dva")
+
+
+@dataclass
+class ReportConfig:
+    races: str = LADDER                      # folders with a results.json, the smallest first
+    pairs: str = PAIRS                       # OURS/THEIRS, four at most
+    picture: str = "docs/race/gaps.svg"      # the file to write
+
+
+def read_gap(results, pair):
+    """The comparison of a pair "OURS/THEIRS" in a race's results. Raises UserError without one."""
+    ours, _, theirs = pair.partition("/")
+    against = results["figures"].get(ours, {"against": {}})["against"]
+    if theirs not in against or against[theirs]["mean"] is None:
+        known = [f"{name}/{other}" for name, entry in results["figures"].items()
+                 for other, gap in entry["against"].items() if gap["mean"] is not None]
+        fail(f"pairs: the race {results['name']} knows no {pair!r}, but {', '.join(known)}")
+    return against[theirs]
+
+
+def draw_gaps(races, pairs, path):
+    """
+    Draw, as SVG, the gaps of up to four pairs against the size, in a list of races' results. Bars
+    are the 95 % intervals. Raises UserError where a race does not know a pair.
+    """
+    gaps = {pair: [read_gap(results, pair) for results in races] for pair in pairs}
+    with figure_for(path) as figure:
+        axes = figure.subplots()
+        ends = []
+        for i, (pair, colour) in enumerate(zip(pairs, COLOURS, strict=False)):
+            # Side by side, so that the bars do not hide each other
+            places = [x + 0.04 * (i - (len(pairs) - 1) / 2) for x in range(len(races))]
+            means = [gap["mean"] for gap in gaps[pair]]
+            margins = [0 if gap["high"] is None else gap["high"] - gap["mean"]
+                       for gap in gaps[pair]]
+            axes.errorbar(places, means, margins, color=colour, marker="o", linewidth=2,
+                          elinewidth=1, capsize=3)
+            ends.append((means[-1], places[-1], pair.replace("/", " minus "), colour))
+        axes.axhline(0, color=GREY, linewidth=1)
+        first = [next(iter(results["contenders"].values()))["settings"] for results in races]
+        axes.set_xticks(range(len(races)), [f"{one['n_layer']} layers x {one['n_embd']}"
+                                            for one in first])
+        axes.set(ylabel="difference of the losses, nats per token")
+        axes.set_title("below the line, the first of the two is better", loc="left", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        write_names(axes, ends)
+
+
+def main(argv=None):
+    cfg = config.load(ReportConfig, argv)
+    pairs = cfg.pairs.split(",")
+    if len(pairs) > len(COLOURS):
+        fail(f"pairs={cfg.pairs!r}: four at most")
+    races = []
+    for folder in cfg.races.split(","):
+        path = Path(folder, "results.json")
+        if not path.exists():
+            fail(f"races: there is no {path}; python -m tools.race writes such a file")
+        races.append(json.loads(path.read_bytes()))
+    try:
+        draw_gaps(races, pairs, Path(cfg.picture))
+    except ImportError:
+        fail("a picture needs matplotlib:  pip install matplotlib, and the same command again")
+    print(f"the picture is {cfg.picture}")
+
+
+if __name__ == "__main__":
+    config.run(main)
