@@ -13,9 +13,10 @@ number of tokens, or with --match=time its training time.
 The validation split is cut in two. Its first half chooses: every rate in --lrs is tried with the
 first seed, and further ones while the best is at an end of those tried; then, for contenders with
 banks, those in --bank_lrs at the best learning rate. With --sweep_share=0.25 these runs have a
-quarter of the steps. :learning_rate= and :bank_lr= fix a contender's own. Its second half is
-reported, for all seeds at the best rates. Two contenders are compared seed by seed, since equal
-seeds see equal batches: Student's t gives the 95 % interval of the mean difference.
+quarter of the steps; mind that short runs favour high rates (docs/race.md has an example).
+:learning_rate= and :bank_lr= fix a contender's own. Its second half is reported, for all seeds
+at the best rates. Two contenders are compared seed by seed, since equal seeds see equal batches:
+Student's t gives the 95 % interval of the mean difference.
 
 Step times are measured before the runs and after them, all contenders in turn: let nothing else
 run then. A run's seconds are its steps times that. Results go to out/race/NAME: results.json,

@@ -279,15 +279,13 @@ def write_names(axes, ends):
 
 # ---- several races -----------------------------------------------------------------------------
 
-LADDER = "docs/race/plays-3x64,docs/race/plays-6x128,docs/race/plays-6x256"
-PAIRS = ("dva/gpt2:rotary=True,gpt2+bank:rotary=True/gpt2:rotary=True,"
-         "dva+bank/gpt2+bank:rotary=True,dva+bank/dva")
+LADDER = "docs/race/plays-3x64,docs/race/plays-6x128-full3,docs/race/plays-6x256-two"
 
 
 @dataclass
 class ReportConfig:
     races: str = LADDER                      # folders with a results.json, the smallest first
-    pairs: str = PAIRS                       # OURS/THEIRS, four at most
+    pairs: str = "dva/gpt2:rotary=True"      # OURS/THEIRS, with commas between; four at most
     picture: str = "docs/race/gaps.svg"      # the file to write
 
 
