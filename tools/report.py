@@ -218,8 +218,8 @@ def draw_all(results, highlight, folder):
 
 
 @contextmanager
-def figure_for(path):
-    """A figure in the colours of the pictures, for a with block, which then is saved as SVG."""
+def axes_for(path):
+    """Axes in the colours of the pictures, to draw on in a with block; then they are saved as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
     greys = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color",
@@ -228,7 +228,9 @@ def figure_for(path):
     fixed = {"svg.fonttype": "none", "svg.hashsalt": "race", "savefig.transparent": True}
     with matplotlib.rc_context(greys | fixed):
         figure = Figure(figsize=(8, 4.5))
-        yield figure
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        yield axes
         with replacing(path) as file:
             figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
 
@@ -238,8 +240,7 @@ def draw(results, styles, path):
     Draw loss against seconds, as SVG: for each contender in styles {name: (colour, line style)}
     the mean of its seeds, a band from the lowest to the highest, and its name at the line's end.
     """
-    with figure_for(path) as figure:
-        axes = figure.subplots()
+    with axes_for(path) as axes:
         ends = []
         for name, (colour, line) in styles.items():
             runs = [run for run in results["contenders"][name]["runs"] if not run["broken"]]
@@ -256,7 +257,6 @@ def draw(results, styles, path):
             ends.append((means[-1], seconds[-1], name, colour))
         axes.set(xlabel="seconds of training", ylabel="loss on unseen text, nats per token")
         axes.set_title("lower and further left is better", loc="left", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
         if ends:
             lowest, highest = min(ends)[0], max(ends)[0]
             # The first steps would press everything else together
@@ -306,8 +306,7 @@ def draw_gaps(races, pairs, path):
     are the 95 % intervals. Raises UserError where a race does not know a pair.
     """
     gaps = {pair: [read_gap(results, pair) for results in races] for pair in pairs}
-    with figure_for(path) as figure:
-        axes = figure.subplots()
+    with axes_for(path) as axes:
         ends = []
         for i, (pair, colour) in enumerate(zip(pairs, COLOURS, strict=False)):
             # Side by side, so that the bars do not hide each other
@@ -324,7 +323,6 @@ def draw_gaps(races, pairs, path):
                                             for one in first])
         axes.set(ylabel="difference of the losses, nats per token")
         axes.set_title("below the line, the first of the two is better", loc="left", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
         write_names(axes, ends)
 
 
