@@ -219,7 +219,7 @@ def draw_all(results, highlight, folder):
 
 @contextmanager
 def axes_for(path):
-    """Axes in the colours of the pictures, to draw on in a with block; then they are saved as SVG."""
+    """Axes in the colours of the pictures, for a with block, after which they are saved as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
     greys = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color",
