@@ -260,10 +260,14 @@ LONG = dict(max_iters=400, eval_interval=100, contenders="gpt2", lrs="0.01", see
 
 
 def start_race(argv, mark):
-    """A race in a process of its own, which hands the environment variable MARK on to its own."""
+    """
+    A race in a process and a process group of its own, which hands the environment variable MARK
+    on to its workers.
+    """
     environment = os.environ | {"MARK": mark, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, ROOT / "tools" / "race.py", *argv], env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
 
 
 def processes(mark):
@@ -287,9 +291,10 @@ def wait_until(condition, seconds=60):
     return condition()
 
 
-def is_training(folder, lines):
-    """Has a run below the folder written so many lines?"""
-    return any(path.read_text().count("\n") >= lines for path in folder.rglob("metrics.jsonl"))
+def is_training(folder, lines, runs=1):
+    """Have so many runs below the folder written so many lines?"""
+    counts = [path.read_text().count("\n") for path in folder.rglob("metrics.jsonl")]
+    return sum(count >= lines for count in counts) >= runs
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
@@ -317,6 +322,34 @@ def test_a_race_that_is_told_to_stop_ends_its_worker_and_goes_on_later(argv, tmp
     whole = race.run_of(cfg, 0.01, 8.0, 1337)
     assert race.carry_out(whole)
     assert race.result_of(whole) == json.loads(result.read_text())
+
+
+@linux
+@pytest.mark.parametrize("lines", [0, 2])
+def test_a_signal_to_all_processes_of_a_race_stops_it(argv, tmp_path, lines):
+    mark = f"all-{lines}"
+    process = start_race(argv(**LONG | dict(jobs=2, lrs="0.01,0.03")), mark)
+    # Either while the workers start, or while both train
+    assert wait_until(lambda: len(processes(mark)) >= 4)
+    assert wait_until(lambda: lines == 0 or is_training(tmp_path, lines, runs=2))
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in err
+    assert "Traceback" not in err and not processes(mark)
+
+
+@linux
+def test_a_race_whose_worker_dies_says_so_and_stops_the_other(argv, tmp_path):
+    changes = LONG | dict(max_iters=20_000, eval_interval=5000, jobs=2,
+                          lrs="0.01,0.03")
+    process = start_race(argv(**changes), "dies")
+    assert wait_until(lambda: is_training(tmp_path, 2, runs=2))
+    killed, other = tmp_path.glob("out/race_runs/*/*/lock")
+    os.kill(int(killed.read_text()), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "error: a worker died" in err
+    assert "Traceback" not in err and not processes("dies")
+    assert torch.load(other.parent / "last.pt", weights_only=True)["step"] % 5000
 
 
 @linux

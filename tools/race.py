@@ -35,11 +35,9 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait as wait_for_end
+from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 
 import torch
@@ -51,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import config
 import train
 from checkpoints import load_checkpoint
-from config import build, change, check, fail, flat, replacing
+from config import UserError, build, change, check, fail, flat, replacing
 from device import Stop, pick_compile, pick_device, pick_dtype
 from prepare_data import read_meta
 from tools.bench import compile_or_fail, contender, machine_name, own_settings, time_steps
@@ -372,23 +370,41 @@ def missing_runs(contenders, race):
 
 # ---- workers -----------------------------------------------------------------------------------
 
-def start_worker(threads, stopping):
-    """Prepare a worker process: it ends with the race, and stops when `stopping` is set."""
+def work(connection, threads):
+    """
+    A worker process: carry out each run that comes through the connection, and answer whether it
+    is finished, or with the UserError that it raised.
+    """
     torch.set_num_threads(threads)
-    for watch in (end_with_parent, stopping_ends_the_run):
-        threading.Thread(target=watch, args=(stopping,), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        while True:
+            connection.send(carry_out(connection.recv()))
+    except UserError as error:
+        connection.send(error)
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        # The race has closed the connection, or the user pressed Ctrl-C twice
+        return
 
 
-def end_with_parent(_):
+def end_with_parent():
     """Wait until the race is no more, even by a kill, and end."""
-    wait_for_end([multiprocessing.parent_process().sentinel])
+    wait_for_any([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
-def stopping_ends_the_run(stopping):
-    """Wait for the event, and let the run that is going on save its state and end."""
-    stopping.wait()
-    os.kill(os.getpid(), signal.SIGTERM)
+def start_worker(threads):
+    """(process, the race's end of the connection to it)."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=work, args=(theirs, threads))
+    # Ctrl-C goes to all processes of a terminal. A worker ignores it but for the time of its runs.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process.start()
+    signal.signal(signal.SIGINT, before)
+    # Now only the worker holds its end, and ours tells when the worker is no more
+    theirs.close()
+    return process, ours
 
 
 def cores():
@@ -406,31 +422,31 @@ def run_all(contenders, race, stop):
     Carry out the missing runs, race.jobs at a time, until none is known to be needed or a stop is
     asked for. Raises UserError where a worker does, or where one dies.
     """
-    if not missing_runs(contenders, race):
-        return
-    spawn = multiprocessing.get_context("spawn")
-    stopping, threads = spawn.Event(), max(1, cores() // race.jobs)
-    pool = ProcessPoolExecutor(race.jobs, spawn, start_worker, (threads, stopping))
-    start, count, pending = time.perf_counter(), 0, {}                 # future: (contender, run)
+    threads = max(1, cores() // race.jobs)
+    start, count = time.perf_counter(), 0
+    workers, under_way = {}, {}         # connection: process; connection: (contender, run)
     try:
         while not stop.signal:
             missing = missing_runs(contenders, race)
-            # A run that is just finishing may stand in one of the two and not in the other
-            under_way = [run.out_dir for _, run in pending.values()]
-            waiting = [folder for folder in missing if folder not in under_way]
-            # Ctrl-C goes to all processes of a terminal. A worker that is started now ignores it
-            # but for the time of its runs.
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            while waiting and len(pending) < race.jobs:
-                folder = waiting.pop(0)
-                _, run = missing[folder]
-                pending[pool.submit(carry_out, run)] = missing[folder]
-            signal.signal(signal.SIGINT, before)
-            if not pending:
+            begun = [run.out_dir for _, run in under_way.values()]
+            waiting = [folder for folder in missing if folder not in begun]
+            for folder in waiting[:race.jobs - len(under_way)]:
+                idle = [connection for connection in workers if connection not in under_way]
+                if idle:
+                    connection = idle[0]
+                else:
+                    process, connection = start_worker(threads)
+                    workers[connection] = process
+                connection.send(missing[folder][1])
+                under_way[connection] = missing[folder]
+            if not under_way:
                 return
-            for future in wait(pending, timeout=0.1, return_when=FIRST_COMPLETED).done:
-                name, run = pending.pop(future)
-                if not future.result():
+            for connection in wait_for_any(list(under_way), timeout=0.1):
+                name, run = under_way.pop(connection)
+                answer = connection.recv()
+                if isinstance(answer, UserError):
+                    raise answer
+                if not answer:
                     # It was told to stop, as by Ctrl-C. If the race was not, the run goes on.
                     continue
                 missing.pop(run.out_dir, None)
@@ -441,13 +457,18 @@ def run_all(contenders, race, stop):
                       f"{run.learning_rate:g}, seed {run.seed}: {final_loss(run, 'val'):.4f} on "
                       f"the first half; {len(missing)} more to do as far as is known, about "
                       f"{left}", flush=True)
-    except BrokenProcessPool:
-        fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
-             f"{RUNS}, may say more; the same command goes on")
+    except (EOFError, ConnectionError):
+        if not stop.signal:
+            fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
+                 f"{RUNS}, may say more; the same command goes on")
     finally:
-        if pending:
-            stopping.set()
-        pool.shutdown(cancel_futures=True)
+        # A worker in the middle of a run saves its state before it ends
+        for connection in under_way:
+            workers[connection].terminate()
+        for connection in workers:
+            connection.close()
+        for process in workers.values():
+            process.join()
 
 
 # ---- what is written ---------------------------------------------------------------------------
