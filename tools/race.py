@@ -441,7 +441,7 @@ def run_all(contenders, race, stop):
                 under_way[connection] = missing[folder]
             if not under_way:
                 return
-            for connection in wait_for_any(list(under_way), timeout=0.1):
+            for connection in wait_for_any(list(under_way), timeout=1):
                 name, run = under_way.pop(connection)
                 answer = connection.recv()
                 if isinstance(answer, UserError):
