@@ -279,7 +279,7 @@ def write_names(axes, ends):
 
 # ---- several races -----------------------------------------------------------------------------
 
-LADDER = "docs/race/plays-3x64-full,docs/race/plays-6x128-full5,docs/race/plays-6x256-two"
+LADDER = "docs/race/plays-3x64-full,docs/race/plays-6x128-full5,docs/race/plays-6x256-full"
 
 
 @dataclass
