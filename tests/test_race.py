@@ -344,12 +344,15 @@ def test_a_race_whose_worker_dies_says_so_and_stops_the_other(argv, tmp_path):
                           lrs="0.01,0.03")
     process = start_race(argv(**changes), "dies")
     assert wait_until(lambda: is_training(tmp_path, 2, runs=2))
-    killed, other = tmp_path.glob("out/race_runs/*/*/lock")
-    os.kill(int(killed.read_text()), signal.SIGKILL)
+    workers = [number for number in processes("dies")
+               if "spawn_main" in Path("/proc", number, "cmdline").read_text()]
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "error: a worker died" in err
     assert "Traceback" not in err and not processes("dies")
-    assert torch.load(other.parent / "last.pt", weights_only=True)["step"] % 5000
+    [saved] = tmp_path.rglob("last.pt")
+    assert torch.load(saved, weights_only=True)["step"] % 5000
 
 
 @linux
@@ -365,7 +368,6 @@ def test_a_race_that_is_killed_leaves_no_process(argv, tmp_path, lines):
     assert wait_until(lambda: not processes(mark), seconds=20)
 
 
-@pytest.mark.skipif(race.fcntl is None, reason="there are no such locks")
 def test_a_folder_has_one_writer(tmp_path):
     folder = tmp_path / "run"
 
@@ -375,16 +377,8 @@ def test_a_folder_has_one_writer(tmp_path):
 
     with race.only_writer(folder):
         # The lock belongs to an open file, so that a process can lock itself out
-        assert f"process {os.getpid()} writes in {folder}" in error_of(write_too)
+        assert f"another process writes in {folder}" in error_of(write_too)
     write_too()
-
-
-def test_threads_are_divided_from_those_that_are_allowed(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    assert race.cores() == 3
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)           # as OMP_NUM_THREADS=2 does
-    assert race.cores() == 2
 
 
 # ---- what the user gets wrong ------------------------------------------------------------------

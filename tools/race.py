@@ -41,6 +41,7 @@ from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 # So that python tools/race.py finds the modules above this folder, too
@@ -56,12 +57,6 @@ from tools.bench import compile_or_fail, contender, machine_name, own_settings, 
 from tools.report import COLOURS, draw_all, figures_of, table
 from train import TrainConfig
 from weights import build_model
-
-try:
-    import fcntl
-except ImportError:
-    # Windows has no such locks
-    fcntl = None
 
 ROOT = Path(__file__).parents[1]
 RACES = Path("out", "race")
@@ -273,33 +268,18 @@ def carry_out(run):
 @contextmanager
 def only_writer(folder, patience=10):
     """
-    Make the folder and hold its lock, a file with the number of this process. The system frees
-    it when the process ends, in whatever way. Raises UserError where another process keeps it for
-    so many seconds; a worker whose race was killed needs a moment to end.
+    Make the folder and hold its lock, which the system frees when this process ends, in whatever
+    way. Raises UserError where another process keeps it for so many seconds; a worker whose race
+    was killed needs a moment to end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as file:
-        if fcntl:
-            lock(file, patience)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    lock = FileLock(folder / "lock", timeout=patience)
+    try:
+        lock.acquire()
+    except Timeout:
+        fail(f"another process writes in {folder}: wait for it, or stop it")
+    with lock:
         yield
-
-
-def lock(file, patience):
-    """Lock an open file. Raises UserError where another process keeps it."""
-    start = time.perf_counter()
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.perf_counter() - start > patience:
-                file.seek(0)
-                fail(f"process {file.read()} writes in {Path(file.name).parent}: wait for it, or "
-                     f"stop it")
-            time.sleep(0.1)
 
 
 # ---- which runs are needed ---------------------------------------------------------------------
@@ -407,22 +387,12 @@ def start_worker(threads):
     return process, ours
 
 
-def cores():
-    """How many of the CPU's cores are for this process: OMP_NUM_THREADS and its affinity say."""
-    try:
-        allowed = len(os.sched_getaffinity(0))
-    except AttributeError:
-        # Only Linux has it
-        allowed = os.cpu_count()
-    return min(allowed, torch.get_num_threads())
-
-
 def run_all(contenders, race, stop):
     """
     Carry out the missing runs, race.jobs at a time, until none is known to be needed or a stop is
     asked for. Raises UserError where a worker does, or where one dies.
     """
-    threads = max(1, cores() // race.jobs)
+    threads = max(1, torch.get_num_threads() // race.jobs)
     start, count = time.perf_counter(), 0
     workers, under_way = {}, {}         # connection: process; connection: (contender, run)
     try:
