@@ -55,8 +55,9 @@ def test_the_first_of_gpt2s_tokens(tmp_path, speeches):
     assert read_meta(folder)["tokenizer"] == {"kind": "gpt2"}
 
 
-@pytest.mark.parametrize("unit", ["To be, or not  to be:\n\n\tthat's the  question\r\n \n",
-                                  "wörd 漢字 \u00a0 x ' 12\x1c\n", "a" + 9 * " ", "a" + 9 * "\n"])
+@pytest.mark.parametrize("unit", [
+    "To be, or not  to be:\n\n\tthat's the  question\r\n \n", "wörd 漢字 \u00a0 x ' 12\x1c\n",
+    "a" + 9 * " ", "a" + 9 * "\n"])
 def test_pieces_change_no_token(tmp_path, bpe, unit):
     path = tmp_path / "long.txt"
     path.write_bytes((unit * (2 * PIECE // len(unit))).encode())
