@@ -3,12 +3,15 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from config import UserError
 from tools import report
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_intervals_are_those_of_students_t():
@@ -118,22 +121,27 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, c
     assert "pip install matplotlib" in printed and printed.count("\n") == 1
 
 
-def write_races(folder):
-    """Two races, in which dva lies 0.5 below gpt2, with an interval, and 0.1 above it."""
+def write_races(folder, lines):
+    """
+    Two races, small and large, in which dva lies 0.5 below gpt2, with an interval, and 0.1 above
+    it, and gaps.json with these lines. The options that draw it to gaps.svg.
+    """
     above = (made_up("gpt2", [1.0], [1.0], [[4.0, 3.0, 1.9]])
              | made_up("dva", [1.0], [1.0], [[4.0, 3.0, 2.0]]))
     for name, facts in dict(small=FACTS, large=above).items():
         (folder / name).mkdir()
         (folder / name / "results.json").write_text(json.dumps(results_of(facts)))
-    return f"--races={folder / 'small'},{folder / 'large'}"
+    (folder / "gaps.json").write_text(json.dumps(lines))
+    return [f"--gaps={folder / 'gaps.json'}", f"--picture={folder / 'gaps.svg'}"]
 
 
 def test_gaps_are_drawn_on_the_right_side_of_the_line(tmp_path, capsys):
+    pairs = [["small", "dva", "gpt2"], ["large", "dva", "gpt2"]]
+    report.main(write_races(tmp_path, {"without banks": pairs}))
     picture = tmp_path / "gaps.svg"
-    report.main([write_races(tmp_path), "--pairs=dva/gpt2", f"--picture={picture}"])
     assert str(picture) in capsys.readouterr().out
     text = picture.read_text()
-    assert ">dva minus gpt2<" in text and text.count(">2 layers x 16<") == 2
+    assert ">without banks<" in text and text.count(">2 layers x 16<") == 2
     # In SVG y grows downwards
     x0, y0, x1, y1 = line_in(text, f"{report.COLOURS[0].lower()}; stroke-width: 2;")
     _, zero, _, end = line_in(text, f"{report.GREY}; stroke-linecap")
@@ -147,12 +155,19 @@ def line_in(svg, stroke):
     return map(float, found.groups())
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--pairs=dva/gpt3"], "the race by hand knows no 'dva/gpt3', but dva/gpt2, dva+bank/gpt2"),
-    (["--pairs=" + ",".join(["dva/gpt2"] * 5)], "four at most"),
-    (["--races=nowhere"], "races: there is no nowhere")])
-def test_a_picture_of_gaps_that_cannot_be_is_refused(tmp_path, arguments, message):
-    picture = tmp_path / "gaps.svg"
+@pytest.mark.parametrize("lines, message", [
+    ({"a": [["small", "dva", "gpt3"]]},
+     "the race by hand knows no gap of 'dva' to 'gpt3', but of dva to gpt2, dva+bank to gpt2"),
+    ({str(i): [["small", "dva", "gpt2"]] for i in range(5)}, "gaps.json has 5 lines: four at most"),
+    ({"a": [["nowhere", "dva", "gpt2"]]}, "there is no")])
+def test_a_picture_of_gaps_that_cannot_be_is_refused(tmp_path, lines, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        report.main([write_races(tmp_path), f"--picture={picture}", *arguments])
-    assert not picture.exists()
+        report.main(write_races(tmp_path, lines))
+    assert not (tmp_path / "gaps.svg").exists()
+
+
+def test_the_picture_in_docs_can_be_drawn_and_says_so_where_it_cannot(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    report.main([f"--picture={tmp_path / 'gaps.svg'}"])
+    with pytest.raises(UserError, match="there is no nowhere.json"):
+        report.main(["--gaps=nowhere.json"])

@@ -2,10 +2,10 @@
 What came of races. From the facts that tools/race.py writes to results.json this makes a race's
 figures, its table.md and its two pictures.
 
-    python -m tools.report                      draw the gap against the size, from several races
+    python -m tools.report                      draw gaps against the size, from several races
 
-The gap of a pair is the mean difference of two contenders' losses, seed by seed, with its 95 %
-interval. A race knows a pair OURS/THEIRS if THEIRS was its first contender, or in its --against=.
+A gap is the mean difference of two contenders' losses, seed by seed, with its 95 % interval. A
+race knows the gap of OURS to THEIRS if THEIRS was its first contender, or in its --against=.
 """
 import json
 import math
@@ -279,66 +279,70 @@ def write_names(axes, ends):
 
 # ---- several races -----------------------------------------------------------------------------
 
-LADDER = "docs/race/plays-3x64-full,docs/race/plays-6x128-full5,docs/race/plays-6x256-full"
-
-
 @dataclass
 class ReportConfig:
-    races: str = LADDER                      # folders with a results.json, the smallest first
-    pairs: str = "dva/gpt2:rotary=True"      # OURS/THEIRS, with commas between; four at most
+    gaps: str = "docs/race/gaps.json"        # {line: [[RACE, OURS, THEIRS], ...]}, four at most
     picture: str = "docs/race/gaps.svg"      # the file to write
 
 
-def read_gap(results, pair):
-    """The comparison of a pair "OURS/THEIRS" in a race's results. Raises UserError without one."""
-    ours, _, theirs = pair.partition("/")
+def read_lines(path):
+    """
+    {line: [(size, gap), ...]} of a file as --gaps= describes it, where the folders of the races
+    lie beside it. Raises UserError for a file, a race or a pair that is not there.
+    """
+    if not path.exists():
+        fail(f"gaps: there is no {path}; docs/race/gaps.json is an example")
+    lines = {}
+    for line, pairs in json.loads(path.read_bytes()).items():
+        lines[line] = []
+        for race, ours, theirs in pairs:
+            results = path.parent / race / "results.json"
+            if not results.exists():
+                fail(f"{path}: there is no {results}; python -m tools.race writes such a file")
+            lines[line].append(read_gap(json.loads(results.read_bytes()), ours, theirs))
+    if len(lines) > len(COLOURS):
+        fail(f"{path} has {len(lines)} lines: four at most")
+    return lines
+
+
+def read_gap(results, ours, theirs):
+    """(size of the models, comparison of ours with theirs) in a race. Raises UserError."""
     against = results["figures"].get(ours, {"against": {}})["against"]
     if theirs not in against or against[theirs]["mean"] is None:
-        known = [f"{name}/{other}" for name, entry in results["figures"].items()
+        known = [f"{name} to {other}" for name, entry in results["figures"].items()
                  for other, gap in entry["against"].items() if gap["mean"] is not None]
-        fail(f"pairs: the race {results['name']} knows no {pair!r}, but {', '.join(known)}")
-    return against[theirs]
+        fail(f"the race {results['name']} knows no gap of {ours!r} to {theirs!r}, but of "
+             f"{', '.join(known)}")
+    first = next(iter(results["contenders"].values()))["settings"]
+    return f"{first['n_layer']} layers x {first['n_embd']}", against[theirs]
 
 
-def draw_gaps(races, pairs, path):
-    """
-    Draw, as SVG, the gaps of up to four pairs against the size, in a list of races' results. Bars
-    are the 95 % intervals. Raises UserError where a race does not know a pair.
-    """
-    gaps = {pair: [read_gap(results, pair) for results in races] for pair in pairs}
+def draw_gaps(lines, path):
+    """Draw the lines of read_lines() as SVG. Bars are the 95 % intervals."""
     with axes_for(path) as axes:
         ends = []
-        for i, (pair, colour) in enumerate(zip(pairs, COLOURS, strict=False)):
+        for i, (line, points) in enumerate(lines.items()):
             # Side by side, so that the bars do not hide each other
-            places = [x + 0.04 * (i - (len(pairs) - 1) / 2) for x in range(len(races))]
-            means = [gap["mean"] for gap in gaps[pair]]
+            places = [x + 0.04 * (i - (len(lines) - 1) / 2) for x in range(len(points))]
+            means = [gap["mean"] for _, gap in points]
             margins = [0 if gap["high"] is None else gap["high"] - gap["mean"]
-                       for gap in gaps[pair]]
-            axes.errorbar(places, means, margins, color=colour, marker="o", linewidth=2,
+                       for _, gap in points]
+            axes.errorbar(places, means, margins, color=COLOURS[i], marker="o", linewidth=2,
                           elinewidth=1, capsize=3)
-            ends.append((means[-1], places[-1], pair.replace("/", " minus "), colour))
+            ends.append((means[-1], places[-1], line, COLOURS[i]))
         axes.axhline(0, color=GREY, linewidth=1)
-        first = [next(iter(results["contenders"].values()))["settings"] for results in races]
-        axes.set_xticks(range(len(races)), [f"{one['n_layer']} layers x {one['n_embd']}"
-                                            for one in first])
+        axes.set_xticks(range(len(points)), [size for size, _ in points])
         axes.set(ylabel="difference of the losses, nats per token")
-        axes.set_title("below the line, the first of the two is better", loc="left", fontsize=11)
+        axes.set_title("below the grey line, the first of the two is better", loc="left",
+                       fontsize=11)
         write_names(axes, ends)
 
 
 def main(argv=None):
     cfg = config.load(ReportConfig, argv)
-    pairs = cfg.pairs.split(",")
-    if len(pairs) > len(COLOURS):
-        fail(f"pairs={cfg.pairs!r}: four at most")
-    races = []
-    for folder in cfg.races.split(","):
-        path = Path(folder, "results.json")
-        if not path.exists():
-            fail(f"races: there is no {path}; python -m tools.race writes such a file")
-        races.append(json.loads(path.read_bytes()))
+    lines = read_lines(Path(cfg.gaps))
     try:
-        draw_gaps(races, pairs, Path(cfg.picture))
+        draw_gaps(lines, Path(cfg.picture))
     except ImportError:
         fail("a picture needs matplotlib:  pip install matplotlib, and the same command again")
     print(f"the picture is {cfg.picture}")
