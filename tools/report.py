@@ -283,6 +283,7 @@ def write_names(axes, ends):
 class ReportConfig:
     gaps: str = "docs/race/gaps.json"        # {line: [[RACE, OURS, THEIRS], ...]}, four at most
     picture: str = "docs/race/gaps.svg"      # the file to write
+    title: str = "below the grey line, DVA is better"      # what stands above it
 
 
 def read_lines(path):
@@ -317,8 +318,8 @@ def read_gap(results, ours, theirs):
     return f"{first['n_layer']} layers x {first['n_embd']}", against[theirs]
 
 
-def draw_gaps(lines, path):
-    """Draw the lines of read_lines() as SVG. Bars are the 95 % intervals."""
+def draw_gaps(lines, title, path):
+    """Draw the lines of read_lines() as SVG, under a title. Bars are the 95 % intervals."""
     with axes_for(path) as axes:
         ends = []
         for i, (line, points) in enumerate(lines.items()):
@@ -333,8 +334,7 @@ def draw_gaps(lines, path):
         axes.axhline(0, color=GREY, linewidth=1)
         axes.set_xticks(range(len(points)), [size for size, _ in points])
         axes.set(ylabel="difference of the losses, nats per token")
-        axes.set_title("below the grey line, the first of the two is better", loc="left",
-                       fontsize=11)
+        axes.set_title(title, loc="left", fontsize=11)
         write_names(axes, ends)
 
 
@@ -342,7 +342,7 @@ def main(argv=None):
     cfg = config.load(ReportConfig, argv)
     lines = read_lines(Path(cfg.gaps))
     try:
-        draw_gaps(lines, Path(cfg.picture))
+        draw_gaps(lines, cfg.title, Path(cfg.picture))
     except ImportError:
         fail("a picture needs matplotlib:  pip install matplotlib, and the same command again")
     print(f"the picture is {cfg.picture}")
