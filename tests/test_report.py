@@ -158,7 +158,9 @@ def line_in(svg, stroke):
 @pytest.mark.parametrize("lines, message", [
     ({"a": [["small", "dva", "gpt3"]]},
      "the race by hand knows no gap of 'dva' to 'gpt3', but of dva to gpt2, dva+bank to gpt2"),
-    ({str(i): [["small", "dva", "gpt2"]] for i in range(5)}, "gaps.json has 5 lines: four at most"),
+    ({str(i): [["small", "dva", "gpt2"]] for i in range(5)}, "with one to four lines"),
+    ({}, "with one to four lines"), ({"a": []}, "with one to four lines"),
+    ({"a": ["small"]}, "must hold {line: [[RACE, OURS, THEIRS], ...]}"), ([], "must hold {line"),
     ({"a": [["nowhere", "dva", "gpt2"]]}, "there is no")])
 def test_a_picture_of_gaps_that_cannot_be_is_refused(tmp_path, lines, message):
     with pytest.raises(UserError, match=re.escape(message)):

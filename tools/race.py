@@ -273,12 +273,11 @@ def only_writer(folder, patience=10):
     was killed needs a moment to end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock", timeout=patience)
     try:
-        lock.acquire()
+        held = FileLock(folder / "lock", timeout=patience).acquire()
     except Timeout:
         fail(f"another process writes in {folder}: wait for it, or stop it")
-    with lock:
+    with held:
         yield
 
 

@@ -289,20 +289,25 @@ class ReportConfig:
 def read_lines(path):
     """
     {line: [(size, gap), ...]} of a file as --gaps= describes it, where the folders of the races
-    lie beside it. Raises UserError for a file, a race or a pair that is not there.
+    lie beside it. Raises UserError where that, a race or a pair is not there, or the file is another.
     """
     if not path.exists():
         fail(f"gaps: there is no {path}; docs/race/gaps.json is an example")
-    lines = {}
-    for line, pairs in json.loads(path.read_bytes()).items():
-        lines[line] = []
-        for race, ours, theirs in pairs:
+    try:
+        given = json.loads(path.read_bytes())
+        lines = {line: [(race, ours, theirs) for race, ours, theirs in pairs]
+                 for line, pairs in given.items()}
+    except (ValueError, TypeError, AttributeError):
+        lines = {}
+    if not 1 <= len(lines) <= len(COLOURS) or not all(lines.values()):
+        fail(f"{path} must hold {{line: [[RACE, OURS, THEIRS], ...]}} with one to four lines; "
+             f"docs/race/gaps.json is an example")
+    for pairs in lines.values():
+        for i, (race, ours, theirs) in enumerate(pairs):
             results = path.parent / race / "results.json"
             if not results.exists():
                 fail(f"{path}: there is no {results}; python -m tools.race writes such a file")
-            lines[line].append(read_gap(json.loads(results.read_bytes()), ours, theirs))
-    if len(lines) > len(COLOURS):
-        fail(f"{path} has {len(lines)} lines: four at most")
+            pairs[i] = read_gap(json.loads(results.read_bytes()), ours, theirs)
     return lines
 
 
