@@ -289,7 +289,8 @@ class ReportConfig:
 def read_lines(path):
     """
     {line: [(size, gap), ...]} of a file as --gaps= describes it, where the folders of the races
-    lie beside it. Raises UserError where that, a race or a pair is not there, or the file is another.
+    lie beside it. Raises UserError where the file, a race or a pair is not there, or the file
+    holds something else.
     """
     if not path.exists():
         fail(f"gaps: there is no {path}; docs/race/gaps.json is an example")
