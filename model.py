@@ -20,6 +20,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+class ConfigError(ValueError):
+    """A setting that no model can have: the message names the value, the options and the fix."""
+
+
 @dataclass
 class ModelConfig:
     block: str = "gpt2"          # kind of block: a name in BLOCKS of model.py
@@ -44,15 +48,15 @@ class ModelConfig:
                        rotary=[True, False, "only", "auto"])
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least {lowest}")
+                raise ConfigError(f"{name}={getattr(self, name)}: it must be at least {lowest}")
         for name, options in choices.items():
             if getattr(self, name) not in options:
-                raise ValueError(f"{name}={getattr(self, name)!r}: there are "
+                raise ConfigError(f"{name}={getattr(self, name)!r}: there are "
                                  f"{', '.join(map(str, options))}")
         if self.dropout >= 1:
-            raise ValueError(f"dropout={self.dropout}: it must be below 1")
+            raise ConfigError(f"dropout={self.dropout}: it must be below 1")
         if self.bank_layers > self.n_layer:
-            raise ValueError(f"bank_layers={self.bank_layers}: it must be at most "
+            raise ConfigError(f"bank_layers={self.bank_layers}: it must be at most "
                              f"n_layer={self.n_layer}")
         if self.rotary == "auto":
             self.rotary = self.block != "gpt2"
@@ -93,9 +97,9 @@ class Attention(nn.Module):
         super().__init__()
         D = qk_width // n_head
         if qk_width % n_head or value_width % n_head:
-            raise ValueError(f"n_embd={config.n_embd} does not divide into n_head={n_head} heads")
+            raise ConfigError(f"n_embd={config.n_embd} does not divide into n_head={n_head} heads")
         if config.rotary and D % 2:
-            raise ValueError(f"rotary positions turn channels in pairs, and a query has {D} of "
+            raise ConfigError(f"rotary positions turn channels in pairs, and a query has {D} of "
                              f"them: make that even, or leave them out with --rotary=False")
         self.n_head, self.dropout = n_head, config.dropout
         self.multiplications_per_pair = qk_width + value_width
@@ -274,7 +278,7 @@ class GPT(nn.Module):
         # One table embeds the tokens and scores the next one (arXiv 1608.05859)
         self.transformer.wte.weight = self.lm_head.weight
         if len(self.banks()) != config.bank_layers:
-            raise ValueError(f"bank_layers={config.bank_layers}: a block of the kind "
+            raise ConfigError(f"bank_layers={config.bank_layers}: a block of the kind "
                              f"{config.block!r} cannot hold a bank; leave bank_layers out")
         self.init_weights()
 
@@ -321,7 +325,7 @@ class GPT(nn.Module):
         first = 0 if cache is None else cache.length
         end = first + idx.size(1)
         if end > self.config.block_size:
-            raise ValueError(f"{end} positions do not fit into "
+            raise ConfigError(f"{end} positions do not fit into "
                              f"block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.positions(first, end)
         x = self.transformer.drop(x)                                   # (B, T, C)
@@ -349,6 +353,95 @@ class GPT(nn.Module):
         products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         pairs = sum(m.multiplications_per_pair for m in self.modules() if isinstance(m, Attention))
         return 3 * 2 * (products + pairs * self.config.block_size)
+
+
+# ---- the cache and generation --------------------------------------------------------------------
+
+class Cache:
+    """
+    What the model remembers while it decodes, so that a new token costs one position and not the
+    whole text. A layer with a bank keeps no values: it looks them up by the ids.
+    """
+
+    def __init__(self, size):
+        self.size = size            # positions that there is room for
+        self.length = 0             # positions before this call
+        self.ids = None             # their token ids and this call's (B, S)
+        self.keys = {}              # attention layer: (B, H, size, D)
+        self.values = {}            # attention layer: (B, H, size, M / H)
+
+    def append(self, store, layer, new):
+        """Put new (B, H, T, N) behind the past in store[layer]; return both, (B, H, S, N)."""
+        if layer not in store:
+            B, H, _, N = new.shape
+            store[layer] = new.new_empty(B, H, self.size, N)
+        end = self.length + new.size(2)
+        store[layer][:, :, self.length:end] = new
+        return store[layer][:, :, :end]
+
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=-1,
+           num_tokens=None):
+    """
+    Continue each row of idx (B, T), T >= 1, and yield the next ids (B, 1), one after another.
+
+    temperature, top_k and top_p: see `draw`. Only ids below num_tokens are drawn, since a
+    padded table has rows that are no token. A row that drew stop_token goes on with it; when
+    all rows have, the stream ends. Each row has random numbers of its own, which follow from
+    torch's seed, so that a text does not depend on how many others are made with it.
+
+    Positions are learned, so a full window cannot slide. Its newer half becomes the prompt of
+    the next one: a token sees between block_size / 2 and block_size others.
+    """
+    size = model.config.block_size
+    seeds = torch.randint(2**62, (idx.size(0),)).tolist()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)           # (B, 1)
+    window = new = idx[:, -size:]
+    cache = Cache(min(size, window.size(1) + max_new_tokens))
+    for _ in range(max_new_tokens):
+        if window.size(1) > size:
+            window = new = window[:, -max(1, size // 2):]
+            cache = Cache(size)
+        logits, _ = model(new, cache=cache)
+        luck = torch.stack([torch.rand(1, generator=generator) for generator in generators])
+        new = draw(logits[:, -1, :num_tokens], luck.to(idx.device), temperature, top_k, top_p)
+        new = new.masked_fill(stopped, stop_token)
+        window = torch.cat((window, new), dim=1)
+        yield new
+        stopped |= new == stop_token
+        if stopped.all():
+            return
+
+
+def generate(model, idx, max_new_tokens, **options):
+    """idx (B, T) with up to max_new_tokens more in each row; the options are stream's."""
+    return torch.cat([idx, *stream(model, idx, max_new_tokens, **options)], dim=1)
+
+
+def draw(logits, luck, temperature=1.0, top_k=0, top_p=1.0):
+    """
+    One token id (B, 1) for each row of logits (B, V), chosen by luck (B, 1), uniform in [0, 1).
+
+    Temperature 0 takes the likeliest token. top_k, if not 0, leaves the k likeliest tokens; top_p
+    below 1 leaves the fewest likeliest that together have that probability (arXiv 1904.09751).
+    """
+    if temperature < 1e-5:                                             # a division would overflow
+        return logits.argmax(dim=-1, keepdim=True)
+    chances, ids = (logits.float() / temperature).softmax(dim=-1), None
+    if top_k or top_p < 1:
+        V = logits.size(-1)
+        chances, ids = chances.topk(min(top_k or V, V))                # (B, k), the likeliest first
+    if top_p < 1:
+        share = chances / chances.sum(dim=-1, keepdim=True)
+        likelier = share.cumsum(dim=-1) - share                        # what those before it have
+        chances = chances.masked_fill(likelier >= top_p, 0)
+    # The token at which the running sum exceeds a random share of the whole. That takes one random
+    # number; torch.multinomial draws V of them, which took 4 % to 8 % of a token's time.
+    sums = chances.cumsum(dim=-1)
+    place = torch.searchsorted(sums, luck * sums[:, -1:], right=True)  # (B, 1)
+    return place if ids is None else ids.gather(-1, place)
 
 
 # ---- faster ways to the same numbers -----------------------------------------------------------

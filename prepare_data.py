@@ -27,9 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
-from config import check, fail, load, replacing, run
-from sources import file_type, find_sources, plain, read_texts, sha256
-from tokenizer import Tokenizer, bpe_size
+from nanodva.errors import fail, replacing, run_script
+from nanodva.settings import check, load_settings
+from nanodva.sources import file_type, find_sources, plain, read_texts, sha256
+from nanodva.tokenizer import Tokenizer, bpe_size
 
 BUILT_IN = ("shakespeare_char", "shakespeare", "plays_char", "plays", "openwebtext")
 OPENWEBTEXT = "hf:Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c"
@@ -59,18 +60,18 @@ class PrepareConfig:
         self.num_proc = self.num_proc or os.cpu_count()
         sets = f"there are {', '.join(BUILT_IN)}, or a name of your own with --input=PATH"
         if not self.name:
-            raise ValueError(f"which data set? python prepare_data.py NAME: {sets}")
+            fail(f"which data set? python prepare_data.py NAME: {sets}")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(f"name={self.name!r}: use letters, digits, '-', '_' and '.' only, "
+            fail(f"name={self.name!r}: use letters, digits, '-', '_' and '.' only, "
                              "and begin with a letter or a digit")
         if self.name == "openwebtext" and not self.input:
             self.input = OPENWEBTEXT
         if self.name not in BUILT_IN and not self.input and not self.check:
-            raise ValueError(f"name={self.name!r}: {sets}")
+            fail(f"name={self.name!r}: {sets}")
         if self.tokenizer != "char" and bpe_size(self.tokenizer) == bpe_size("gpt2"):
             self.tokenizer = "gpt2"
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction}: it must lie between 0 and 1")
+            fail(f"val_fraction={self.val_fraction}: it must lie between 0 and 1")
         check(self, least={"max_tokens": 0, "num_proc": 1})
 
 
@@ -299,7 +300,7 @@ def main(argv=None):
         if not argument.startswith("-"):
             argv[position] = f"--name={argument}"
             break
-    config = load(PrepareConfig, argv)
+    config = load_settings(PrepareConfig, argv)
     folder = Path(config.data_dir) / config.name
     try:
         if not config.check:
@@ -314,4 +315,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 
-import config
-from config import check, fail
-from device import DTYPES, pick_device, pick_sampling_dtype
-from generate import stream
-from model import ModelConfig
+from model import ModelConfig, stream
+from nanodva.errors import fail, run_script
+from nanodva.machine import DTYPES, pick_device, pick_sampling_dtype
+from nanodva.settings import check, load_settings
+from nanodva.tokenizer import Tokenizer
+from nanodva.weights import build_model, read_weights
 from prepare_data import read_meta
-from tokenizer import Tokenizer
-from weights import build_model, read_weights
 
 
 @dataclass
@@ -102,7 +101,7 @@ def encode_prompt(prompt, tokenizer):
 
 
 def main(argv=None):
-    cfg = config.load(SampleConfig, argv)
+    cfg = load_settings(SampleConfig, argv)
     device = pick_device(cfg.device)
     weights = read_weights(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
     model = build_model(ModelConfig(**weights["model_config"]), weights).eval()
@@ -139,4 +138,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run_script(main)

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import config
 import model
 from model import BankOfValues, CausalSelfAttention, DVABlock, DynamicValueAttention, GPT2Block
+from nanodva.errors import run_script
 from tools import race
 
 
@@ -132,4 +132,4 @@ model.BLOCKS |= {"gpt2_scale": ScaledGPT2, "gpt2_token": TokenGPT2, "gpt2_both":
                  "dva_token": TokenDVA, "dva_both": BothDVA}
 
 if __name__ == "__main__":
-    config.run(race.main)
+    run_script(race.main)

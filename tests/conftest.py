@@ -25,9 +25,9 @@ from torch import nn
 import model
 import prepare_data
 import train
-from checkpoints import load_checkpoint
-from config import UserError
 from model import BLOCKS, GPT, ModelConfig
+from nanodva.checkpoints import load_checkpoint
+from nanodva.errors import UserError
 
 torch.set_num_threads(1)
 

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from conftest import TINY, command_line, runs_differ
 
-import config
 import prepare_data
 import train
-from checkpoints import load_checkpoint
+from nanodva.checkpoints import load_checkpoint
+from nanodva.settings import load_settings
 
 SETTINGS = TINY | dict(block="dva", bank_layers=1, n_embd=48, optimizer="muon", eval_interval=2,
                        eval_iters=1, max_iters=16, lr_decay_iters=16)
@@ -115,6 +115,6 @@ def kill_many(folder, cfg):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        kills, saves, runs = kill_many(Path(folder), config.load(KillConfig))
+        kills, saves, runs = kill_many(Path(folder), load_settings(KillConfig))
     print(f"{kills} kills, {saves} of them during a save, all survived; {runs} runs ended "
           f"bit-identical to the undisturbed one")

@@ -2,9 +2,8 @@
 import numpy as np
 import torch
 
-import config
-from batches import get_batch, seed_dropout, table_rows
-from train import TrainConfig
+from nanodva.settings import build, change
+from train import TrainConfig, get_batch, seed_dropout, table_rows
 
 CPU = torch.device("cpu")
 
@@ -12,7 +11,7 @@ CPU = torch.device("cpu")
 def settings(**changes):
     shape = dict(block_size=8, batch_size=4, vocab_size=16, n_layer=1, n_head=1, n_embd=8,
                  dropout=0.5, gradient_accumulation_steps=4, dtype="float32")
-    return config.build(TrainConfig, shape | changes)
+    return build(TrainConfig, shape | changes)
 
 
 def test_batches_follow_from_seed_and_step():
@@ -25,7 +24,7 @@ def test_batches_follow_from_seed_and_step():
         assert torch.equal(x + 1, y) and x.shape == (3, 8) and x.dtype == torch.int64
     others = [x for x, _ in batches[1:]]
     others.append(get_batch(tokens, cfg, 8, 0, CPU)[0])
-    others.append(get_batch(tokens, config.change(cfg, seed=1), 7, 0, CPU)[0])
+    others.append(get_batch(tokens, change(cfg, seed=1), 7, 0, CPU)[0])
     assert not any(torch.equal(batches[0][0], x) for x in others)
 
 

@@ -6,8 +6,8 @@ import statistics
 import pytest
 import torch
 
-from config import UserError
 from model import explicit_attention
+from nanodva.errors import UserError
 from tools import bench
 
 SHAPE = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=8", "--qk_dim=4",

@@ -17,8 +17,8 @@ from conftest import command_line, contents, records, refused, runs_differ, send
 import prepare_data
 import sample
 import train
-from checkpoints import FORMAT, load_checkpoint, save
-from config import UserError
+from nanodva.checkpoints import FORMAT, load_checkpoint, save
+from nanodva.errors import UserError
 
 # ---- nothing is lost by overwriting --------------------------------------------------------------
 

@@ -18,17 +18,17 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import config
 import prepare_data
 import sample
 import train
-from config import UserError, declared, flat
+from nanodva.errors import UserError, run_script
+from nanodva.settings import build, change, declared, flat, load_settings, read_settings
 from prepare_data import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-PRESETS = sorted(str(path) for path in ROOT.glob("config/*.py") if path.stem != "__init__")
+PRESETS = sorted(str(path) for path in ROOT.glob("config/*.py"))
 
 
 @pytest.fixture
@@ -45,15 +45,15 @@ def preset(tmp_path):
 
 @pytest.mark.parametrize("path", PRESETS)
 def test_every_preset_loads(path):
-    changed = config.read(TrainConfig, [path])
-    cfg = flat(config.load(TrainConfig, [path]))
+    changed = read_settings(TrainConfig, [path])
+    cfg = flat(load_settings(TrainConfig, [path]))
     assert changed and {name: cfg[name] for name in changed} == changed
 
 
 def test_the_later_one_wins_among_presets_and_arguments(preset):
     path = preset("n_layer = 3\nbatch_size = 5")
-    assert config.load(TrainConfig, [path, "--n_layer=4"]).model.n_layer == 4
-    cfg = config.load(TrainConfig, ["--n_layer=4", path])
+    assert load_settings(TrainConfig, [path, "--n_layer=4"]).model.n_layer == 4
+    cfg = load_settings(TrainConfig, ["--n_layer=4", path])
     assert (cfg.model.n_layer, cfg.batch_size, cfg.model.n_head) == (3, 5, 12)
 
 
@@ -70,18 +70,18 @@ def test_the_later_one_wins_among_presets_and_arguments(preset):
     ("--n_layer= 3", "n_layer", 3), ("--n_layer=2**3-1", "n_layer", 7),
     ("--batch_size=+4", "batch_size", 4), ("--rotary=True", "rotary", True)])
 def test_an_argument_has_the_type_of_its_setting(argument, name, value):
-    found = flat(config.load(TrainConfig, [argument]))[name]
+    found = flat(load_settings(TrainConfig, [argument]))[name]
     assert found == value and type(found) is type(value)
 
 
 def test_a_prompt_is_text_whatever_it_looks_like():
-    assert config.load(SampleConfig, ["--start=3"]).start == "3"
+    assert load_settings(SampleConfig, ["--start=3"]).start == "3"
     text = "a = b\n# no comment"
-    assert config.load(SampleConfig, [f"--start={text}"]).start == text
+    assert load_settings(SampleConfig, [f"--start={text}"]).start == text
 
 
 def test_a_preset_may_hold_comments_arithmetic_and_what_nanogpts_hold(preset):
-    cfg = config.load(TrainConfig, [preset('''"""For a test."""
+    cfg = load_settings(TrainConfig, [preset('''"""For a test."""
 import time
 # a comment
 out_dir = "a" + 'b'
@@ -132,12 +132,12 @@ WHOLE = "it must be a whole number"
     ("nowhere.py", "cannot read the preset nowhere.py")], ids=lambda value: value[:40])
 def test_a_wrong_argument_is_named(argument, words):
     with refused(words):
-        config.load(TrainConfig, [argument])
+        load_settings(TrainConfig, [argument])
 
 
 def test_a_value_behind_a_space_is_shown_with_its_equals_sign():
     with refused("--n_layer lacks its value: write --n_layer=6"):
-        config.load(TrainConfig, ["--n_layer", "6"])
+        load_settings(TrainConfig, ["--n_layer", "6"])
 
 
 @pytest.mark.parametrize("text, words", [
@@ -162,7 +162,7 @@ def test_a_wrong_preset_is_named_and_never_executed(preset, tmp_path, text, word
     harm = tmp_path / "harm"
     path = preset(text.replace("{harm}", str(harm)) if isinstance(text, str) else text)
     with refused(words.replace("{path}", path)):
-        config.load(TrainConfig, [path])
+        load_settings(TrainConfig, [path])
     assert not harm.exists()
 
 
@@ -191,11 +191,11 @@ def test_a_dataclass_holds_another_but_for_what_it_leaves_out():
     class Outer:
         inner: Inner = field(default_factory=Inner, metadata={"without": ("seed",)})
         name: str = "x"     # a name
-    cfg = config.load(Outer, ["--size=5", "--name=y"])
+    cfg = load_settings(Outer, ["--size=5", "--name=y"])
     assert flat(cfg) == {"size": 5, "seed": 2, "name": "y"}
-    assert config.change(cfg, size=6).inner.size == 6
+    assert change(cfg, size=6).inner.size == 6
     with refused("seed on the command line: this tool decides it"):
-        config.load(Outer, ["--seed=3"])
+        load_settings(Outer, ["--seed=3"])
 
 
 @pytest.mark.parametrize("error, status, err", [
@@ -207,14 +207,14 @@ def test_a_script_ends_with_one_line_and_the_right_status(capsys, error, status,
     def main():
         raise error
     with pytest.raises(SystemExit) as end:
-        config.run(main)
+        run_script(main)
     assert end.value.code == status and capsys.readouterr().err == err
 
 
 def test_a_script_that_succeeds_or_that_is_broken_ends_as_python_ends_it():
-    assert config.run(lambda: None) is None
+    assert run_script(lambda: None) is None
     with pytest.raises(ZeroDivisionError):
-        config.run(lambda: 1 / 0)
+        run_script(lambda: 1 / 0)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
@@ -261,14 +261,14 @@ def settings_or_one_line(cls, argv):
     """The settings, valid in themselves; or None after an error of one line, or after --help."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            cfg = config.load(cls, argv)
+            cfg = load_settings(cls, argv)
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 800
         return None
     except SystemExit as end:
         assert end.code == 0 and {"--help", "-h"} & set(argv)
         return None
-    assert config.build(cls, flat(cfg)) == cfg
+    assert build(cls, flat(cfg)) == cfg
     return cfg
 
 
@@ -305,7 +305,7 @@ def test_what_is_written_is_what_is_read(given_settings):
         file.flush()
         found = [settings_or_one_line(TrainConfig, each) for each in (argv, [file.name])]
     try:
-        expected = config.build(TrainConfig, given_settings)
+        expected = build(TrainConfig, given_settings)
     except UserError:
         expected = None
     assert found == [expected, expected]

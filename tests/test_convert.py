@@ -10,12 +10,12 @@ import torch
 from conftest import KINDS
 from safetensors.torch import load_file
 
-from checkpoints import FORMAT, save
-from config import UserError
 from model import GPT, ModelConfig
-from tokenizer import Tokenizer
+from nanodva.checkpoints import FORMAT, save
+from nanodva.errors import UserError
+from nanodva.tokenizer import Tokenizer
+from nanodva.weights import load_model, read_weights
 from tools import convert
-from weights import load_model, read_weights
 
 torch.set_num_threads(1)
 

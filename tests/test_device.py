@@ -9,14 +9,13 @@ import pytest
 import torch
 from conftest import KINDS, command_line, ending_of, refused, runs_differ
 
-import device as machine
 import sample
-from checkpoints import load_checkpoint
-from config import UserError
-from device import Stop
-from generate import Cache
-from model import GPT, ModelConfig
-from optimizers import build_optimizers, set_learning_rate
+from model import GPT, Cache, ModelConfig
+from nanodva import machine
+from nanodva.checkpoints import load_checkpoint
+from nanodva.errors import UserError
+from nanodva.machine import Stop
+from nanodva.optimizers import build_optimizers, set_learning_rate
 from train import TrainConfig
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 from conftest import comparable, records, refused
 
 import train
-from checkpoints import load_checkpoint
+from nanodva.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +26,8 @@ def changed_script(tmp_path, lines):
     """The path of a script that changes something in train.py, and then runs it."""
     path = tmp_path / "changed.py"
     path.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-                    f"import torch, config, train\n{lines}\nconfig.run(train.main)\n")
+                    f"import torch, train\nfrom nanodva.errors import run_script\n{lines}\n"
+                    "run_script(train.main)\n")
     return str(path)
 
 

@@ -22,10 +22,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoints import FORMAT, save
-from config import UserError
 from model import BLOCKS, GPT, ModelConfig, rotate
-from tokenizer import Tokenizer
+from nanodva.checkpoints import FORMAT, save
+from nanodva.errors import UserError
+from nanodva.tokenizer import Tokenizer
 from tools import explain as tool
 
 # Characters that would end a script element, wide ones, and some that are written from the right

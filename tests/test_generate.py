@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import each_system, shaken, tiny, tokens
 
-from generate import Cache, draw, generate
+from model import Cache, draw, generate
 
 # ---- the cache -----------------------------------------------------------------------------------
 

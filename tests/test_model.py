@@ -10,9 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from generate import Cache
-from model import GPT, ModelConfig
-from optimizers import build_optimizers
+from model import GPT, Cache, ModelConfig
+from nanodva.optimizers import build_optimizers
 from train import TrainConfig
 
 each_bank = pytest.mark.parametrize("block", ["gpt2", "dva"])

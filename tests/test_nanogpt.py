@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import command_line
 
-import config
+from nanodva.settings import flat, load_settings
+from nanodva.weights import OPENAI
 from train import TrainConfig
-from weights import OPENAI
 
 ROOT = Path(__file__).parents[1]
 OPENWEBTEXT = dict(wandb_log=False, wandb_project="owt", wandb_run_name="gpt2-124M", batch_size=12,
@@ -43,7 +43,7 @@ def test_nanogpts_presets_load_and_ours_of_that_name_say_the_same(tmp_path, name
         text = f"import time\n\n{text}wandb_run_name = 'ft-' + str(time.time())\n"
     (tmp_path / "preset.py").write_text(text)
     for path in (tmp_path / "preset.py", ROOT / "config" / f"{name}.py"):
-        cfg = config.flat(config.load(TrainConfig, [str(path)]))
+        cfg = flat(load_settings(TrainConfig, [str(path)]))
         assert {key: cfg[key] for key in PRESETS[name]} == PRESETS[name]
 
 

@@ -4,7 +4,7 @@ import torch
 from conftest import each_system
 
 from model import GPT, ModelConfig
-from optimizers import (
+from nanodva.optimizers import (
     GAMMA,
     TABLE,
     Muon,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import config
 import prepare_data
 import sample
 import train
+from nanodva.settings import read_settings
 from tools import bench, convert, explain, race, report
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def test_each_command_exists_and_parses(page, command, monkeypatch):
     if script in ("prepare_data.py", "tools.convert"):
         first = "name" if script == "prepare_data.py" else "source"
         arguments = [f"--{first}={arguments[0]}", *arguments[1:]]
-    config.read(SETTINGS[script], [word for word in arguments if word != "--help"])
+    read_settings(SETTINGS[script], [word for word in arguments if word != "--help"])
 
 
 def test_there_are_commands_on_the_front_page():

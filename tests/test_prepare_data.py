@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHAKESPEARE, error_of, everything_in, ids_of, prepare
 
-from config import UserError
+from nanodva.errors import UserError
+from nanodva.sources import SHAKESPEARE_SHA256
+from nanodva.tokenizer import Tokenizer
 from prepare_data import PIECE, main, read_meta
-from sources import SHAKESPEARE_SHA256
-from tokenizer import Tokenizer
 
 END = 50256
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import config
 import prepare_data
 import train
-from config import UserError
-from device import Stop
 from model import BLOCKS
+from nanodva.errors import UserError
+from nanodva.machine import Stop
+from nanodva.settings import build, change, load_settings, read_settings
+from nanodva.weights import load_model
 from tools import race
-from weights import load_model
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(dataset="tiny_char", n_layer=2, n_head=2, n_embd=16, qk_dim=8, block_size=16,
@@ -57,8 +57,8 @@ def argv(data, tmp_path, monkeypatch):
 
 def entered(argv):
     """(RaceConfig, {contender: TrainConfig}) of a command line, before any step."""
-    given = config.read(race.RaceConfig, [str(ROOT / "config" / "race_laptop.py"), *argv])
-    rules = config.build(race.RaceConfig, given)
+    given = read_settings(race.RaceConfig, [str(ROOT / "config" / "race_laptop.py"), *argv])
+    rules = build(race.RaceConfig, given)
     return rules, race.enter(rules, given, {"machine": "none"}, torch.device("cpu"))
 
 
@@ -129,7 +129,7 @@ def test_a_race_of_two_from_end_to_end(argv, tmp_path, capsys):
 
 def test_the_losses_are_those_of_the_two_halves(argv, tmp_path, data):
     _, contenders = entered(argv(contenders="dva"))
-    run = config.change(race.run_of(contenders["dva"], 0.01, 8.0, 1), lr_decay_iters=12)
+    run = change(race.run_of(contenders["dva"], 0.01, 8.0, 1), lr_decay_iters=12)
     halves = race.halve(train.open_data(run), 16)
     with Stop() as stop:
         train.train(run, torch.device("cpu"), stop, data=halves)
@@ -150,7 +150,7 @@ def test_the_losses_are_those_of_the_two_halves(argv, tmp_path, data):
 def test_a_rate_that_breaks_counts_as_infinitely_bad(argv):
     rules, contenders = entered(argv(contenders="gpt2", warmup_iters=0, grad_clip=0,
                                      optimizer="adamw", lrs="0.01,1e30"))
-    cfg = config.change(contenders["gpt2"], lr_decay_iters=12)
+    cfg = change(contenders["gpt2"], lr_decay_iters=12)
     runs, best = race.tune("gpt2", cfg, rules)
     assert best is None
     for run in runs:
@@ -318,7 +318,7 @@ def test_a_race_that_is_told_to_stop_ends_its_worker_and_goes_on_later(argv, tmp
     log = (result.parent / "log.txt").read_text()
     assert log.count("step 0: loss") == 1 and log.count("step 300: loss") == 1
     _, contenders = entered(argv(**LONG))
-    cfg = config.change(contenders["gpt2"], lr_decay_iters=400, out_dir="elsewhere")
+    cfg = change(contenders["gpt2"], lr_decay_iters=400, out_dir="elsewhere")
     whole = race.run_of(cfg, 0.01, 8.0, 1337)
     assert race.carry_out(whole)
     assert race.result_of(whole) == json.loads(result.read_text())
@@ -426,4 +426,4 @@ def test_it_runs_as_a_script_from_any_folder(tmp_path):
 
 @pytest.mark.parametrize("preset", sorted(ROOT.glob("config/race_*.py")), ids=str)
 def test_the_presets_are_races(preset):
-    config.load(race.RaceConfig, [str(preset)])
+    load_settings(race.RaceConfig, [str(preset)])

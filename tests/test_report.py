@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import UserError
+from nanodva.errors import UserError
 from tools import report
 
 ROOT = Path(__file__).parents[1]

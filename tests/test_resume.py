@@ -22,7 +22,7 @@ from conftest import (
 
 import prepare_data
 import train
-from checkpoints import load_checkpoint
+from nanodva.checkpoints import load_checkpoint
 
 TESTS = Path(__file__).parent
 

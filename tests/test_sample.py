@@ -8,11 +8,10 @@ import torch
 from conftest import BLOCKS, command_line, ending_of, refused
 
 import sample
-from checkpoints import FORMAT, load_checkpoint, save
-from generate import generate, stream
-from model import GPT, ModelConfig
-from tokenizer import Tokenizer
-from weights import load_model
+from model import GPT, ModelConfig, generate, stream
+from nanodva.checkpoints import FORMAT, load_checkpoint, save
+from nanodva.tokenizer import Tokenizer
+from nanodva.weights import load_model
 
 BETWEEN = "\n---------------\n"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from conftest import ROOT, SHAKESPEARE, error_of, everything_in, prepare
 
-import sources
+from nanodva import sources
+from nanodva.sources import local_files
 from prepare_data import main, read_meta
-from sources import local_files
 
 # ---- files ---------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 from conftest import ROOT, SHAKESPEARE
 
-from config import UserError
-from tokenizer import Tokenizer, bpe_size
+from nanodva.errors import UserError
+from nanodva.tokenizer import Tokenizer, bpe_size
 
 TEXTS = ["", "To be, or not to be:\n\n\tthat's the  question", "wörd 漢字 \u00a0 x ' 12\x1c\n",
          "\U0001f642\U0001f642", "a <|endoftext|> b <|endoftext|", "<|endoftext|>", " " * 100]
@@ -101,8 +101,8 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path):
     environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path),
                                 "HTTPS_PROXY": "http://127.0.0.1:9"}
     code = """if True:
-        import config, tokenizer
-        config.run(lambda: tokenizer.Tokenizer({"kind": "gpt2"}))"""
+        from nanodva import errors, tokenizer
+        errors.run_script(lambda: tokenizer.Tokenizer({"kind": "gpt2"}))"""
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
                             capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
@@ -112,7 +112,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path):
 
 def test_importing_loads_no_large_package():
     code = """if True:
-        import sys, prepare_data, tokenizer
+        import sys, prepare_data
         large = {"datasets", "huggingface_hub", "pyarrow", "tiktoken", "torch", "tqdm", "xxhash"}
         print(large & set(sys.modules))"""
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,

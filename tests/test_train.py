@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import BLOCKS, comparable, contents, records, refused, send
 
-import config
 import sample
 import train
-from checkpoints import load_checkpoint
-from device import Stop
 from model import GPT
+from nanodva.checkpoints import load_checkpoint
+from nanodva.machine import Stop
+from nanodva.settings import build
 from train import TrainConfig
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def settings(**changes):
     shape = dict(block_size=8, batch_size=4, vocab_size=16, n_layer=1, n_head=1, n_embd=8,
                  dropout=0.5, gradient_accumulation_steps=4, dtype="float32")
-    return config.build(TrainConfig, shape | changes)
+    return build(TrainConfig, shape | changes)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 import prepare_data
 import sample
 import train
-from checkpoints import FORMAT, load_checkpoint
-from generate import generate
-from model import GPT, ModelConfig
-from weights import OPENAI, load_model
+from model import GPT, ModelConfig, generate
+from nanodva.checkpoints import FORMAT, load_checkpoint
+from nanodva.weights import OPENAI, load_model
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [dict(n_layer=1, n_head=1, n_embd=16, vocab_size=97),

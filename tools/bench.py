@@ -32,15 +32,14 @@ from tqdm import tqdm
 # So that python tools/bench.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import config
 import train
-from batches import get_batch
-from config import build, change, check, fail, flat
-from device import DTYPES, autocast, pick_device
-from generate import Cache, stream
-from model import ModelConfig, explicit_attention
-from optimizers import build_optimizers
-from weights import build_model
+from model import Cache, ModelConfig, explicit_attention, stream
+from nanodva.errors import fail, run_script
+from nanodva.machine import DTYPES, autocast, pick_device
+from nanodva.optimizers import build_optimizers
+from nanodva.settings import build, change, check, flat, read_settings
+from nanodva.weights import build_model
+from train import get_batch
 
 PARTS = ("train", "sample", "data", "attention", "transformers")
 # The settings that a contender has from this tool, unless it names its own
@@ -97,7 +96,7 @@ def own_settings(text):
         if "=" not in pair:
             fail(f"contender {text!r}: it is a block, then +bank or nothing, then :setting=value "
                  f"as often as you like")
-    own = config.read(train.TrainConfig, [f"--{pair}" for pair in pairs])
+    own = read_settings(train.TrainConfig, [f"--{pair}" for pair in pairs])
     if "block" in own:
         fail(f"contender {text!r}: its block stands in front, without 'block='")
     return dict(own)
@@ -428,7 +427,7 @@ def readable(value):
 
 
 def main(argv=None):
-    given = config.read(BenchConfig, argv)
+    given = read_settings(BenchConfig, argv)
     cfg = build(BenchConfig, given)
     device = pick_device(cfg.device)
     torch.set_float32_matmul_precision("high")
@@ -457,4 +456,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run_script(main)

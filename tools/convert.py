@@ -19,11 +19,11 @@ import torch
 # So that python tools/convert.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import config
-from config import check, fail
 from model import ModelConfig
-from tokenizer import END_OF_TEXT, Tokenizer
-from weights import read_weights
+from nanodva.errors import fail, run_script
+from nanodva.settings import check, load_settings
+from nanodva.tokenizer import END_OF_TEXT, Tokenizer
+from nanodva.weights import read_weights
 
 
 @dataclass
@@ -121,7 +121,7 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-"):
         argv[0] = f"--source={argv[0]}"
-    cfg = config.load(ConvertConfig, argv)
+    cfg = load_settings(ConvertConfig, argv)
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -151,4 +151,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run_script(main)

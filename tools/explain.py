@@ -23,12 +23,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import config
-from config import check, fail
-from generate import stream
-from model import ModelConfig, rotate
+from model import ModelConfig, rotate, stream
+from nanodva.errors import fail, replacing, run_script
+from nanodva.settings import check, load_settings
+from nanodva.weights import build_model, read_weights
 from sample import encode_prompt, find_tokenizer, read_prompt
-from weights import build_model, read_weights
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 CANDIDATES = 10
@@ -445,7 +444,7 @@ def write_page(cfg, model, tokenizer, ids, other):
         most = max(1, int(0.97 * len(ids) * math.sqrt(MOST_BYTES / len(html))))
     folder = Path(cfg.out_dir)
     dest = Path(cfg.dest or (folder if folder.is_dir() else Path()) / "explain.html")
-    with config.replacing(dest) as file:
+    with replacing(dest) as file:
         file.write(html)
     if data["note"]:
         print(data["note"])
@@ -469,7 +468,7 @@ def print_givers(explanation, ids, tokenizer):
 
 
 def main(argv=None):
-    cfg = config.load(ExplainConfig, argv)
+    cfg = load_settings(ExplainConfig, argv)
     model, tokenizer = load(cfg.out_dir, cfg)
     other = None
     if cfg.against:
@@ -492,4 +491,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run_script(main)

@@ -47,16 +47,16 @@ from tqdm import tqdm
 # So that python tools/race.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import config
 import train
-from checkpoints import load_checkpoint
-from config import UserError, build, change, check, fail, flat, replacing
-from device import Stop, pick_compile, pick_device, pick_dtype
+from nanodva.checkpoints import load_checkpoint
+from nanodva.errors import UserError, fail, replacing, run_script
+from nanodva.machine import Stop, pick_compile, pick_device, pick_dtype
+from nanodva.settings import build, change, check, flat, read_settings
+from nanodva.weights import build_model
 from prepare_data import read_meta
 from tools.bench import compile_or_fail, contender, machine_name, own_settings, time_steps
 from tools.report import COLOURS, draw_all, figures_of, table
 from train import TrainConfig
-from weights import build_model
 
 ROOT = Path(__file__).parents[1]
 RACES = Path("out", "race")
@@ -68,7 +68,8 @@ DECIDED = ("block", "out_dir", "overwrite", "init_from", "learning_rate", "bank_
 # What has to be the same for all contenders
 COMMON = ("dataset", "data_dir", "block_size", "vocab_size", "eval_interval", "device")
 # What a run's numbers follow from, beside its settings
-CODE = ("model.py", "optimizers.py", "batches.py", "train.py", "device.py")
+CODE = ("model.py", "train.py", "nanodva/optimizers.py", "nanodva/machine.py",
+        "nanodva/weights.py", "nanodva/settings.py")
 # A sweep ends with so many rates, even if the best is still at an end
 MOST_RATES = 10
 
@@ -516,7 +517,7 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not any(argument.endswith(".py") for argument in argv if not argument.startswith("-")):
         argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
-    given = config.read(RaceConfig, argv)
+    given = read_settings(RaceConfig, argv)
     race = build(RaceConfig, given)
     device = pick_device(race.train.device)
     meta = read_meta(Path(race.train.data_dir, race.train.dataset))
@@ -556,4 +557,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run_script(main)

@@ -18,8 +18,8 @@ from pathlib import Path
 # So that python tools/report.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import config
-from config import fail, replacing
+from nanodva.errors import fail, replacing, run_script
+from nanodva.settings import load_settings
 from tools.bench import markdown
 
 # The 97.5 % quantile of Student's t for 1, 2 ... 30 degrees of freedom
@@ -345,7 +345,7 @@ def draw_gaps(lines, title, path):
 
 
 def main(argv=None):
-    cfg = config.load(ReportConfig, argv)
+    cfg = load_settings(ReportConfig, argv)
     lines = read_lines(Path(cfg.gaps))
     try:
         draw_gaps(lines, cfg.title, Path(cfg.picture))
@@ -355,4 +355,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run_script(main)

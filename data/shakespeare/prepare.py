@@ -12,5 +12,5 @@ def main():
 
 
 if __name__ == "__main__":
-    import config
-    config.run(main)
+    from nanodva.errors import run_script
+    run_script(main)

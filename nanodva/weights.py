@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import FORMAT, load_file
-from config import UserError, build, fail
 from model import GPT, ModelConfig
+from nanodva.checkpoints import FORMAT, load_file
+from nanodva.errors import UserError, fail
+from nanodva.settings import build
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # GPT-2's vocabulary, and the table of a multiple of 64 rows that nanoGPT makes for it

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, build, declared, fail, flat, replacing
 from model import ModelConfig
+from nanodva.errors import UserError, fail, replacing
+from nanodva.settings import build, declared, flat
 
 FORMAT = 3
 

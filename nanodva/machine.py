@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import UserError, fail
+from nanodva.errors import UserError, fail
 
 # torchrun tells each process its number and how many there are
 RANK = int(os.environ.get("RANK", 0))

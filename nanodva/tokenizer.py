@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from config import fail
+from nanodva.errors import fail
 
 END_OF_TEXT = "<|endoftext|>"
 

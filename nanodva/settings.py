@@ -1,5 +1,5 @@
 """
-What every script shares: settings from presets and the command line, and errors of one line.
+Settings: from a dataclass's defaults, presets and the command line.
 
     python train.py config/demo.py --n_layer=8 --compile
 
@@ -11,84 +11,31 @@ import ast
 import difflib
 import inspect
 import operator
-import os
 import re
-import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+
+from nanodva.errors import fail
 
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
               ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
               ast.Pow: operator.pow}
 
 
-# ---- errors ------------------------------------------------------------------------------------
-
-class UserError(ValueError):
-    """Something that the user can put right: the message names the value, the options, the fix."""
-
-
-def fail(message):
-    """Raise UserError with the message on one line."""
-    raise UserError(" ".join(str(message).split()))
-
-
-def run(main):
-    """
-    Run a script's main(). What the user can put right, a full disk included, becomes one line and
-    exit status 2, and Ctrl-C status 130.
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main()
-        return
-    except KeyboardInterrupt:
-        message, status = "stopped at once", 130
-    except UserError as error:
-        message, status = f"error: {error}", 2
-    except BrokenPipeError:
-        # The reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except OSError as error:
-        message, status = f"error: {error.filename or 'a file'}: {error.strerror or error}", 2
-    print(message, file=sys.stderr)
-    raise SystemExit(status)
-
-
 def check(settings, least=None, choices=None):
     """
-    Raise ValueError for a setting below its least value, or one that is not among its choices.
+    Raise UserError for a setting below its least value, or one that is not among its choices.
     `least` is {name: number}, `choices` {name: list}.
     """
     for name, lowest in (least or {}).items():
         if getattr(settings, name) < lowest:
-            raise ValueError(f"{name}={getattr(settings, name)}: it must be at least {lowest}")
+            fail(f"{name}={getattr(settings, name)}: it must be at least {lowest}")
     for name, allowed in (choices or {}).items():
         if getattr(settings, name) not in allowed:
             options = ", ".join(map(str, allowed))
-            raise ValueError(f"{name}={getattr(settings, name)!r}: there are {options}")
-
-
-@contextmanager
-def replacing(path):
-    """
-    A file to write to, open for bytes, that takes the place of `path` once it is complete and on
-    the disk. Whatever happens, `path` is all of the old file or all of the new one.
-    """
-    aside = Path(f"{path}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+            fail(f"{name}={getattr(settings, name)!r}: there are {options}")
 
 
 # ---- what a dataclass declares -----------------------------------------------------------------
@@ -134,6 +81,9 @@ def build(cls, values):
     try:
         return cls(**arguments)
     except ValueError as error:
+        # Python's own ValueError is a mistake in the code, and keeps its traceback
+        if type(error) is ValueError:
+            raise
         fail(error)
 
 
@@ -172,12 +122,12 @@ class Given(dict):
         self.origin = {}                          # name: "on the command line" or "in config/x.py"
 
 
-def load(cls, argv=None):
+def load_settings(cls, argv=None):
     """The dataclass cls, filled from its defaults, from presets and from arguments."""
-    return build(cls, read(cls, argv))
+    return build(cls, read_settings(cls, argv))
 
 
-def read(cls, argv=None):
+def read_settings(cls, argv=None):
     """
     What presets and arguments set, in the order given (a later one wins), as a Given dict.
 
@@ -236,8 +186,8 @@ def read_preset(path):
     try:
         tree = ast.parse(Path(path).read_bytes())
     except OSError as error:
-        folder = Path(__file__).parent
-        names = sorted(p.name for p in folder.glob("*.py") if p.stem != "__init__")
+        folder = Path(__file__).parents[1] / "config"
+        names = sorted(p.name for p in folder.glob("*.py"))
         fail(f"cannot read the preset {path}: {error.strerror or error}; in {folder} there are "
              f"{', '.join(names)}")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

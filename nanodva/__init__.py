@@ -1,0 +1,1 @@
+"""What the four scripts share. Imports go one way: tools -> scripts -> nanodva -> model.py."""

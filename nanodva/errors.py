@@ -1,0 +1,58 @@
+"""
+Errors of one line, and files that are written whole or not at all.
+"""
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something that the user can put right: the message names the value, the options, the fix."""
+
+
+def fail(message):
+    """Raise UserError with the message on one line."""
+    raise UserError(" ".join(str(message).split()))
+
+
+def run_script(main):
+    """
+    Run a script's main(). What the user can put right, a full disk included, becomes one line and
+    exit status 2, and Ctrl-C status 130.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+        return
+    except KeyboardInterrupt:
+        message, status = "stopped at once", 130
+    except UserError as error:
+        message, status = f"error: {error}", 2
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except OSError as error:
+        message, status = f"error: {error.filename or 'a file'}: {error.strerror or error}", 2
+    print(message, file=sys.stderr)
+    raise SystemExit(status)
+
+
+@contextmanager
+def replacing(path):
+    """
+    A file to write to, open for bytes, that takes the place of `path` once it is complete and on
+    the disk. Whatever happens, `path` is all of the old file or all of the new one.
+    """
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
