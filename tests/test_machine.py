@@ -89,6 +89,7 @@ def test_compiled_gradients_are_those_of_float32_on_the_cpu(name, kind):
     assert_same_gradients(kind, torch.device(name), "bfloat16", backend)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs g++ and Python.h")
 def test_what_the_cpp_compiler_makes_has_the_same_gradients():
     torch._dynamo.reset()

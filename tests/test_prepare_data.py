@@ -8,7 +8,16 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHAKESPEARE, error_of, everything_in, ids_of, prepare
+from conftest import (
+    PLAY,
+    ROOT,
+    SHAKESPEARE,
+    error_of,
+    everything_in,
+    ids_of,
+    needs_shakespeare,
+    prepare,
+)
 
 from nanodva.errors import UserError
 from nanodva.sources import SHAKESPEARE_SHA256
@@ -20,6 +29,7 @@ END = 50256
 
 # ---- one text ------------------------------------------------------------------------------------
 
+@needs_shakespeare
 def test_tiny_shakespeare_in_characters(tmp_path):
     folder = prepare(tmp_path, "shakespeare_char", f"--input={SHAKESPEARE}")
     text = SHAKESPEARE.read_text()
@@ -29,10 +39,11 @@ def test_tiny_shakespeare_in_characters(tmp_path):
     assert meta["vocab_size"] == 65 and meta["dtype"] == "uint16"
     ids = [*ids_of(folder, "train"), *ids_of(folder, "val")]
     assert "".join(alphabet[i] for i in ids) == text
-    assert meta["source"] == {"name": "shakespeare_char", "files": ["tinyshakespeare.txt"],
+    assert meta["source"] == {"name": "shakespeare_char", "files": [SHAKESPEARE.name],
                               "sha256": SHAKESPEARE_SHA256}
 
 
+@needs_shakespeare
 def test_tiny_shakespeare_in_gpt2s_tokens(tmp_path, bpe):
     folder = prepare(tmp_path, "shakespeare", f"--input={SHAKESPEARE}")
     text = SHAKESPEARE.read_text()
@@ -43,15 +54,15 @@ def test_tiny_shakespeare_in_gpt2s_tokens(tmp_path, bpe):
 
 
 def test_the_first_of_gpt2s_tokens(tmp_path, speeches):
-    folder = prepare(tmp_path, "mine", f"--input={SHAKESPEARE}", "--tokenizer=gpt2:4096")
+    folder = prepare(tmp_path, "mine", f"--input={PLAY}", "--tokenizer=gpt2:4096")
     meta = read_meta(folder, deep=True)
     assert meta["tokenizer"] == {"kind": "gpt2:4096"} and meta["vocab_size"] == 4096
-    assert meta["tokens"] == {"train": 381_420, "val": 44_837}
+    assert meta["tokens"] == {"train": 70_527, "val": 7_942}
     folder = prepare(tmp_path, "speeches", f"--input={speeches[0] / 'jsonl'}",
                      "--tokenizer=gpt2:1024")
     documents = [(ids_of(folder, split) == 1023).sum() for split in ("train", "val")]
     assert sum(documents) == len(speeches[1])
-    folder = prepare(tmp_path, "all", f"--input={SHAKESPEARE}", "--tokenizer=gpt2:50257")
+    folder = prepare(tmp_path, "all", f"--input={PLAY}", "--tokenizer=gpt2:50257")
     assert read_meta(folder)["tokenizer"] == {"kind": "gpt2"}
 
 
@@ -71,7 +82,7 @@ def test_pieces_change_no_token(tmp_path, bpe, unit):
 
 @pytest.mark.parametrize("name", ["mine", "mine_char"])
 def test_one_text_is_cut_at_max_tokens_and_then_split(tmp_path, name):
-    folder = prepare(tmp_path, name, f"--input={SHAKESPEARE}", "--max_tokens=20000")
+    folder = prepare(tmp_path, name, f"--input={PLAY}", "--max_tokens=20000")
     tokens = read_meta(folder)["tokens"]
     assert abs(tokens["train"] + tokens["val"] - 20_000) <= 1 and 1_700 < tokens["val"] < 2_300
 
@@ -181,7 +192,7 @@ def test_killed_at_any_moment_it_ends_the_same_and_the_old_set_stays(tmp_path, s
     subprocess.run([*new, f"--data_dir={tmp_path / 'whole'}"], check=True)
     duration = time.time() - start
     whole = everything_in(tmp_path / "whole" / "mine")
-    old = everything_in(prepare(tmp_path / "killed", "mine", f"--input={SHAKESPEARE}"))
+    old = everything_in(prepare(tmp_path / "killed", "mine", f"--input={PLAY}"))
     folder = tmp_path / "killed" / "mine"
 
     def run_and_kill(is_time):
@@ -213,18 +224,18 @@ def test_a_failed_command_leaves_nothing_behind(tmp_path, speeches):
             [f"--input={speeches[0] / 'jsonl'}", "--column=n"]:
         error_of("mine", *arguments, f"--data_dir={data_dir}")
         assert not (tmp_path / "new").exists()
-    folder = prepare(data_dir, "mine", f"--input={SHAKESPEARE}", "--tokenizer=char")
+    folder = prepare(data_dir, "mine", f"--input={PLAY}", "--tokenizer=char")
     before = everything_in(folder)
     error_of("mine", f"--input={empty}", f"--data_dir={data_dir}")
     assert everything_in(folder) == before
 
 
 def test_stopped_while_files_are_moved_it_leaves_no_mixture_that_looks_whole(tmp_path):
-    folder = prepare(tmp_path, "shakespeare_char", f"--input={SHAKESPEARE}")
+    folder = prepare(tmp_path, "shakespeare_char", f"--input={PLAY}")
     # A folder in the place of val.bin, which the new val.bin cannot replace.
     (folder / "val.bin").unlink()
     (folder / "val.bin" / "x").mkdir(parents=True)
-    error_of("shakespeare_char", f"--input={SHAKESPEARE}", f"--data_dir={tmp_path}")
+    error_of("shakespeare_char", f"--input={PLAY}", f"--data_dir={tmp_path}")
     assert not (folder / "meta.json").exists() and not (folder / "partial").exists()
 
 
@@ -232,9 +243,9 @@ def test_check_and_read_meta_refuse_what_meta_does_not_describe(tmp_path, capsys
     check = ["shakespeare_char", "--check", f"--data_dir={tmp_path}"]
     assert f"no {tmp_path}/shakespeare_char/train.bin: run python prepare_data.py" in \
         error_of(*check)
-    folder = prepare(tmp_path, "shakespeare_char", f"--input={SHAKESPEARE}")
+    folder = prepare(tmp_path, "shakespeare_char", f"--input={PLAY}")
     main(check)
-    assert "shakespeare_char is sound: 1,003,854 tokens" in capsys.readouterr().out
+    assert "shakespeare_char is sound: 170,532 tokens" in capsys.readouterr().out
     good = everything_in(folder)
     meta = json.loads(good["meta.json"])
 
@@ -244,7 +255,7 @@ def test_check_and_read_meta_refuse_what_meta_does_not_describe(tmp_path, capsys
         (folder / name).write_bytes(good[name])
         return message
 
-    assert "bytes, not 1003854 tokens" in refused("train.bin", good["train.bin"][:-1])
+    assert "bytes, not 170532 tokens" in refused("train.bin", good["train.bin"][:-1])
     assert "sha256" in refused("train.bin", b"\0" + good["train.bin"][1:])
     assert "format" in refused("meta.json", json.dumps(meta | {"format": 2}).encode())
     assert "JSON" in refused("meta.json", b"{")
@@ -252,11 +263,11 @@ def test_check_and_read_meta_refuse_what_meta_does_not_describe(tmp_path, capsys
     for key in ("tokenizer", "vocab_size", "dtype", "tokens", "sha256", "bytes"):
         rest = {name: value for name, value in meta.items() if name != key}
         assert key in refused("meta.json", json.dumps(rest).encode())
-    impossible = b"\x41\0" + good["val.bin"][2:]
+    impossible = b"\x44\0" + good["val.bin"][2:]
     digests = meta["sha256"] | {"val": hashlib.sha256(impossible).hexdigest()}
     (folder / "val.bin").write_bytes(impossible)
     message = refused("meta.json", json.dumps(meta | {"sha256": digests}).encode())
-    assert "val.bin holds the id 65, vocab_size is 65" in message
+    assert "val.bin holds the id 68, vocab_size is 68" in message
 
 
 def test_a_hint_can_be_pasted_into_a_shell(tmp_path):
@@ -267,7 +278,7 @@ def test_a_hint_can_be_pasted_into_a_shell(tmp_path):
 
 
 def test_wrong_settings_are_one_line(tmp_path):
-    text = f"--input={SHAKESPEARE}"
+    text = f"--input={PLAY}"
     assert "shakespeare_char, shakespeare, plays_char, plays, openwebtext" in error_of()
     assert "name='nope': there are shakespeare_char" in error_of("nope")
     assert "name='my set': use letters, digits, '-', '_' and '.' only" in error_of("my set", text)
@@ -291,6 +302,6 @@ def test_the_scripts_print_one_line_and_help(tmp_path):
     assert result.stderr.count("\n") == 1
     result = run(ROOT / "prepare_data.py", "--help")
     assert result.returncode == 0 and "--val_fraction" in result.stdout
-    result = run(ROOT / "data" / "shakespeare_char" / "prepare.py", f"--input={SHAKESPEARE}",
+    result = run(ROOT / "data" / "shakespeare_char" / "prepare.py", f"--input={PLAY}",
                  f"--data_dir={tmp_path}")
-    assert result.returncode == 0 and "1,003,854 tokens for train" in result.stdout
+    assert result.returncode == 0 and "170,532 tokens for train" in result.stdout

@@ -9,7 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from conftest import ROOT, SHAKESPEARE, error_of, everything_in, prepare
+from conftest import ROOT, SHAKESPEARE, error_of, everything_in, needs_shakespeare, prepare
 
 from nanodva import sources
 from nanodva.sources import local_files
@@ -82,6 +82,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
     assert not (tmp_path / "data").exists()
 
 
+@needs_shakespeare
 def test_tiny_shakespeare_is_downloaded_once(tmp_path, monkeypatch):
     copy = tmp_path / "copy.txt"
     shutil.copyfile(SHAKESPEARE, copy)
