@@ -178,6 +178,7 @@ def prepare(config, folder, partial):
         # The text is read twice: the alphabet must be complete before the first id is written.
         spec["alphabet"] = find_alphabet(read(sources, config), config.max_tokens)
     tokenizer = Tokenizer(spec)
+    spec = tokenizer.spec
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
     # Each document ends with end-of-text; a single text, and characters, know no such token.
     has_end = tokenizer.end_of_text is not None and not is_single

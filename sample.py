@@ -23,6 +23,7 @@ from model import ModelConfig, stream
 from nanodva.errors import fail, run_script
 from nanodva.machine import DTYPES, pick_device, pick_sampling_dtype
 from nanodva.settings import check, load_settings
+from nanodva.sources import decode_text
 from nanodva.tokenizer import Tokenizer
 from nanodva.weights import build_model, read_weights
 from prepare_data import read_meta
@@ -54,21 +55,22 @@ class SampleConfig:
             fail(f"top_p={self.top_p}: it must be above 0 and at most 1")
 
 
-def read_prompt(start):
-    """The prompt's text: start itself, what FILE:path holds, or with - standard input."""
+def read_prompt(start, tokenizer):
+    """
+    The prompt's text: start itself, what FILE:path holds, or with - standard input. The default, a
+    new line, becomes a space or the first character where the alphabet has none (text8, DNA).
+    """
+    if start == "\n" and tokenizer.bpe is None:
+        alphabet = tokenizer.spec["alphabet"]
+        return next((c for c in "\n " if c in alphabet), alphabet[0])
     if start != "-" and not start.startswith("FILE:"):
         return start.replace("\\n", "\n")
     name = "standard input" if start == "-" else start.removeprefix("FILE:")
     try:
-        if start == "-":
-            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-            return sys.stdin.read()
-        return Path(name).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if start == "-" else Path(name).read_bytes()
     except OSError as error:
         fail(f"cannot read the prompt {name}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        wrong = error.object[error.start]
-        fail(f"the prompt {name} is not UTF-8: byte {wrong:#04x} at {error.start}")
+    return decode_text(data, f"the prompt {name}")
 
 
 def find_tokenizer(weights, cfg):
@@ -110,7 +112,7 @@ def main(argv=None):
     if cfg.compile is True:
         model.compile()
     tokenizer = find_tokenizer(weights, cfg)
-    prompt = read_prompt(cfg.start)
+    prompt = read_prompt(cfg.start, tokenizer)
     ids = encode_prompt(prompt, tokenizer)
 
     torch.manual_seed(cfg.seed)

@@ -44,6 +44,7 @@ from nanodva.errors import UserError, fail, run_script
 from nanodva.machine import DTYPES, RANK, WORLD, Stop
 from nanodva.optimizers import build_optimizers, learning_rate, set_learning_rate
 from nanodva.settings import build, change, check, flat, read_settings
+from nanodva.tokenizer import same_tokenizer
 from nanodva.weights import OPENAI, build_model, start_from
 from prepare_data import read_meta
 
@@ -262,7 +263,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     cfg = change(cfg, dtype=machine.pick_dtype(cfg.dtype, device, cfg.model.n_embd))
     data = data or open_data(cfg)
     meta = data["meta"]
-    if (checkpoint or weights or meta)["tokenizer"] not in (meta["tokenizer"], None):
+    spec = (checkpoint or weights or meta)["tokenizer"]
+    if spec and not same_tokenizer(spec, meta["tokenizer"]):
         fail(f"dataset={cfg.dataset!r} was made with another tokenizer than the checkpoint: its "
              f"ids stand for other text")
 

@@ -23,6 +23,11 @@ def run_script(main):
     exit status 2, and Ctrl-C status 130.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        # A console shows what it can. A file or a pipe, which on Windows would be in an encoding
+        # without most characters, is UTF-8.
+        stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8",
+                           errors="replace")
     try:
         main()
         return

@@ -1,6 +1,7 @@
 """
 Where text comes from: files of several kinds, the Hugging Face hub, Shakespeare.
 """
+import codecs
 import glob
 import gzip
 import hashlib
@@ -19,6 +20,10 @@ from nanodva.errors import UserError, fail, replacing
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+# UTF-32's first mark begins as UTF-16's does.
+MARKS = [(codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
+         (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+         (codecs.BOM_UTF16_BE, "utf-16")]
 
 
 def find_sources(name, given, folder):
@@ -185,6 +190,36 @@ def plain(markdown):
                   lambda found: "[" + found[1].strip("[] \n") + "]", text)
     text = text.replace("[]", "").replace("_", "")
     return re.sub(r" +$", "", text, flags=re.M).strip() + "\n\n"
+
+
+def decode_text(data, name, encoding=""):
+    """
+    The text in some bytes: without byte-order mark, and with line ends as \\n. They are UTF-8, or
+    UTF-16 or UTF-32 where such a mark says so, or in the encoding that is given. `name` is what an
+    error calls them.
+    """
+    encoding = marked_encoding(data) or encoding or "utf-8"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        fail(not_in_encoding(name, encoding, data[error.start], error.start,
+                             data.count(b"\n", 0, error.start) + 1))
+    return plain_lines(text)
+
+
+def marked_encoding(data):
+    """The encoding that a byte-order mark at the start of the bytes tells of, or None."""
+    return next((encoding for mark, encoding in MARKS if data.startswith(mark)), None)
+
+
+def plain_lines(text):
+    """The text with \\n for the line ends of Windows and of old Macs."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def not_in_encoding(name, encoding, byte, position, line):
+    wanted = "UTF-8" if encoding.startswith("utf-8") else encoding
+    return (f"line {line:,} of {name} is not {wanted}: byte {byte:#04x} at position {position:,}")
 
 
 def sha256(path):

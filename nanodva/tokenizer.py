@@ -2,8 +2,11 @@
 Text <-> token ids: single characters, GPT-2's byte-pair tokens, or the first N of those.
 
 A tokenizer is described by a small dict, its spec, which meta.json and every checkpoint carry:
-{"kind": "char", "alphabet": "..."}, {"kind": "gpt2"} or {"kind": "gpt2:4096"}.
+{"kind": "char", "alphabet": "..."}, {"kind": "gpt2:4096", "tokens": "IQ== Ig== ..."} or
+{"kind": "gpt2"}. Only the last needs GPT-2's files, which tiktoken fetches once; so does a
+gpt2:N without tokens, as version 2 wrote it.
 """
+import base64
 import re
 import sys
 
@@ -12,12 +15,15 @@ import numpy as np
 from nanodva.errors import fail
 
 END_OF_TEXT = "<|endoftext|>"
+# How GPT-2 cuts a text into words, between which no token reaches. Written as tiktoken does: it
+# gives the pieces of the published pattern and is faster.
+WORDS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
 
 
 class Tokenizer:
     """
-    .spec is the dict it was made from, .vocab_size the number of ids, and .end_of_text the id that
-    stands behind each document (None for characters).
+    .spec is the dict that describes it in full, .vocab_size the number of ids, and .end_of_text
+    the id that follows each document (None for characters).
 
     Raises UserError for an unknown kind, or where tiktoken cannot fetch GPT-2's files.
     """
@@ -34,8 +40,20 @@ class Tokenizer:
             self.id_of[alphabet] = np.arange(self.vocab_size)
         else:
             self.vocab_size = bpe_size(kind)
-            self.bpe = first_gpt2_tokens(self.vocab_size)
             self.end_of_text = self.vocab_size - 1
+            if "tokens" in spec:
+                tokens = [base64.b64decode(token) for token in spec["tokens"].split()]
+            else:
+                tokens = gpt2_tokens()[:self.end_of_text]
+            if kind != "gpt2":
+                text = " ".join(base64.b64encode(token).decode() for token in tokens)
+                self.spec = {"kind": kind, "tokens": text}
+            import tiktoken
+            # GPT-2 merges two tokens only to one of a higher rank, so any number of its first
+            # tokens is a tokenizer without training.
+            ranks = {token: rank for rank, token in enumerate(tokens)}
+            self.bpe = tiktoken.Encoding(kind, pat_str=WORDS, mergeable_ranks=ranks,
+                                         special_tokens={END_OF_TEXT: self.end_of_text})
 
     def encode(self, text):
         """The ids of text as a list. Raises ValueError for a character not in the alphabet."""
@@ -52,7 +70,9 @@ class Tokenizer:
         unseen = np.flatnonzero(ids == self.vocab_size)
         if len(unseen) > 0:
             alphabet = self.spec["alphabet"]
-            raise ValueError(f"character {text[unseen[0]]!r} is not in the alphabet {alphabet!r}")
+            shown = repr(alphabet) if len(alphabet) <= 200 else \
+                f"{alphabet[:40]!r}... of {len(alphabet):,} characters"
+            raise ValueError(f"character {text[unseen[0]]!r} is not in the alphabet {shown}")
         return ids
 
     def decode(self, ids):
@@ -67,27 +87,29 @@ def bpe_size(kind):
     number = re.fullmatch(r"gpt2:([1-9][0-9]{2,4})", str(kind))
     size = 50257 if kind == "gpt2" else int(number[1]) if number else 0
     if not 257 <= size <= 50257:
-        fail(f"tokenizer={kind!r}: there are char, gpt2, and gpt2:N with N from 257 to 50257")
+        fail(f"tokenizer={kind!r}: choose from char, gpt2, and gpt2:N with N from 257 to 50257")
     return size
 
 
-def first_gpt2_tokens(size):
-    """
-    A tiktoken Encoding of GPT-2's first size - 1 tokens and <|endoftext|>. GPT-2 merges two tokens
-    only to one of a higher rank, so any number of its first tokens is a tokenizer without training.
-    """
+def same_tokenizer(a, b):
+    """Whether two specs give a text the same ids. Version 2 wrote gpt2:N without its tokens."""
+    if "tokens" in a and "tokens" in b:
+        return a == b
+    return a | {"tokens": ""} == b | {"tokens": ""}
+
+
+def gpt2_tokens():
+    """GPT-2's tokens as bytes, the one of the lowest rank first. UserError without a network."""
     import tiktoken
     try:
-        gpt2 = tiktoken.get_encoding("gpt2")
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     # The network, a proxy or the disk may raise anything here.
     except Exception as error:
         fail("cannot fetch GPT-2's encoder.json and vocab.bpe through tiktoken "
              f"({type(error).__name__}: {str(error)[:100]}): set TIKTOKEN_CACHE_DIR to a folder "
              "that tiktoken filled where there is a network, or use characters: "
              "python prepare_data.py plays_char")
-    ranks = {token: rank for token, rank in gpt2._mergeable_ranks.items() if rank < size - 1}
-    return tiktoken.Encoding(f"gpt2:{size}", pat_str=gpt2._pat_str, mergeable_ranks=ranks,
-                             special_tokens={END_OF_TEXT: size - 1})
+    return sorted(ranks, key=ranks.get)
 
 
 def code_points(text):

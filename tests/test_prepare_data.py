@@ -56,7 +56,8 @@ def test_tiny_shakespeare_in_gpt2s_tokens(tmp_path, bpe):
 def test_the_first_of_gpt2s_tokens(tmp_path, speeches):
     folder = prepare(tmp_path, "mine", f"--input={PLAY}", "--tokenizer=gpt2:4096")
     meta = read_meta(folder, deep=True)
-    assert meta["tokenizer"] == {"kind": "gpt2:4096"} and meta["vocab_size"] == 4096
+    assert meta["tokenizer"] == Tokenizer({"kind": "gpt2:4096"}).spec
+    assert meta["vocab_size"] == 4096
     assert meta["tokens"] == {"train": 70_527, "val": 7_942}
     folder = prepare(tmp_path, "speeches", f"--input={speeches[0] / 'jsonl'}",
                      "--tokenizer=gpt2:1024")
@@ -284,7 +285,7 @@ def test_wrong_settings_are_one_line(tmp_path):
     assert "name='my set': use letters, digits, '-', '_' and '.' only" in error_of("my set", text)
     assert "name='../x': use letters" in error_of("../x", text)
     assert "N from 257 to 50257" in error_of("x", text, "--tokenizer=gpt2:100")
-    assert "there are char, gpt2, and gpt2:N" in error_of("x", text, "--tokenizer=words")
+    assert "choose from char, gpt2, and gpt2:N" in error_of("x", text, "--tokenizer=words")
     assert "val_fraction=1.5: it must lie between" in error_of("x", text, "--val_fraction=1.5")
     assert "num_proc=-1" in error_of("x", text, "--num_proc=-1")
     assert "max_tokens=-1" in error_of("x", text, "--max_tokens=-1")

@@ -1,4 +1,5 @@
 """Sampling: prompts of every kind, good and bad, and texts that follow from their seed."""
+import codecs
 import io
 import sys
 from dataclasses import asdict
@@ -106,8 +107,28 @@ def test_a_prompt_in_a_file_and_on_standard_input(texts, tmp_path, monkeypatch):
 
 def test_backslash_n_in_a_prompt_is_a_new_line():
     """nanoGPT's default prompt is a new line, and a shell cannot easily write one."""
-    assert sample.read_prompt(r"a\nb") == "a\nb"
-    assert sample.read_prompt("a\nb") == "a\nb"
+    letters = Tokenizer({"kind": "char", "alphabet": "\nab"})
+    assert sample.read_prompt(r"a\nb", letters) == "a\nb"
+    assert sample.read_prompt("a\nb", letters) == "a\nb"
+
+
+@pytest.mark.parametrize("alphabet, begin", [("\n ab", "\n"), (" abc", " "), ("ACGT", "A")])
+def test_the_default_prompt_is_a_token_that_exists(alphabet, begin):
+    """text8 has no new line; DNA has no space either."""
+    tokenizer = Tokenizer({"kind": "char", "alphabet": alphabet})
+    prompt = sample.read_prompt(sample.SampleConfig.start, tokenizer)
+    assert prompt == begin
+    assert sample.encode_prompt(prompt, tokenizer) == [alphabet.index(begin)]
+
+
+@pytest.mark.parametrize("data", [b"\xef\xbb\xbfab\r\nc\rd", "ab\r\nc\rd".encode("utf-16"),
+                                  codecs.BOM_UTF16_BE + "ab\r\nc\rd".encode("utf-16-be")])
+def test_a_prompt_is_read_by_the_rules_for_a_text(data, tmp_path, monkeypatch):
+    tokenizer = Tokenizer({"kind": "char", "alphabet": "\nabcd"})
+    (tmp_path / "prompt.txt").write_bytes(data)
+    assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}", tokenizer) == "ab\nc\nd"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+    assert sample.read_prompt("-", tokenizer) == "ab\nc\nd"
 
 
 @pytest.mark.parametrize("length", [16, 17, 1000])
@@ -169,7 +190,7 @@ def test_an_empty_prompt_is_refused(texts, tmp_path):
 
 def test_a_prompt_that_cannot_be_read_is_named(texts, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
-    with refused("prompt.txt is not UTF-8: byte 0xff at 2"):
+    with refused("line 1 of", "prompt.txt is not UTF-8: byte 0xff at position 2"):
         texts(start=f"FILE:{tmp_path / 'prompt.txt'}")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="ascii"))
     with refused("the prompt standard input is not UTF-8"):

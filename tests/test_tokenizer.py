@@ -1,13 +1,17 @@
 """tokenizer.py against tiktoken's GPT-2, and against byte-pair encoding spelled out in Python."""
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+import regex
 from conftest import PLAY, ROOT
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from nanodva.errors import UserError
-from nanodva.tokenizer import Tokenizer, bpe_size
+from nanodva.tokenizer import WORDS, Tokenizer, bpe_size, same_tokenizer
 
 TEXTS = ["", "To be, or not to be:\n\n\tthat's the  question", "wörd 漢字 \u00a0 x ' 12\x1c\n",
          "\U0001f642\U0001f642", "a <|endoftext|> b <|endoftext|", "<|endoftext|>", " " * 100]
@@ -83,6 +87,10 @@ def test_characters():
     assert tokenizer.decode([2, 3]) == "é🙂".encode()
     with pytest.raises(ValueError, match="character 'z' is not in the alphabet 'abé🙂'"):
         tokenizer.encode("azy")
+    chinese = "".join(map(chr, range(0x4E00, 0x9E00)))
+    with pytest.raises(ValueError, match="character 'z' is not in.* 20,480 characters") as error:
+        Tokenizer({"kind": "char", "alphabet": chinese}).encode("z")
+    assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize("kind", ["gpt2:256", "gpt2:50258", "gpt2:", "gpt2:x", "gpt2:4e3",
@@ -96,15 +104,51 @@ def test_sizes_of_the_kinds():
     assert [bpe_size(kind) for kind in ("gpt2", "gpt2:257", "gpt2:50257")] == [50257, 257, 50257]
 
 
-def test_without_a_network_the_error_says_what_to_do(tmp_path):
-    # A new process, because tiktoken keeps what it loaded; no server listens at the proxy's port.
+@pytest.fixture
+def without_a_network(tmp_path):
+    """
+    without_a_network(code): the result of a new Python process, because tiktoken keeps what it has
+    loaded. Its cache is empty, and no server listens at the proxy's port.
+    """
     environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path),
                                 "HTTPS_PROXY": "http://127.0.0.1:9"}
-    code = """if True:
+    return lambda code: subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
+                                       capture_output=True, text=True)
+
+
+def test_the_first_tokens_travel_with_the_spec(without_a_network):
+    tokenizer = Tokenizer({"kind": "gpt2:1024"})
+    # As meta.json holds it
+    spec = json.loads(json.dumps(tokenizer.spec))
+    result = without_a_network(f"""if True:
+        from nanodva.tokenizer import Tokenizer
+        print([Tokenizer({spec!r}).encode(text) for text in {TEXTS!r}])""")
+    assert result.stdout == f"{[tokenizer.encode(text) for text in TEXTS]}\n"
+    assert Tokenizer(spec).spec == spec and len(spec["tokens"]) < 8 * 1024
+
+
+def test_specs_are_compared_by_the_ids_that_they_give():
+    full, other = Tokenizer({"kind": "gpt2:300"}).spec, Tokenizer({"kind": "gpt2:301"}).spec
+    # Version 2 wrote the kind alone
+    assert same_tokenizer(full, {"kind": "gpt2:300"}) and same_tokenizer({"kind": "gpt2:300"}, full)
+    foreign = full | {"tokens": " ".join(reversed(full["tokens"].split()))}
+    letters = {"kind": "char", "alphabet": "ab"}
+    for spec in (other, {"kind": "gpt2:301"}, {"kind": "gpt2"}, foreign, letters):
+        assert not same_tokenizer(full, spec) and same_tokenizer(spec, spec)
+    assert not same_tokenizer(letters, {"kind": "char", "alphabet": "ba"})
+
+
+@given(st.text())
+@example("I'll they've it's \u1680\u2003 \n\n x\r\n'S 'T  \t")
+def test_words_are_those_of_the_published_pattern(text):
+    published = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    assert regex.findall(WORDS, text) == regex.findall(published, text)
+
+
+def test_without_a_network_the_error_says_what_to_do(without_a_network):
+    result = without_a_network("""if True:
         from nanodva import errors, tokenizer
-        errors.run_script(lambda: tokenizer.Tokenizer({"kind": "gpt2"}))"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
-                            capture_output=True, text=True)
+        errors.run_script(lambda: tokenizer.Tokenizer({"kind": "gpt2"}))""")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "TIKTOKEN_CACHE_DIR" in result.stderr
     assert "python prepare_data.py plays_char" in result.stderr

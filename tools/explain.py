@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from model import ModelConfig, rotate, stream
 from nanodva.errors import fail, replacing, run_script
 from nanodva.settings import check, load_settings
+from nanodva.tokenizer import same_tokenizer
 from nanodva.weights import build_model, read_weights
 from sample import encode_prompt, find_tokenizer, read_prompt
 
@@ -473,10 +474,10 @@ def main(argv=None):
     other = None
     if cfg.against:
         other, other_tokenizer = load(cfg.against, cfg)
-        if other_tokenizer.spec != tokenizer.spec:
+        if not same_tokenizer(other_tokenizer.spec, tokenizer.spec):
             fail(f"against={cfg.against}: its tokens are not those of {cfg.out_dir}, so the two "
                  f"cannot be compared on one text")
-    ids = encode_prompt(read_prompt(cfg.start), tokenizer)
+    ids = encode_prompt(read_prompt(cfg.start, tokenizer), tokenizer)
     from_file = cfg.start == "-" or cfg.start.startswith("FILE:")
     added = cfg.max_new_tokens
     if added == -1:
