@@ -2,7 +2,7 @@
 Kill a small run at random moments, resume it each time, and compare how it ends, bit for bit, with
 a run that nobody disturbed.
 
-    python tests/kill_many.py --kills=200
+    python tests/kill_many.py 200
 
 The runs are forked from this process, which has torch loaded, so that one starts in milliseconds.
 """
@@ -14,27 +14,22 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+
+# The first optimizer imports it, which takes a second: once here, not once in each run
+import torch._dynamo
 from conftest import TINY, command_line, runs_differ
 
 import prepare_data
 import train
 from nanodva.checkpoints import load_checkpoint
-from nanodva.settings import load_settings
 
 SETTINGS = TINY | dict(block="dva", bank_layers=1, n_embd=48, optimizer="muon", eval_interval=2,
                        eval_iters=1, max_iters=16, lr_decay_iters=16)
-
-
-@dataclass
-class KillConfig:
-    kills: int = 20           # how many, at least; every third of them during a save
-    seed: int = 0             # of the moments
 
 
 def start(out_dir, data_dir):
@@ -83,9 +78,12 @@ def train_until_killed(out_dir, data_dir, delay, during_save=False):
     return status == 0
 
 
-def kill_many(folder, cfg):
-    """(kills, those during a save, runs). Every checkpoint loads, and every run ends the same."""
-    choose = random.Random(cfg.seed)
+def kill_many(folder, wanted):
+    """
+    Kill `wanted` times or more, every third time during a save -> (kills, those during a save,
+    runs). Every checkpoint loads, and every run ends the same.
+    """
+    choose = random.Random(0)
     (folder / "text.txt").write_text(" ".join(choose.choices(["to", "be", "or", "not"], k=2000)))
     prepare_data.main(["tiny_char", f"--input={folder / 'text.txt'}", f"--data_dir={folder}"])
     began = time.time()
@@ -93,7 +91,7 @@ def kill_many(folder, cfg):
     assert status == 0, (folder / "log.txt").read_text()[-2000:]
     whole_run = time.time() - began
     kills = during_saves = runs = 0
-    while kills < cfg.kills or during_saves == 0:
+    while kills < wanted or during_saves == 0:
         out_dir, patience = folder / "killed", 0.6 * whole_run
         shutil.rmtree(out_dir, ignore_errors=True)
         while True:
@@ -115,6 +113,6 @@ def kill_many(folder, cfg):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        kills, saves, runs = kill_many(Path(folder), load_settings(KillConfig))
+        kills, saves, runs = kill_many(Path(folder), int(sys.argv[1]))
     print(f"{kills} kills, {saves} of them during a save, all survived; {runs} runs ended "
           f"bit-identical to the undisturbed one")

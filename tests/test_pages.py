@@ -2,9 +2,11 @@
 import ast
 import re
 import shlex
-from pathlib import Path
+import shutil
+import subprocess
 
 import pytest
+from conftest import ROOT
 
 import prepare_data
 import sample
@@ -12,7 +14,6 @@ import train
 from nanodva.settings import read_settings
 from tools import bench, convert, explain, race, report
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text() for page in PAGES}
 SETTINGS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig,
@@ -43,9 +44,8 @@ def links():
             for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text)]
 
 
-@pytest.mark.parametrize("page, command", commands())
-def test_each_command_exists_and_parses(page, command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def parse(command):
+    """Raise where the command's script, its settings or its target of make do not exist."""
     words = shlex.split(command.replace("< prompt.txt", ""))
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -53,22 +53,28 @@ def test_each_command_exists_and_parses(page, command, monkeypatch):
     if words[0] == "torchrun":
         # What stands before the script is torchrun's own
         words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")):]]
-    if words[1] == "-m":
-        words = ["python", *words[2:]]
-    script, arguments = words[1], words[2:]
+    script, *arguments = words[2:] if words[1] == "-m" else words[1:]
     if script == "venv":
         assert arguments == [".venv"]                                  # as in the Makefile
-        return
-    if script == "pytest":
-        assert all((ROOT / path).exists() for path in arguments)
-        return
-    if script.startswith("data/"):
+    elif script == "pytest":
+        assert all((ROOT / path).exists() for path in arguments if not path.startswith("-"))
+    elif script.startswith("data/"):
         assert (ROOT / script).exists()
-        return
-    if script in ("prepare_data.py", "tools.convert"):
-        first = "name" if script == "prepare_data.py" else "source"
-        arguments = [f"--{first}={arguments[0]}", *arguments[1:]]
-    read_settings(SETTINGS[script], [word for word in arguments if word != "--help"])
+    else:
+        if script in ("prepare_data.py", "tools.convert"):
+            first = "name" if script == "prepare_data.py" else "source"
+            arguments = [f"--{first}={arguments[0]}", *arguments[1:]]
+        read_settings(SETTINGS[script], [word for word in arguments if word != "--help"])
+
+
+def test_each_command_exists_and_parses(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for page, command in commands():
+        try:
+            parse(command)
+        except Exception as error:
+            error.add_note(f"{page}: {command}")
+            raise
 
 
 def test_there_are_commands_on_the_front_page():
@@ -76,10 +82,10 @@ def test_there_are_commands_on_the_front_page():
     assert {"make demo", "make test"} <= shown and len(shown) > 12
 
 
-@pytest.mark.parametrize("page, target", links())
-def test_each_link_and_picture_is_there(page, target):
-    folder = ROOT if page == "README.md" else ROOT / "docs"
-    assert (folder / target).exists()
+def test_each_link_and_picture_is_there():
+    missing = [(page, target) for page, target in links()
+               if not (ROOT / ("." if page == "README.md" else "docs") / target).exists()]
+    assert missing == []
 
 
 def test_the_front_page_is_short():
@@ -100,3 +106,22 @@ def test_python_on_the_pages_is_python():
         for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             # Lines of a method stand on the page without the method around them
             ast.parse("def method():\n" + re.sub("^", "    ", code, flags=re.MULTILINE))
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_clean_removes_what_make_made_and_distclean_asks_for_more(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    made = [".venv/installed", "out-demo/last.pt", "data/plays_char/val.bin", "tools/__pycache__/x"]
+    written = ["out/last.pt", "out-my run/last.pt", "data/mine/train.bin"]
+    # Of "out-my run" the second word is no name of its own
+    others = ["Makefile", "data/mine/mine.txt", "run"]
+    for name in [*made, *written, *others[1:]]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for target, answer, left in [("clean", "", [*written, *others]),
+                                 ("distclean", "", [*written, *others]),
+                                 ("distclean", "yes", others)]:
+        subprocess.run(["make", target], cwd=tmp_path, input=answer, text=True, check=True,
+                       capture_output=True)
+        found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+        assert found == set(left)

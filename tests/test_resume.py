@@ -6,11 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import (
-    KINDS,
+    ROOT,
     TINY,
     comparable,
     contents,
@@ -24,17 +23,16 @@ import prepare_data
 import train
 from nanodva.checkpoints import load_checkpoint
 
-TESTS = Path(__file__).parent
-
-
 # ---- as if nothing had happened ------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("block, banks", KINDS)
+# Each block, bank, optimizer and dtype, and not all their products
+@pytest.mark.parametrize("block, banks, optimizer, dtype", [
+    ("gpt2", 0, "adamw", "float32"), ("gpt2", 1, "muon", "bfloat16"),
+    ("dva", 0, "muon", "float32"), ("dva", 1, "adamw", "bfloat16"), ("dva", 1, "muon", "float16"),
+    ("mean", 0, "adamw", "bfloat16")])
 def test_resume_is_exact(run, tmp_path, at_step, block, banks, optimizer, dtype):
     """
-    Stopped in step 4, behind which an evaluation is due, in step 7, behind which none is, and
+    Stopped in step 4, after which an evaluation is due, in step 7, after which none is, and
     during the evaluation of step 10. Dropout and accumulation are on.
     """
     changes = dict(block=block, bank_layers=banks, optimizer=optimizer, dtype=dtype)
@@ -48,14 +46,6 @@ def test_resume_is_exact(run, tmp_path, at_step, block, banks, optimizer, dtype)
         status, out = run("parts", init_from="resume")
         assert status == 143 and f"stopped at step {step}" in out
     assert run("parts", init_from="resume")[0] == 0
-    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
-
-
-def test_resume_of_float16_keeps_the_scale(run, tmp_path):
-    changes = dict(dtype="float16", block="dva", bank_layers=1, optimizer="muon")
-    run("straight", **changes)
-    run("parts", max_iters=7, **changes)
-    run("parts", init_from="resume", max_iters=12)
     assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
 
 
@@ -96,19 +86,20 @@ def test_a_stop_does_not_lose_the_best_model_at_its_step(run, tmp_path, at_step,
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kill_many.py forks")
-def test_kills_change_nothing():
+@pytest.mark.parametrize("wanted", [4, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_change_nothing(wanted):
     """In a process of its own, since it forks."""
-    command = [sys.executable, TESTS / "kill_many.py", "--kills=6"]
+    command = [sys.executable, ROOT / "tests" / "kill_many.py", str(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     kills, saves, runs = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
-    assert kills >= 6 and saves >= 1 and runs >= 1
+    assert kills >= wanted and saves >= 1 and runs >= 1
 
 
 def test_a_real_process_stops_and_resumes(arguments, run, tmp_path):
     """python train.py, stopped from outside by a SIGTERM."""
     argv = arguments(max_iters=100_000, lr_decay_iters=60)
-    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=TESTS.parent,
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 7: loss"):
