@@ -1,13 +1,12 @@
 """
-A GPT with three kinds of layers to choose from, in the order of the lesson:
+A GPT with two kinds of blocks and an optional table of values, in the order of the lesson:
 
-  GPT-2  multi-head attention, then an MLP                      Radford et al. 2019
-  DVA    one head, no MLP, a value of its own for every pair    arXiv 2512.22212
-  BoV    values looked up by token id, under either of them     arXiv 2606.02780
+  GPT-2  multi-head attention, then an MLP                         Radford et al. 2019
+  DVA    one head, no MLP, a value of its own for every pair       arXiv 2512.22212
+  BoV    a Bank of Values, looked up by token id, in either block  arXiv 2606.02780
 
 To add a block, write a class like DVABlock and name it in BLOCKS. The command line, checkpoints,
-sampling, the race and the tests then know it. The cache that a block may be called with is the one
-in generate.py.
+sampling, the race and the tests then know it.
 
 Letters in shapes: B batch, T positions of this call, S all positions so far (S = T unless a cache
 holds earlier ones), C n_embd, H heads, D and M the widths of keys and values, V vocab_size.
@@ -35,7 +34,7 @@ class ModelConfig:
     dropout: float = 0.0         # 0 for pre-training, 0.1 and more for small data sets
     bias: bool = False           # biases in Linear and LayerNorm, as GPT-2 has them
     gelu: str = "exact"          # exact (nanoGPT's) or tanh (OpenAI's GPT-2)
-    rotary: bool | str = "auto"  # True: beside learned positions; only; auto: True but for gpt2
+    rotary: bool | str = "auto"  # True, False, only (no learned positions), auto: False for gpt2
     qk_dim: int = 64             # dva: width D of query and key
     value_dim: int = 0           # dva: width M of value and gate; 0: n_embd
     value_norm: bool = True      # dva: RMSNorm on the mixed value
@@ -51,8 +50,8 @@ class ModelConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}: it must be at least {lowest}")
         for name, options in choices.items():
             if getattr(self, name) not in options:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: there are "
-                                 f"{', '.join(map(str, options))}")
+                raise ConfigError(f"{name}={getattr(self, name)!r}: choose from "
+                                  f"{', '.join(map(str, options))}")
         if self.dropout >= 1:
             raise ConfigError(f"dropout={self.dropout}: it must be below 1")
         if self.bank_layers > self.n_layer:
@@ -65,63 +64,65 @@ class ModelConfig:
 
 # ---- what both kinds of attention share --------------------------------------------------------
 
-def rotary_angles(positions, width):
-    """Cosines and sines (2, positions, width) of the angles by which `rotate` turns channels."""
-    half = width // 2
-    speed = 10000.0 ** (-torch.arange(half) / half)                    # radians per position
-    angle = torch.arange(positions)[:, None] * speed                   # (positions, width / 2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
-
-
-def rotate(x, angles):
+class Rotary(nn.Module):
     """
-    Rotary positions (arXiv 2104.09864): each pair of channels (c, c + D/2) of x (B, H, T, D) is
-    turned by its position's angle, angles (2, T, D), each pair at a speed of its own. The product
-    of a turned query and a turned key then depends on how far apart they are, not on where.
+    Rotary positions (arXiv 2104.09864): each pair of channels (c, c + D/2) of a query or key is
+    turned by an angle that grows with its position, each pair at a speed of its own. The product of
+    a turned query and a turned key then depends on their distance, and not on where they stand.
     """
-    cos, sin = angles.to(x.dtype)
-    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+
+    def __init__(self, block_size, width):
+        super().__init__()
+        half = width // 2
+        speed = 10000.0 ** (-torch.arange(half) / half)                # radians per position
+        angle = torch.arange(block_size)[:, None] * speed              # (block_size, D / 2)
+        cos, sin = angle.cos(), angle.sin()
+        table = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+        self.register_buffer("table", table, persistent=False)         # (2, block_size, D)
+
+    def forward(self, x, first):
+        """x (B, H, T, D), at the positions from `first` on, turned"""
+        cos, sin = self.table[:, first:first + x.size(-2)].to(x.dtype)
+        return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
     """
-    What both kinds of attention share: heads, rotary positions, the cache, a bank in the place of
-    projected values, one causal softmax, and the projection back into the residual stream.
+    What both kinds of attention share: heads, rotary positions, the KV cache, an optional Bank of
+    Values, one causal softmax, and the projection back into the residual stream.
 
-    qk_width and value_width count the channels of all heads together. Raises ValueError where
-    they do not divide into heads, or a head's queries not into the pairs that are turned.
+    qk_width and value_width count the channels of all heads together. Raises ConfigError where
+    they do not divide into heads, or where a head's queries do not divide into pairs of channels.
     """
 
     def __init__(self, config, banked, n_head, qk_width, value_width):
         super().__init__()
         D = qk_width // n_head
         if qk_width % n_head or value_width % n_head:
-            raise ConfigError(f"n_embd={config.n_embd} does not divide into n_head={n_head} heads")
+            raise ConfigError(f"n_embd={config.n_embd} does not divide into n_head={n_head} heads: "
+                              f"choose an n_head that divides it")
         if config.rotary and D % 2:
             raise ConfigError(f"rotary positions turn channels in pairs, and a query has {D} of "
-                             f"them: make that even, or leave them out with --rotary=False")
+                              f"them: make that even, or leave them out with --rotary=False")
         self.n_head, self.dropout = n_head, config.dropout
         self.multiplications_per_pair = qk_width + value_width
-        angles = rotary_angles(config.block_size, D) if config.rotary else None
-        self.register_buffer("angles", angles, persistent=False)
+        self.rotary = Rotary(config.block_size, D) if config.rotary else None
         self.bank = BankOfValues(config.vocab_size, value_width) if banked else None
         self.c_proj = nn.Linear(value_width, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def mix(self, q, k, v, idx, cache):
         """
-        For each query the sum of the values, weighted by a softmax over the keys up to its place:
-        q, k (B, T, H D), v (B, T, M) -> (B, T, M). Where the layer has a bank, v is None, and the
-        bank looks up the values of all token ids so far, idx (B, S).
+        For each query the sum of the values, weighted by a softmax over all keys up to its own
+        position: q, k (B, T, H D), v (B, T, M) -> (B, T, M). Where the layer has a bank, v is None
+        and the bank looks up the values of all token ids so far, idx (B, S).
         """
         if self.bank is not None:
             v = self.bank(idx)                                         # (B, S, M)
         q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in (q, k, v))
-        if self.angles is not None:
+        if self.rotary is not None:
             first = 0 if cache is None else cache.length
-            angles = self.angles[:, first:first + q.size(2)]
-            q, k = rotate(q, angles), rotate(k, angles)                # (B, H, T, D)
+            q, k = self.rotary(q, first), self.rotary(k, first)        # (B, H, T, D)
         if cache is not None:
             k = cache.append(cache.keys, self, k)                      # (B, H, S, D)
         if cache is not None and self.bank is None:
@@ -191,8 +192,8 @@ class DynamicValueAttention(Attention):
 
     All v_ij together would be a (T, T, M) tensor. It is never built: g_i does not depend on j, so
     it comes out of the sum, sum_j s_ij v_ij = g_i * sum_j s_ij u_j, and what is left is one
-    ordinary attention. The norm (on by default) divides that sum by its size, one number for each
-    query, so that the pairs keep values of their own: v_ij = (w * g_i / rms_i) * u_j.
+    ordinary attention. The norm (on by default) divides that sum by its size, which is one number
+    for each query. So each pair keeps a value of its own: v_ij = (w * g_i / rms_i) * u_j.
     """
 
     def __init__(self, config, banked):
@@ -204,7 +205,7 @@ class DynamicValueAttention(Attention):
         self.c_gate = nn.Linear(C, M, bias=config.bias)
         self.norm = RMSNorm(M) if config.value_norm else nn.Identity()
         if banked and config.value_norm:
-            # The norm divides the table's scale out again, so there is nothing to learn in it
+            # The norm divides by the table's scale, so its gradient would be rounding noise
             self.bank.gamma.requires_grad_(False)
 
     def forward(self, x, idx, cache=None):
@@ -277,9 +278,13 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(C, V, bias=False)
         # One table embeds the tokens and scores the next one (arXiv 1608.05859)
         self.transformer.wte.weight = self.lm_head.weight
+        # All layers turn their queries and keys by one and the same table
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        for attention in attentions:
+            attention.rotary = attentions[0].rotary
         if len(self.banks()) != config.bank_layers:
             raise ConfigError(f"bank_layers={config.bank_layers}: a block of the kind "
-                             f"{config.block!r} cannot hold a bank; leave bank_layers out")
+                              f"{config.block!r} cannot hold a bank; leave bank_layers out")
         self.init_weights()
 
     @torch.no_grad()
@@ -306,31 +311,32 @@ class GPT(nn.Module):
 
     def positions(self, first, end):
         """
-        What the tokens at positions first ... end - 1 have added to them for their place, (T, C):
-        GPT-2's learned positions, or zeros where rotary ones stand alone.
+        What is added to the tokens at positions first ... end - 1, (T, C): GPT-2's learned
+        positions, or zeros with rotary="only".
         """
         if self.transformer.wpe is None:
             return self.transformer.wte.weight.new_zeros(end - first, self.config.n_embd)
         return self.transformer.wpe.weight[first:end]
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, return_logits=True):
         """
         Token ids idx (B, T) and, if given, the token after each, targets (B, T), with -1 for
         those that do not count.
 
         Returns (logits (B, T, V), mean cross-entropy in nats), or without targets (logits of the
-        last position (B, 1, V), None). With a Cache, idx continues what the cache holds and is
-        added to it. Raises ValueError for more than block_size positions.
+        last position (B, 1, V), None). With return_logits=False the logits are None: the loss
+        alone needs far less memory. With a Cache, idx continues what the cache holds and is added
+        to it. Raises ConfigError for more than block_size positions.
         """
         first = 0 if cache is None else cache.length
         end = first + idx.size(1)
         if end > self.config.block_size:
             raise ConfigError(f"{end} positions do not fit into "
-                             f"block_size={self.config.block_size}")
+                              f"block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.positions(first, end)
         x = self.transformer.drop(x)                                   # (B, T, C)
         if cache is not None:
-            cache.ids = idx = idx if first == 0 else torch.cat((cache.ids, idx), dim=1)   # (B, S)
+            idx = cache.append_ids(idx)                                # (B, S)
         for block in self.transformer.h:
             x = block(x, idx, cache)
         x = self.transformer.ln_f(x)
@@ -338,8 +344,10 @@ class GPT(nn.Module):
             cache.length = end
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
+        if not return_logits:
+            return None, head_loss(x, self.lm_head.weight, targets)
         logits = self.lm_head(x)                                       # (B, T, V)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, mean_loss(logits, targets)
 
     def num_params(self):
         """Numbers in the model. The token table counts once."""
@@ -355,23 +363,28 @@ class GPT(nn.Module):
         return 3 * 2 * (products + pairs * self.config.block_size)
 
 
-# ---- the cache and generation --------------------------------------------------------------------
+# ---- the KV cache and generation ---------------------------------------------------------------
 
 class Cache:
     """
-    What the model remembers while it decodes, so that a new token costs one position and not the
-    whole text. A layer with a bank keeps no values: it looks them up by the ids.
+    The KV cache: keys and values of the positions so far, so that a new token costs one position
+    and not the whole text. A layer with a bank keeps no values: it looks them up by token id.
     """
 
     def __init__(self, size):
         self.size = size            # positions that there is room for
         self.length = 0             # positions before this call
-        self.ids = None             # their token ids and this call's (B, S)
+        self.ids = None             # all token ids so far, those of this call included (B, S)
         self.keys = {}              # attention layer: (B, H, size, D)
         self.values = {}            # attention layer: (B, H, size, M / H)
 
+    def append_ids(self, new):
+        """Add the token ids of this call, new (B, T); return all ids so far, (B, S)."""
+        self.ids = new if self.ids is None else torch.cat((self.ids, new), dim=1)
+        return self.ids
+
     def append(self, store, layer, new):
-        """Put new (B, H, T, N) behind the past in store[layer]; return both, (B, H, S, N)."""
+        """Put new (B, H, T, N) after the past in store[layer]; return both, (B, H, S, N)."""
         if layer not in store:
             B, H, _, N = new.shape
             store[layer] = new.new_empty(B, H, self.size, N)
@@ -379,36 +392,49 @@ class Cache:
         store[layer][:, :, self.length:end] = new
         return store[layer][:, :, :end]
 
+    def repeat(self, times):
+        """Make `times` copies of each row, one after another."""
+        self.ids = self.ids.repeat_interleave(times, dim=0)
+        for store in (self.keys, self.values):
+            for layer in store:
+                store[layer] = store[layer].repeat_interleave(times, dim=0)
+
 
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=-1,
-           num_tokens=None):
+           num_tokens=None, num_samples=1):
     """
-    Continue each row of idx (B, T), T >= 1, and yield the next ids (B, 1), one after another.
+    Continue each row of idx (B, T), T >= 1, num_samples times, and yield the next ids
+    (B num_samples, 1), one step after another.
 
     temperature, top_k and top_p: see `draw`. Only ids below num_tokens are drawn, since a
-    padded table has rows that are no token. A row that drew stop_token goes on with it; when
-    all rows have, the stream ends. Each row has random numbers of its own, which follow from
-    torch's seed, so that a text does not depend on how many others are made with it.
+    padded table has rows that are no tokens. A row that drew stop_token goes on with it; when
+    all rows have, the stream ends. Each row has a random generator of its own, seeded from
+    torch's, so that a text does not depend on how many others are made with it. Raises
+    FloatingPointError where the model's logits are not finite.
 
     Positions are learned, so a full window cannot slide. Its newer half becomes the prompt of
     the next one: a token sees between block_size / 2 and block_size others.
     """
-    size = model.config.block_size
-    seeds = torch.randint(2**62, (idx.size(0),)).tolist()
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)           # (B, 1)
-    window = new = idx[:, -size:]
-    cache = Cache(min(size, window.size(1) + max_new_tokens))
-    for _ in range(max_new_tokens):
-        if window.size(1) > size:
-            window = new = window[:, -max(1, size // 2):]
+    size, rows = model.config.block_size, idx.size(0) * num_samples
+    generators = [torch.Generator().manual_seed(seed)
+                  for seed in torch.randint(2**62, (rows,)).tolist()]
+    stopped = torch.zeros(rows, 1, dtype=torch.bool, device=idx.device)
+    new = idx[:, -size:]
+    cache = Cache(min(size, new.size(1) + max_new_tokens))
+    for step in range(max_new_tokens):
+        if cache.length + new.size(1) > size:
+            new = torch.cat((cache.ids, new), dim=1)[:, -max(1, size // 2):]
             cache = Cache(size)
         logits, _ = model(new, cache=cache)
-        luck = torch.stack([torch.rand(1, generator=generator) for generator in generators])
-        new = draw(logits[:, -1, :num_tokens], luck.to(idx.device), temperature, top_k, top_p)
+        logits = logits[:, -1, :num_tokens]
+        if step == 0:
+            # The prompt went through the model once for all its samples
+            cache.repeat(num_samples)
+            logits = logits.repeat_interleave(num_samples, dim=0)
+        uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators])
+        new = draw(logits, uniform.to(idx.device), temperature, top_k, top_p)
         new = new.masked_fill(stopped, stop_token)
-        window = torch.cat((window, new), dim=1)
         yield new
         stopped |= new == stop_token
         if stopped.all():
@@ -417,30 +443,36 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop
 
 def generate(model, idx, max_new_tokens, **options):
     """idx (B, T) with up to max_new_tokens more in each row; the options are stream's."""
-    return torch.cat([idx, *stream(model, idx, max_new_tokens, **options)], dim=1)
+    rows = idx.repeat_interleave(options.get("num_samples", 1), dim=0)
+    return torch.cat([rows, *stream(model, idx, max_new_tokens, **options)], dim=1)
 
 
-def draw(logits, luck, temperature=1.0, top_k=0, top_p=1.0):
+def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
-    One token id (B, 1) for each row of logits (B, V), chosen by luck (B, 1), uniform in [0, 1).
+    One token id (B, 1) for each row of logits (B, V), chosen by uniform (B, 1), random numbers in
+    [0, 1). Raises FloatingPointError for logits that are not finite.
 
-    Temperature 0 takes the likeliest token. top_k, if not 0, leaves the k likeliest tokens; top_p
-    below 1 leaves the fewest likeliest that together have that probability (arXiv 1904.09751).
+    Temperature 0 takes the most probable token. top_k, if not 0, keeps the k most probable tokens.
+    top_p below 1 is nucleus sampling (arXiv 1904.09751): it keeps the smallest set of the most
+    probable tokens whose probabilities add up to top_p.
     """
+    if not logits.amax(dim=-1).isfinite().all():
+        raise FloatingPointError("the model's logits are not finite numbers: its weights are "
+                                 "broken, or too large for the dtype")
     if temperature < 1e-5:                                             # a division would overflow
         return logits.argmax(dim=-1, keepdim=True)
-    chances, ids = (logits.float() / temperature).softmax(dim=-1), None
+    probs, ids = (logits.float() / temperature).softmax(dim=-1), None
     if top_k or top_p < 1:
         V = logits.size(-1)
-        chances, ids = chances.topk(min(top_k or V, V))                # (B, k), the likeliest first
+        probs, ids = probs.topk(min(top_k or V, V))                    # (B, k), in falling order
     if top_p < 1:
-        share = chances / chances.sum(dim=-1, keepdim=True)
-        likelier = share.cumsum(dim=-1) - share                        # what those before it have
-        chances = chances.masked_fill(likelier >= top_p, 0)
+        share = probs / probs.sum(dim=-1, keepdim=True)
+        before = share.cumsum(dim=-1) - share                          # of more probable tokens
+        probs = probs.masked_fill(before >= top_p, 0)
     # The token at which the running sum exceeds a random share of the whole. That takes one random
     # number; torch.multinomial draws V of them, which took 4 % to 8 % of a token's time.
-    sums = chances.cumsum(dim=-1)
-    place = torch.searchsorted(sums, luck * sums[:, -1:], right=True)  # (B, 1)
+    sums = probs.cumsum(dim=-1)
+    place = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)           # (B, 1)
     return place if ids is None else ids.gather(-1, place)
 
 
@@ -449,34 +481,95 @@ def draw(logits, luck, temperature=1.0, top_k=0, top_p=1.0):
 def attend(q, k, v, dropout=0.0):
     """
     Causal softmax attention: q (B, H, T, D), k (B, H, S, D), v (B, H, S, M) -> (B, H, T, M).
-    Either S = T, or T = 1 and the query is the newest position, which sees all S.
+    The T queries stand at the newest of the S positions.
 
-    torch has a fast kernel where keys and values are equally wide, on CUDA up to 256 channels;
-    elsewhere its way is several times slower than the explicit softmax. On a CPU the explicit
-    one is faster for windows up to 256, too.
+    torch has a fast kernel where keys and values are equally wide, on CUDA up to 256 channels.
+    Elsewhere its own fallback takes several times as long as the explicit softmax. On a CPU the
+    explicit one is faster for windows up to 256, too.
     """
-    T, D, device = q.size(-2), q.size(-1), q.device.type
+    T, S, D, device = q.size(-2), k.size(-2), q.size(-1), q.device.type
     has_kernel = D == v.size(-1) and (device != "cuda" or D <= 256)
-    if has_kernel and not (device == "cpu" and T <= 256):
+    # torch's causal mask begins at the first key, so queries after a cache need their own
+    if has_kernel and T in (1, S) and not (device == "cpu" and T <= 256):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
     return explicit_attention(q, k, v, dropout, rows=128 if device == "cpu" else T)
 
 
 def explicit_attention(q, k, v, dropout=0.0, rows=128):
     """
-    attend() as the textbook writes it, but for `rows` queries at a time: none of them looks at
-    keys behind the last of them, which saves almost half of the work in a long window.
+    attend() as a textbook writes it, but for `rows` queries at a time: none of them sees the keys
+    after the last of them, which saves almost half of the work in a long window.
     """
-    T, mixed = q.size(-2), []
+    T, S, mixed = q.size(-2), k.size(-2), []
     q = q / math.sqrt(q.size(-1))
     for first in range(0, T, rows):
-        seen = first + rows if T > 1 else k.size(-2)                   # slices end with the tensor
+        seen = S - T + first + rows                                    # slices end with the tensor
         scores = q[..., first:first + rows, :] @ k[..., :seen, :].mT   # (B, H, rows, seen)
         if T > 1:
-            scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(first + 1)
+            future = torch.full_like(scores[0, 0], -math.inf).triu(S - T + first + 1)
+            scores = scores + future
         strengths = F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype)
         mixed.append(strengths @ v[..., :seen, :])
     return torch.cat(mixed, dim=-2)
+
+def mean_loss(logits, targets):
+    """
+    Mean cross-entropy in nats of logits (B, T, V) over the targets (B, T) that are not -1; 0 where
+    all of them are.
+    """
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                            reduction="sum")
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
+def head_loss(x, weight, targets):
+    """
+    mean_loss() of the logits x W^T, x (B, T, C) and W (V, C), without keeping them. Where V is much
+    larger than C, all logits together would be most of a training step's memory.
+    """
+    if weight.size(0) < 8 * weight.size(1):
+        return mean_loss(F.linear(x, weight), targets)
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    total = HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), dtype,
+                           torch.is_grad_enabled())
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
+class HeadLoss(torch.autograd.Function):
+    """
+    The summed cross-entropy of the logits x W^T, from x (N, C), W (V, C) and targets (N), for 512
+    rows at a time. The gradients need the same logits, so they are made with them: that spares the
+    second product of a recomputation. Products are in `dtype`, the loss and sums in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, with_gradients):
+        total = x.new_zeros((), dtype=torch.float32)
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+        narrow = weight.to(dtype)
+        for rows in range(0, len(x), 512):
+            rows = slice(rows, rows + 512)
+            h, counts = x[rows].to(dtype), targets[rows, None] >= 0    # (512, C), (512, 1)
+            target = targets[rows, None].clamp(min=0)
+            logits = (h @ narrow.T).float()                            # (512, V)
+            norm = logits.logsumexp(dim=-1, keepdim=True)
+            total += ((norm - logits.gather(1, target)) * counts).sum()
+            if with_gradients:
+                # Of the loss by the logits: their softmax, less 1 at the target
+                d = logits.sub_(norm).exp_()
+                d.scatter_add_(1, target, torch.full_like(norm, -1.0))
+                d = d.mul_(counts).to(dtype)
+                dx[rows] = d @ narrow
+                dw = dw.addmm_(d.T, h) if dtype == dw.dtype else dw.add_(d.T @ h)
+        ctx.save_for_backward(dx, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        dx, dw = ctx.saved_tensors
+        return dx.mul_(upstream), dw.mul_(upstream), None, None, None
 
 
 class RMSNorm(nn.Module):

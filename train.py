@@ -6,20 +6,16 @@ Train a GPT, on one process or on many.
     python train.py --init_from=resume --out_dir=out-demo         continue a run as it was
     torchrun --standalone --nproc_per_node=8 train.py config/train_dva.py     eight GPUs
 """
-import signal
-
-if __name__ == "__main__":
-    # Until main() runs, Ctrl-C ends the script without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import importlib.util
 import json
 import math
 import os
 import platform
 import shlex
+import signal
 import time
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,44 +26,34 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from model import ModelConfig
-from nanodva import machine
-from nanodva.checkpoints import (
-    FORMAT,
-    check_out_dir,
-    clear_out_dir,
-    open_metrics,
-    restore,
-    resume,
-    save,
-)
+from nanodva import checkpoints, machine
 from nanodva.errors import UserError, fail, run_script
 from nanodva.machine import DTYPES, RANK, WORLD, Stop
 from nanodva.optimizers import build_optimizers, learning_rate, set_learning_rate
-from nanodva.settings import build, change, check, flat, read_settings
+from nanodva.settings import build, change, check, read_settings
 from nanodva.tokenizer import same_tokenizer
 from nanodva.weights import OPENAI, build_model, start_from
 from prepare_data import read_meta
 
 
 @dataclass
-class TrainConfig:
-    model: ModelConfig = field(default_factory=ModelConfig)
+class TrainConfig(ModelConfig):
     out_dir: str = "out"                     # where checkpoints and metrics go
     overwrite: bool = False                  # start anew in an out_dir that holds a run
-    init_from: str = "scratch"               # scratch, resume, gpt2, gpt2-xl ..., or a path
+    init_from: str = "scratch"               # scratch, resume, auto, gpt2, gpt2-xl ..., or a path
     dataset: str = "openwebtext"             # folder in data_dir, made by prepare_data.py
     data_dir: str = "data"                   # where data sets live
     batch_size: int = 12                     # sequences per micro-batch
     gradient_accumulation_steps: int = 40    # micro-batches per step, of all processes together
     max_iters: int = 600000                  # steps in all
     optimizer: str = "adamw"                 # adamw, or muon: Muon on the blocks' matrices
-    learning_rate: float = 6e-4              # at its highest
+    learning_rate: float = 6e-4              # the highest, reached after warm-up
     weight_decay: float = 1e-1               # on matrices and embeddings, never on vectors
     embedding_lr: float = 1.0                # of the embeddings, in learning_rates
-    bank_lr: float = 32.0                    # learning rate of the banks' tables, in learning_rates
+    bank_lr: float = 32.0                    # of the banks' tables, in learning_rates
     beta1: float = 0.9                       # AdamW
     beta2: float = 0.95                      # AdamW
-    grad_clip: float = 1.0                   # largest norm of the gradient; 0: any
+    grad_clip: float = 1.0                   # gradient clipping: its largest norm; 0: no clipping
     decay_lr: bool = True                    # warm-up, then a cosine down to min_lr
     warmup_iters: int = 2000                 # steps of linear warm-up
     lr_decay_iters: int = 600000             # the step at which min_lr is reached
@@ -76,6 +62,7 @@ class TrainConfig:
     eval_iters: int = 200                    # batches per evaluation, evenly over each split
     eval_train: bool = True                  # evaluate on the train split, too
     eval_only: bool = False                  # evaluate once and stop
+    patience: int = 0                        # stop after N evaluations without a better one; 0: no
     log_interval: int = 1                    # steps between lines in metrics.jsonl
     always_save_checkpoint: bool = True      # save after every evaluation, not only the best
     seed: int = 1337                         # weights, batches and dropout follow from it
@@ -88,10 +75,12 @@ class TrainConfig:
     wandb_run_name: str = "gpt2"             # its run
 
     def __post_init__(self):
+        super().__post_init__()
         check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, eval_interval=1,
                                eval_iters=1, log_interval=1, max_iters=0, warmup_iters=0,
                                lr_decay_iters=0, min_lr=0, learning_rate=0, weight_decay=0,
-                               grad_clip=0, embedding_lr=0, bank_lr=0, beta1=0, beta2=0, seed=0),
+                               grad_clip=0, embedding_lr=0, bank_lr=0, beta1=0, beta2=0, seed=0,
+                               patience=0),
               choices=dict(optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
                            dtype=["auto", *DTYPES], compile=[True, False, "auto"]))
         if max(self.beta1, self.beta2) >= 1:
@@ -101,17 +90,17 @@ class TrainConfig:
                  f"say --decay_lr=False")
         if self.wandb_log and not importlib.util.find_spec("wandb"):
             fail("wandb_log=True needs the package wandb:  pip install wandb")
-        if self.init_from not in ("scratch", "resume", *OPENAI):
+        if self.init_from not in ("scratch", "resume", "auto", *OPENAI):
             if not Path(self.init_from).exists():
-                fail(f"init_from={self.init_from!r}: there are scratch, resume, "
-                     f"{', '.join(OPENAI)}, or a path")
+                fail(f"init_from={self.init_from!r}: choose from scratch, resume, auto, "
+                     f"{', '.join(OPENAI)}, or a path that exists")
 
 
 class BrokenLoss(UserError):
     """A loss or a gradient is no longer a finite number."""
 
 
-# ---- the data -----------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------
 
 def open_data(cfg):
     """
@@ -120,15 +109,14 @@ def open_data(cfg):
     """
     folder = Path(cfg.data_dir, cfg.dataset)
     meta = read_meta(folder)
-    if meta["vocab_size"] > cfg.model.vocab_size:
-        fail(f"vocab_size={cfg.model.vocab_size}: {folder} has {meta['vocab_size']} tokens; leave "
+    if meta["vocab_size"] > cfg.vocab_size:
+        fail(f"vocab_size={cfg.vocab_size}: {folder} has {meta['vocab_size']} tokens; leave "
              f"vocab_size out, or make it at least that")
     data = {"meta": meta}
     for split, count in meta["tokens"].items():
-        if count <= cfg.model.block_size:
-            fail(f"{folder / split}.bin holds {count} tokens: block_size={cfg.model.block_size} "
-                 f"needs at least {cfg.model.block_size + 1}; use a smaller --block_size or more "
-                 f"text")
+        if count <= cfg.block_size:
+            fail(f"{folder / split}.bin holds {count} tokens: block_size={cfg.block_size} needs at "
+                 f"least {cfg.block_size + 1}; use a smaller --block_size or more text")
         data[split] = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
     return data
 
@@ -141,10 +129,10 @@ def table_rows(meta):
 
 def windows(tokens, starts, cfg, device):
     """Inputs and the token that follows each, (B, T) int64, of the windows at starts (B,)."""
-    rows = tokens[starts[:, None] + np.arange(cfg.model.block_size + 1)].astype(np.int64)
-    if rows.max() >= cfg.model.vocab_size:
+    rows = tokens[starts[:, None] + np.arange(cfg.block_size + 1)].astype(np.int64)
+    if rows.max() >= cfg.vocab_size:
         fail(f"{cfg.data_dir}/{cfg.dataset} is damaged: it holds token {rows.max()}, beyond "
-             f"vocab_size={cfg.model.vocab_size}; try  python prepare_data.py NAME --check")
+             f"vocab_size={cfg.vocab_size}; try  python prepare_data.py {cfg.dataset} --check")
     rows = torch.from_numpy(rows)                                      # (B, T + 1)
     if device.type == "cuda":
         rows = rows.pin_memory().to(device, non_blocking=True)
@@ -160,7 +148,7 @@ def get_batch(tokens, cfg, step, micro, device):
     """
     rng = np.random.default_rng((cfg.seed, step))
     shape = (cfg.gradient_accumulation_steps, cfg.batch_size)
-    starts = rng.integers(len(tokens) - cfg.model.block_size, size=shape)
+    starts = rng.integers(len(tokens) - cfg.block_size, size=shape)
     return windows(tokens, starts[micro], cfg, device)
 
 
@@ -172,29 +160,34 @@ def seed_dropout(cfg, step, micro):
 
 # ---- evaluation --------------------------------------------------------------------------------
 
+def count_windows(tokens, cfg):
+    """How many windows of these tokens an evaluation takes: eval_iters batches, or all it has."""
+    return min(cfg.eval_iters * cfg.batch_size, (len(tokens) - 1) // cfg.block_size)
+
+
 @torch.no_grad()
 def evaluate(model, compiled, data, splits, cfg, device, stop):
     """
-    {"train": mean loss, "val": mean loss}, as far as splits names them; None where a stop was
+    {"train": mean loss, "val": mean loss} of the splits that are named; None where a stop was
     asked for meanwhile. Raises BrokenLoss.
 
     The loss is taken over eval_iters x batch_size windows that lie evenly over the split and do
     not overlap: with a given batch_size and block_size the same ones in every run. Each process
-    takes its share of the batches. A smaller batch, the last, goes through the model as it is,
-    since the compiled one would be compiled again for it.
+    takes its share of the batches. The last batch may be smaller. It goes through the uncompiled
+    model, because the compiled one would have to be compiled again for its shape.
     """
-    T, losses = cfg.model.block_size, {}
+    T, losses = cfg.block_size, {}
     model.eval()
     for split in splits:
-        fit = (len(data[split]) - 1) // T
-        count = min(cfg.eval_iters * cfg.batch_size, fit)
+        fit, count = (len(data[split]) - 1) // T, count_windows(data[split], cfg)
         starts = np.arange(count) * fit // count * T
         sums = torch.zeros(2, device=device)                           # of losses, of stops
         batches = range(RANK * cfg.batch_size, count, WORLD * cfg.batch_size)
         for first in tqdm(batches, f"evaluating on {split}", leave=False, delay=2, disable=None):
             x, y = windows(data[split], starts[first:first + cfg.batch_size], cfg, device)
+            forward = compiled if len(x) == cfg.batch_size else model
             with machine.autocast(device, cfg.dtype):
-                _, loss = (compiled if len(x) == cfg.batch_size else model)(x, y)
+                loss = forward(x, y, return_logits=False)[1]
             sums[0] += loss.float() * len(x)
             if stop.signal:
                 sums[1] += 1
@@ -214,27 +207,12 @@ def evaluate(model, compiled, data, splits, cfg, device, stop):
 
 # ---- the run -----------------------------------------------------------------------------------
 
-def reached(metrics, most=8):
-    """
-    A table, as text, of the evaluations that found a new lowest loss, and of the seconds after
-    which they did: those that metrics.jsonl holds, or `most` of them, evenly, with the last.
-    """
-    rows, lowest = [], math.inf
-    for line in metrics.read_text().splitlines():
-        record = json.loads(line)
-        if record.get("val_loss", math.inf) < lowest:
-            lowest = record["val_loss"]
-            rows.append(f"{lowest:12.4f}{record['step']:10d}{record['elapsed_s']:10.1f}")
-    kept = np.linspace(len(rows) - 1, 0, min(most, len(rows))).astype(int)
-    return "\n".join(["    val loss      step   seconds", *(rows[i] for i in sorted(kept))])
-
-
 def open_wandb(cfg):
     """The log function of a Weights & Biases run; where none is wanted, one that does nothing."""
     if not cfg.wandb_log or cfg.eval_only or RANK > 0:
         return lambda record, step: None
     wandb = importlib.import_module("wandb")
-    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=flat(cfg)).log
+    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg)).log
 
 
 def say(text):
@@ -248,19 +226,19 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     Train as cfg says: from scratch, from weights, or on from a checkpoint. `data` can take the
     place of open_data(cfg); a split "test" in it, as tools/race.py has one, is evaluated, too.
 
-    Returns {"step", "val_loss", "best_val_loss", "elapsed_s", "tokens_per_s", "stopped"}, where
-    stopped tells whether a signal ended the run early. Raises UserError where something does not
-    fit, before anything is written or removed, and BrokenLoss.
+    Returns {"step", "best_val_loss", "elapsed_s", "tokens_per_s", "stopped"}, where stopped tells
+    whether a signal ended the run early. Raises UserError where something does not fit, before
+    anything is written or removed, and BrokenLoss.
     """
     # -- check all that can be checked
     if cfg.gradient_accumulation_steps % WORLD:
         fail(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide among "
              f"{WORLD} processes: use a multiple of {WORLD}")
+    step, earlier_s = (checkpoint["step"], checkpoint["elapsed_s"]) if checkpoint else (0, 0.0)
+    machine.check_equal({"step": step, "seed": cfg.seed}, "out_dir must be on a disk they share")
     out_dir, writing = Path(cfg.out_dir), RANK == 0 and not cfg.eval_only
     if writing and not checkpoint:
-        check_out_dir(out_dir, cfg.overwrite)
-    # A resumed run keeps the dtype that is chosen here, on whatever machine it goes on
-    cfg = change(cfg, dtype=machine.pick_dtype(cfg.dtype, device, cfg.model.n_embd))
+        checkpoints.check_out_dir(out_dir, cfg.overwrite)
     data = data or open_data(cfg)
     meta = data["meta"]
     spec = (checkpoint or weights or meta)["tokenizer"]
@@ -271,147 +249,178 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     # -- model and optimizers
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
-    model = build_model(cfg.model, weights).to(device)
+    model = build_model(cfg, weights).to(device)
+    batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    flops = model.flops_per_token()
+    # Rank 0 decides for all, and a resumed run keeps what was decided
+    steps = 0 if cfg.eval_only else cfg.max_iters - step
+    dtype = machine.pick_dtype(cfg.dtype, device, cfg.n_embd)
+    is_compiled = machine.pick_compile(cfg.compile, device, flops * batch_tokens * steps)
+    cfg = change(cfg, **machine.from_rank_0({"dtype": dtype, "compile": is_compiled}))
     optimizers = build_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
-    step, earlier_s, best_val_loss = 0, 0.0, math.inf
+    measured_on = {"data": meta["sha256"]["val"], "windows": count_windows(data["val"], cfg),
+                   "dtype": cfg.dtype}
+    best_val_loss, since_best = math.inf, 0
     if checkpoint:
-        restore(checkpoint, model, optimizers, scaler)
-        step, earlier_s = checkpoint["step"], checkpoint["elapsed_s"]
-        best_val_loss = checkpoint["best_val_loss"]
-        if checkpoint["data"] != meta["sha256"]:
+        checkpoints.restore(checkpoint, model, optimizers, scaler)
+        best_val_loss, since_best = checkpoints.best_so_far(out_dir, checkpoint, measured_on,
+                                                            writing)
+        if checkpoint["config"]["dataset"] != cfg.dataset:
+            say(f"from here on it trains on {cfg.dataset!r}, and no longer on "
+                f"{checkpoint['config']['dataset']!r}")
+        elif checkpoint["data"] != meta["sha256"]:
             say(f"the data set {cfg.dataset!r} was prepared anew since this run began: it goes on "
-                f"with other text, and its best loss so far was measured on the old one")
-    batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.model.block_size
-    steps_left = 0 if cfg.eval_only else cfg.max_iters - step
-    flops = model.flops_per_token()
-    is_compiled = machine.pick_compile(cfg.compile, device, flops * batch_tokens * steps_left)
-    compiled = torch.compile(model, dynamic=False) if is_compiled else model
-    parallel = DistributedDataParallel(compiled) if WORLD > 1 else compiled
-
-    # -- where it is written
+                f"with other text")
+    compiled = torch.compile(model, dynamic=False) if cfg.compile else model
+    parallel = compiled
+    if WORLD > 1:
+        parallel = DistributedDataParallel(compiled, broadcast_buffers=False)
     wandb_log = open_wandb(cfg)
-    if writing and not checkpoint:
-        clear_out_dir(out_dir)
-    metrics = open_metrics(out_dir, step) if writing else open(os.devnull, "a")
-    checkpoint = weights = None                                        # lets their memory go
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    # A resumed run keeps the lines of the steps before its own, and this one counts as such
-    header = {"step": step - 1, "config": flat(cfg), "params": model.num_params(),
-              "flops_per_token": flops, "world_size": WORLD, "versions": versions}
-    metrics.write(json.dumps(header) + "\n")
-    say(f"{cfg.model.block}: {model.num_params() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOPs "
-        f"a token, {batch_tokens:,} tokens a step; {device.type}, {cfg.dtype}"
-        f"{', compiled' if is_compiled else ''}; {cfg.dataset}: {len(data['train']):,} + "
-        f"{len(data['val']):,} tokens")
 
-    def snapshot():
-        return {"format": FORMAT, "model": model.state_dict(), "model_config": asdict(cfg.model),
-                "config": flat(cfg), "tokenizer": meta["tokenizer"], "data": meta["sha256"],
-                "step": step, "best_val_loss": best_val_loss}
+    with ExitStack() as held:
+        # -- where it is written
+        metrics = open(os.devnull, "a")
+        if writing:
+            held.enter_context(checkpoints.only_writer(out_dir))
+            if not checkpoint:
+                checkpoints.clear_out_dir(out_dir)
+            metrics = checkpoints.open_metrics(out_dir, step)
+        held.enter_context(metrics)
+        checkpoint = weights = None                                    # lets their memory go
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        # The header's step is one less than the first, as if this line belonged to the steps before
+        header = {"step": step - 1, "config": asdict(cfg), "params": model.num_params(),
+                  "flops_per_token": flops, "world_size": WORLD, "versions": versions}
+        metrics.write(json.dumps(header) + "\n")
+        say(f"{cfg.block}: {model.num_params() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOPs a "
+            f"token, {batch_tokens:,} tokens a step; {device.type}, {cfg.dtype}"
+            f"{', compiled' if cfg.compile else ''}; {cfg.dataset}: {len(data['train']):,} + "
+            f"{len(data['val']):,} tokens")
 
-    # -- the loop
-    micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
-    first_step = logged_step = step
-    stopped, training_s = False, 0.0
-    start = time.perf_counter() - earlier_s
-    while True:
-        # -- schedule
-        lr = learning_rate(step, cfg)
-        set_learning_rate(optimizers, lr)
-        finished = cfg.eval_only or step >= cfg.max_iters
-        record, improved = {"step": step, "tokens": step * batch_tokens}, False
+        def snapshot():
+            return {"format": checkpoints.FORMAT, "step": step, "model": model.state_dict(),
+                    "model_config": asdict(build(ModelConfig, asdict(cfg))), "config": asdict(cfg),
+                    "tokenizer": meta["tokenizer"], "data": meta["sha256"],
+                    "best_val_loss": best_val_loss, "measured_on": measured_on}
 
-        # -- evaluate
-        losses = None
-        if not stopped and (finished or step % cfg.eval_interval == 0):
-            wanted = ("train", "val", "test") if cfg.eval_train else ("val", "test")
-            splits = [split for split in wanted if split in data]
-            losses = evaluate(model, compiled, data, splits, cfg, device, stop)
-            stopped = losses is None
-        if losses:
-            val_loss = losses["val"]
-            improved = val_loss < best_val_loss
-            best_val_loss = min(val_loss, best_val_loss)
-            bits = val_loss / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
-            record |= {"val_loss": val_loss, "val_bits_per_byte": bits}
-            if "test" in losses:
-                record["test_loss"] = losses["test"]
-            if "train" in losses:
-                record["train_eval_loss"] = losses["train"]
-            text = ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
-            say(f"step {step}: {text}, {bits:.3f} bits per byte, after "
-                f"{tqdm.format_interval(time.perf_counter() - start)}")
+        # -- the loop
+        micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
+        first_step = logged_step = step
+        stopped, saved, training_s = False, False, 0.0
+        start = time.perf_counter() - earlier_s
+        x, y = get_batch(data["train"], cfg, step, RANK, device)
+        while True:
+            # -- schedule
+            lr = learning_rate(step, cfg)
+            set_learning_rate(optimizers, lr)
+            finished = cfg.eval_only or step >= cfg.max_iters
+            record, improved = {"step": step, "tokens": step * batch_tokens}, False
 
-        # -- save
-        last = stopped or finished
-        if writing and (step > 0 or last):
-            if improved:
-                save(snapshot(), out_dir / "best.pt")
-            if last or improved or losses and cfg.always_save_checkpoint:
-                states = [optimizer.state_dict() for optimizer in optimizers]
-                save(snapshot() | {"optimizers": states, "scaler": scaler.state_dict(),
-                                   "elapsed_s": time.perf_counter() - start}, out_dir / "last.pt")
-        if last:
-            break
+            # -- evaluate
+            losses = None
+            if not stopped and (finished or step % cfg.eval_interval == 0):
+                wanted = ("train", "val", "test") if cfg.eval_train else ("val", "test")
+                splits = [split for split in wanted if split in data]
+                losses = evaluate(model, compiled, data, splits, cfg, device, stop)
+                stopped = losses is None
+            if losses:
+                val_loss = losses["val"]
+                improved = val_loss < best_val_loss
+                best_val_loss = min(val_loss, best_val_loss)
+                since_best = 0 if improved else since_best + 1
+                finished = finished or 0 < cfg.patience <= since_best
+                bits = val_loss / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
+                record |= {"val_loss": val_loss, "val_bits_per_byte": bits}
+                if "test" in losses:
+                    record["test_loss"] = losses["test"]
+                if "train" in losses:
+                    record["train_eval_loss"] = losses["train"]
+                text = ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
+                say(f"step {step}: {text}, {bits:.3f} bits per byte, after "
+                    f"{tqdm.format_interval(time.perf_counter() - start)}")
 
-        # -- forward and backward
-        began = time.perf_counter()
-        loss_sum = torch.zeros((), device=device)
-        for micro in micro_batches:
-            x, y = get_batch(data["train"], cfg, step, micro, device)
-            seed_dropout(cfg, step, micro)
-            if WORLD > 1:
-                # Processes exchange gradients once per step
-                parallel.require_backward_grad_sync = micro == micro_batches[-1]
-            with machine.autocast(device, cfg.dtype):
-                _, loss = parallel(x, y)
-            loss_sum += loss.detach() / cfg.gradient_accumulation_steps
-            scaler.scale(loss / len(micro_batches)).backward()
+            # -- save
+            last = stopped or finished
+            full = last or improved or losses and cfg.always_save_checkpoint
+            if full and step > 0 and not saved and not cfg.eval_only:
+                saved = True
+                machine.check_replicas(model)
+            if writing and (step > 0 or last):
+                if improved:
+                    checkpoints.save(snapshot(), out_dir / "best.pt")
+                if full:
+                    state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                             "scaler": scaler.state_dict(), "since_best": since_best,
+                             "elapsed_s": time.perf_counter() - start}
+                    checkpoints.save(snapshot() | state, out_dir / "last.pt")
+            if last:
+                break
 
-        # -- step
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        shared = torch.stack((loss_sum, loss_sum.new_tensor(float(stop.signal > 0))))
-        if WORLD > 1:
-            # All processes know the mean loss, and stop at the same step
-            dist.all_reduce(shared)
-        loss, stops = shared.tolist()
-        norm, stopped = norm.item(), stops > 0
-        if math.isfinite(norm):
+            # -- forward and backward
+            began = time.perf_counter()
+            loss_sum = torch.zeros((), device=device)
+            for micro in micro_batches:
+                is_last = micro == micro_batches[-1]
+                seed_dropout(cfg, step, micro)
+                if WORLD > 1:
+                    # Processes exchange gradients once per step
+                    parallel.require_backward_grad_sync = is_last
+                with machine.autocast(device, cfg.dtype):
+                    # The logits are not asked for: they would stay in memory until the next step
+                    loss = parallel(x, y, return_logits=False)[1]
+                # The next batch comes while the device works
+                following = (step + 1, RANK) if is_last else (step, micro + WORLD)
+                x, y = get_batch(data["train"], cfg, *following, device)
+                loss_sum += loss.detach() / cfg.gradient_accumulation_steps
+                scaler.scale(loss / len(micro_batches)).backward()
+
+            # -- step
             for optimizer in optimizers:
-                optimizer.step()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            # In float16 a step that overflows is left out, and the next one scaled down
-            raise BrokenLoss(f"step {step} is broken: loss {loss}, grad norm {norm}, lr {lr:g}; "
-                             f"what was saved before is untouched; try a lower --learning_rate")
-        scaler.update()
-        model.zero_grad()
-        training_s += time.perf_counter() - began
+                scaler.unscale_(optimizer)
+            norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            for optimizer in optimizers:
+                # In float16 a step that overflows is left out, and the next one scaled down
+                scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad()
 
-        # -- log
-        if step % cfg.log_interval == 0 or losses:
-            rate = (step + 1 - logged_step) * batch_tokens / training_s
-            logged_step, training_s = step + 1, 0.0
-            # JSON has no infinity, the norm of a float16 step that was left out
-            record |= {"train_loss": loss, "lr": lr,
-                       "grad_norm": norm if math.isfinite(norm) else None,
-                       "tokens_per_s": round(rate, 1),
-                       "elapsed_s": round(time.perf_counter() - start, 3)}
+            # -- look: asking the device for numbers makes it wait, so that is done to log and stop
+            logging = step % cfg.log_interval == 0 or losses
+            if logging or step % 10 == 0 or stop.signal and WORLD == 1:
+                shared = torch.stack((loss_sum, loss_sum.new_tensor(float(stop.signal > 0))))
+                if WORLD > 1:
+                    # All processes know the mean loss, and stop at the same step
+                    dist.all_reduce(shared)
+                loss, stops = shared.tolist()
+                norm, stopped = norm.item(), stops > 0
+                if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                    raise BrokenLoss(f"step {step} is broken: loss {loss}, grad norm {norm}, lr "
+                                     f"{lr:g}; what was saved before is untouched; try a lower "
+                                     f"--learning_rate")
+            training_s += time.perf_counter() - began
+
+            # -- log
+            if logging:
+                rate = (step + 1 - logged_step) * batch_tokens / training_s
+                logged_step, training_s = step + 1, 0.0
+                # JSON has no infinity, the norm of a float16 step that was left out
+                record |= {"train_loss": loss, "lr": lr,
+                           "grad_norm": norm if math.isfinite(norm) else None,
+                           "tokens_per_s": round(rate, 1),
+                           "elapsed_s": round(time.perf_counter() - start, 3)}
+                metrics.write(json.dumps(record) + "\n")
+                wandb_log(record, step=step)
+                left = tqdm.format_interval((cfg.max_iters - step - 1) * batch_tokens / rate)
+                say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, {left} left")
+            step += 1
+
+        # -- the end
+        elapsed = time.perf_counter() - start
+        if not stopped:
+            record["elapsed_s"] = round(elapsed, 3)
             metrics.write(json.dumps(record) + "\n")
             wandb_log(record, step=step)
-            left = tqdm.format_interval((cfg.max_iters - step - 1) * batch_tokens / rate)
-            say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, {left} left")
-        step += 1
-
-    # -- the end
-    elapsed = time.perf_counter() - start
-    if not stopped:
-        record["elapsed_s"] = round(elapsed, 3)
-        metrics.write(json.dumps(record) + "\n")
-        wandb_log(record, step=step)
-    metrics.close()
     return {"step": step, "best_val_loss": best_val_loss, "elapsed_s": elapsed, "stopped": stopped,
             "tokens_per_s": (step - first_step) * batch_tokens / (elapsed - earlier_s)}
 
@@ -419,13 +428,13 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
 def main(argv=None):
     given = read_settings(TrainConfig, argv)
     init_from = given.get("init_from", TrainConfig.init_from)
+    if init_from == "auto":
+        out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
+        init_from = "resume" if (out_dir / "last.pt").exists() else "scratch"
     checkpoint = weights = None
     if init_from == "resume":
-        cfg, checkpoint, changes = resume(TrainConfig, given)
+        cfg, checkpoint, changes = checkpoints.resume(TrainConfig, given)
         say(", ".join([f"resuming {cfg.out_dir} at step {checkpoint['step']}", *changes]))
-        if cfg.decay_lr and cfg.max_iters > cfg.lr_decay_iters:
-            say(f"from step {cfg.lr_decay_iters} on, lr_decay_iters, it trains at min_lr, "
-                f"{cfg.min_lr:g}; --lr_decay_iters={cfg.max_iters} spreads the decay")
     elif init_from == "scratch":
         cfg = build(TrainConfig, given)
         if "vocab_size" not in given:
@@ -433,20 +442,26 @@ def main(argv=None):
     else:
         cfg, weights = start_from(TrainConfig, given)
         say(f"starting from the weights of {cfg.init_from}")
+    if cfg.decay_lr and not cfg.eval_only and cfg.max_iters != cfg.lr_decay_iters:
+        rate = learning_rate(cfg.max_iters, cfg)
+        say(f"max_iters={cfg.max_iters} and lr_decay_iters={cfg.lr_decay_iters} differ: the last "
+            f"steps are at a learning rate of {rate:.2g}, and min_lr is {cfg.min_lr:.2g}; "
+            f"--lr_decay_iters={cfg.max_iters} ends the decay with the run")
     device = machine.pick_device(cfg.device)
     with machine.process_group(device, cfg.backend), Stop() as stop:
         done = train(cfg, device, stop, checkpoint, weights)
     if not cfg.eval_only:
-        folder = shlex.quote(cfg.out_dir)
-        say(f"{'stopped at' if done['stopped'] else 'done:'} step {done['step']}, best val loss "
-            f"{done['best_val_loss']:.4f}, {done['tokens_per_s']:,.0f} tokens/s, "
-            f"{tqdm.format_interval(done['elapsed_s'])}; all is in {folder}/")
-        if RANK == 0 and done["step"]:
-            say(reached(Path(cfg.out_dir, "metrics.jsonl")))
+        folder, best = shlex.quote(cfg.out_dir), f"best val loss {done['best_val_loss']:.4f}"
+        if math.isinf(done["best_val_loss"]):
+            best = "not evaluated yet"
+        say(f"{'stopped at' if done['stopped'] else 'done:'} step {done['step']}, {best}, "
+            f"{done['tokens_per_s']:,.0f} tokens/s, {tqdm.format_interval(done['elapsed_s'])}; all "
+            f"is in {folder}/")
         if done["stopped"]:
             say(f"continue:  python train.py --init_from=resume --out_dir={folder}")
         else:
-            say(f"sample:    python sample.py --out_dir={folder}")
+            say(f"sample:    python sample.py --out_dir={folder}\n"
+                f"picture:   python -m tools.report {folder}")
     if done["stopped"]:
         # Another process may have got the signal
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))

@@ -2,17 +2,21 @@
 A run's folder: its checkpoints, last.pt to go on from and best.pt to sample from, and its metrics.
 """
 import json
+import math
+import os
 import pickle
 import re
 import zipfile
-from dataclasses import fields
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from model import ModelConfig
 from nanodva.errors import UserError, fail, replacing
-from nanodva.settings import build, declared, flat
+from nanodva.settings import build
 
 FORMAT = 3
 
@@ -70,20 +74,17 @@ def resume(cls, given):
     if "optimizers" not in checkpoint:
         fail(f"{out_dir}/last.pt holds weights to sample from, without the optimizer's state: it "
              f"cannot be resumed")
-    if (out_dir / "best.pt").exists():
-        # It is saved first, so that of a run that was killed may be newer than last.pt
-        try:
-            best = load_checkpoint(out_dir / "best.pt")["best_val_loss"]
-            checkpoint["best_val_loss"] = min(checkpoint["best_val_loss"], best)
-        except UserError as error:
-            print(f"going on without best.pt: {error}")
-    saved = checkpoint["config"] | {"overwrite": False, "eval_only": False, "init_from": "resume"}
-    unknown = saved.keys() ^ declared(cls).keys()
-    if unknown:
-        fail(f"{out_dir}/last.pt is of another version of train.py, which differs in the settings "
-             f"{', '.join(sorted(unknown))}: resume it with that version")
+    # The run may have been moved: it goes on where it was found
+    saved = checkpoint["config"] | {"overwrite": False, "eval_only": False, "init_from": "resume",
+                                    "out_dir": str(out_dir)}
+    known = {field.name for field in fields(cls)}
+    removed = saved.keys() - known
+    if removed:
+        fail(f"{out_dir}/last.pt is of another version of train.py, which had the settings "
+             f"{', '.join(sorted(removed))}: resume it with that version")
     cfg = build(cls, saved | given)
-    changed = {name: value for name, value in flat(cfg).items() if value != saved[name]}
+    changed = {name: value for name, value in asdict(cfg).items()
+               if name in saved and value != saved[name] and name != "init_from"}
     fixed = {field.name for field in fields(ModelConfig)} - {"dropout"} | {"optimizer"}
     for name in changed.keys() & fixed:
         fail(f"{name}={changed[name]!r} differs from the checkpoint's {saved[name]!r}: a run keeps "
@@ -92,12 +93,67 @@ def resume(cls, given):
     return cfg, checkpoint, changes
 
 
+def best_so_far(out_dir, checkpoint, measured_on, writing):
+    """
+    (lowest val loss, evaluations since) of the run in out_dir, as far as they were measured on the
+    data, windows and dtype of the dict measured_on. Otherwise they start anew, and where `writing`,
+    best.pt gets another name, so that it is not lost.
+    """
+    lowest, since = math.inf, 0
+    if same_measure(checkpoint, measured_on):
+        lowest, since = checkpoint["best_val_loss"], checkpoint.get("since_best", 0)
+    path = out_dir / "best.pt"
+    if not path.exists():
+        return lowest, since
+    try:
+        # best.pt is saved before last.pt, so it may be newer where a run was killed in between
+        best = load_checkpoint(path)
+    except UserError as error:
+        print(f"going on without best.pt: {error}")
+        return lowest, since
+    if same_measure(best, measured_on):
+        return min(lowest, best["best_val_loss"]), since
+    kept = out_dir / f"best-{best['step']}.pt"
+    if writing:
+        os.replace(path, kept)
+        print(f"the best loss so far, {best['best_val_loss']:.4f}, was measured on other data, "
+              f"windows or in another dtype: the best starts anew, and the old one is {kept}")
+    return lowest, since
+
+
+def same_measure(checkpoint, measured_on):
+    """Whether the losses in a checkpoint can be compared with those measured on measured_on."""
+    if "measured_on" in checkpoint:
+        return checkpoint["measured_on"] == measured_on
+    # Version 2 did not store it
+    config = checkpoint["config"]
+    return (checkpoint["data"]["val"], config["dtype"]) == (measured_on["data"],
+                                                             measured_on["dtype"])
+
+
 def restore(checkpoint, model, optimizers, scaler):
     """Put a checkpoint's state into the objects of a run, whose own settings stay."""
     model.load_state_dict(checkpoint["model"])
     for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
-    scaler.load_state_dict(checkpoint["scaler"])
+    # Only a run in float16 has a state to scale the loss by
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
+
+
+@contextmanager
+def only_writer(folder, patience=0):
+    """
+    Make the folder and hold its lock, which the system frees when this process ends, in whatever
+    way. Raises UserError where another process keeps it for so many seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / "lock").acquire(timeout=patience)
+    except Timeout:
+        fail(f"another process writes in {folder}: wait for it, stop it, or give another folder")
+    with held:
+        yield
 
 
 def check_out_dir(out_dir, overwrite):
@@ -109,10 +165,10 @@ def check_out_dir(out_dir, overwrite):
 
 
 def clear_out_dir(out_dir):
-    """Make the folder of a new run, without what an earlier one wrote there."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("last.pt", "best.pt", "metrics.jsonl"):
-        (out_dir / name).unlink(missing_ok=True)
+    """Empty the folder of a new run of what an earlier one wrote there."""
+    written = [out_dir / "last.pt", out_dir / "metrics.jsonl", *out_dir.glob("best*.pt")]
+    for path in written:
+        path.unlink(missing_ok=True)
 
 
 def open_metrics(out_dir, step):

@@ -3,6 +3,7 @@ The machine: device, dtype, compilation, the group of processes and the signals 
 """
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -95,15 +96,20 @@ def pick_compile(setting, device, flops):
     """
     Whether to compile the model for a run of so many FLOPs. auto: where a compiler is there, for
     runs long enough to win back what compiling takes, half a minute to a minute. That is after
-    about ten minutes of two CPU cores.
+    about ten minutes of two CPU cores. Where no compiler is there, True becomes False with a line.
     """
-    if setting != "auto":
-        return setting
     if device.type == "cuda":
         # Windows has no Triton
-        return flops > 1e15 and importlib.util.find_spec("triton") is not None
-    has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    return device.type == "cpu" and flops > 3e14 and has_headers and bool(shutil.which("g++"))
+        possible, worth = importlib.util.find_spec("triton") is not None, flops > 1e15
+    else:
+        has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+        possible, worth = has_headers and bool(shutil.which("g++")), flops > 3e14
+        possible = possible and device.type == "cpu"
+    if setting is True and not possible and RANK == 0:
+        print(f"compile=True: on {device.type} torch.compile needs "
+              f"{'Triton' if device.type == 'cuda' else 'g++ and the headers of Python'}, which "
+              f"this machine lacks; it runs uncompiled")
+    return possible and (worth if setting == "auto" else setting)
 
 
 def autocast(device, dtype):
@@ -135,6 +141,31 @@ def process_group(device, backend="auto"):
         sys.stderr.flush()
         os._exit(1)
     dist.destroy_process_group()
+
+
+def from_rank_0(value):
+    """What rank 0 has for value, a picklable object, in all processes."""
+    held = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(held)
+    return held[0]
+
+
+def check_equal(value, hint):
+    """Raise UserError where a process has another value than rank 0."""
+    first = from_rank_0(value)
+    if value != first:
+        fail(f"process {RANK} has {value}, and process 0 has {first}: {hint}")
+
+
+def check_replicas(model):
+    """Raise UserError where a process has other weights, by a bit, than rank 0."""
+    if WORLD > 1:
+        digest = hashlib.sha256()
+        for p in model.parameters():
+            digest.update(p.detach().cpu().numpy().tobytes())
+        check_equal(digest.hexdigest()[:16], "this is a hash of the weights, which have drifted "
+                    "apart; the processes' machines compute differently: use equal ones")
 
 
 class Stop:

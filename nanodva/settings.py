@@ -1,27 +1,83 @@
 """
-Settings: from a dataclass's defaults, presets and the command line.
+Settings: from the defaults of a dataclass, from presets and from the command line.
 
     python train.py config/demo.py --n_layer=8 --compile
 
-A dataclass declares each setting once: its name, type and default, and in the comment behind it
-the line that --help prints. A dataclass may hold another one, whose settings then count as its own.
-A preset is data: assignments of literals and of arithmetic on literals, read and never executed.
+A dataclass declares each setting in one line: its name, type and default, and in the comment at
+the end of the line what --help prints. A preset is data: assignments of literals and of arithmetic
+on literals, which are read and never executed.
 """
 import ast
 import difflib
 import inspect
 import operator
+import os
 import re
 import sys
 import time
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 from nanodva.errors import fail
 
+PRESETS = Path(__file__).parents[1] / "config"
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
               ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
               ast.Pow: operator.pow}
+
+
+class Given(dict):
+    """{name: value} of the settings that the user gave. `origin` tells where each came from."""
+
+    def __init__(self):
+        super().__init__()
+        # {name: "on the command line" or "in config/x.py"}
+        self.origin = {}
+
+
+def load_settings(cls, argv=None):
+    """The dataclass cls, filled from its defaults, from presets and from arguments."""
+    return build(cls, read_settings(cls, argv))
+
+
+def read_settings(cls, argv=None, without=()):
+    """
+    What presets and arguments set, in the order given (a later one wins), as a Given dict.
+
+    `without` names settings of cls that its tool decides itself. Raises UserError for those, for an
+    unknown setting and for a value of the wrong type. --help prints and exits.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    known, given = {field.name: field.type for field in fields(cls)}, Given()
+    if "--help" in argv or "-h" in argv:
+        print_help(cls, without)
+        raise SystemExit(0)
+    for position, argument in enumerate(argv):
+        if argument.startswith("--"):
+            where = "on the command line"
+            name, equals, text = argument.removeprefix("--").partition("=")
+            following = argv[position + 1:]
+            spaced = following != [] and following[0].startswith("=")
+            if name in known and not equals and (spaced or not takes_bool(known[name])):
+                value = next((part.lstrip("=") for part in following if part != "="), "VALUE")
+                fail(f"--{name} lacks its value: write --{name}={value} without spaces")
+            found = {name: read_value(text, known.get(name)) if equals else True}
+        elif argument.endswith(".py"):
+            where = f"in {argument}"
+            found = read_preset(argument)
+        else:
+            fail(f"{argument!r} is neither a preset (config/NAME.py) nor a setting (--key=value); "
+                 f"see --help")
+        for name, value in found.items():
+            if name in without:
+                fail(f"{name} {where}: this tool decides it itself; --help lists what you can set")
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "--help lists them all"
+                fail(f"unknown setting {name!r} {where}: {hint}")
+            given[name] = coerce(name, value, known[name], where)
+            given.origin[name] = where
+    return given
 
 
 def check(settings, least=None, choices=None):
@@ -35,143 +91,54 @@ def check(settings, least=None, choices=None):
     for name, allowed in (choices or {}).items():
         if getattr(settings, name) not in allowed:
             options = ", ".join(map(str, allowed))
-            fail(f"{name}={getattr(settings, name)!r}: there are {options}")
-
-
-# ---- what a dataclass declares -----------------------------------------------------------------
-
-def declared(cls):
-    """
-    {name: dataclass field} of the settings of cls and of the dataclasses that it holds, but for
-    those that a held one's field(metadata={"without": names}) leaves out.
-    """
-    found = {}
-    for field in fields(cls):
-        if is_dataclass(field.type):
-            without = field.metadata.get("without", ())
-            held = declared(field.type)
-            found |= {name: held[name] for name in held if name not in without}
-        else:
-            found[field.name] = field
-    return found
-
-
-def left_out(cls):
-    """The names of the settings that dataclasses held by cls have, and cls leaves out."""
-    return {name for field in fields(cls) for name in field.metadata.get("without", ())}
-
-
-def flat(cfg):
-    """{name: value} of the settings in cfg and in the dataclasses that it holds."""
-    values = {}
-    for field in fields(cfg):
-        value = getattr(cfg, field.name)
-        values |= flat(value) if is_dataclass(value) else {field.name: value}
-    return values
+            fail(f"{name}={getattr(settings, name)!r}: choose from {options}")
 
 
 def build(cls, values):
-    """cls with the settings in the dict `values`. Raises UserError for what cls itself refuses."""
-    arguments = {}
-    for field in fields(cls):
-        if is_dataclass(field.type):
-            arguments[field.name] = build(field.type, values)
-        elif field.name in values:
-            arguments[field.name] = values[field.name]
+    """
+    cls with those of the settings in the dict `values` that it has. Raises UserError for what cls
+    refuses.
+    """
+    known = {field.name for field in fields(cls)}
     try:
-        return cls(**arguments)
+        return cls(**{name: value for name, value in values.items() if name in known})
     except ValueError as error:
-        # Python's own ValueError is a mistake in the code, and keeps its traceback
+        # Ours are subclasses. Python's own is a mistake in the code, and keeps its traceback.
         if type(error) is ValueError:
             raise
         fail(error)
 
 
 def change(cfg, **changes):
-    """A copy of cfg with some settings changed, wherever in it they stand."""
-    return build(type(cfg), flat(cfg) | changes)
+    """A copy of cfg with some settings changed."""
+    return build(type(cfg), asdict(cfg) | changes)
 
 
-def print_help(cls):
-    """Print each setting of cls with its default, type and the comment behind its declaration."""
+def print_help(cls, without=()):
+    """Print each setting of cls with its default, its type and the comment of its declaration."""
     print(inspect.cleandoc(inspect.getmodule(cls).__doc__), "\n\nSettings, with their defaults:\n")
-    meanings = comments(cls)
-    for name, field in declared(cls).items():
-        default = repr(field.default) if field.type is str else field.default
-        kind = getattr(field.type, "__name__", "text")
-        print(f"  {f'--{name}={default}':38} {kind:6} {meanings.get(name, '')}")
-
-
-def comments(cls):
-    """{name: the comment behind its declaration} of the settings of cls and of those it holds."""
-    found = {}
+    meanings = {}
+    for base in cls.__mro__:
+        if is_dataclass(base):
+            # A class overrides what it inherits
+            pattern = r"^    (\w+): [\w |]+ = [^#\n]+# (.+)$"
+            meanings = dict(re.findall(pattern, inspect.getsource(base), re.MULTILINE)) | meanings
     for field in fields(cls):
-        if is_dataclass(field.type):
-            found |= comments(field.type)
-    pattern = r"^    (\w+): [\w |]+ = [^#\n]+# (.+)$"
-    return found | dict(re.findall(pattern, inspect.getsource(cls), re.MULTILINE))
+        if field.name not in without:
+            default = repr(field.default) if field.type is str else field.default
+            kind = getattr(field.type, "__name__", "text")
+            print(f"  {f'--{field.name}={default}':38} {kind:6} {meanings.get(field.name, '')}")
 
 
-# ---- what the user gave ------------------------------------------------------------------------
-
-class Given(dict):
-    """{name: value} of the settings that the user gave. `origin` tells where each came from."""
-
-    def __init__(self):
-        super().__init__()
-        self.origin = {}                          # name: "on the command line" or "in config/x.py"
-
-
-def load_settings(cls, argv=None):
-    """The dataclass cls, filled from its defaults, from presets and from arguments."""
-    return build(cls, read_settings(cls, argv))
-
-
-def read_settings(cls, argv=None):
-    """
-    What presets and arguments set, in the order given (a later one wins), as a Given dict.
-
-    Raises UserError for an unknown setting or a value of the wrong type. --help prints and exits.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if "--help" in argv or "-h" in argv:
-        print_help(cls)
-        raise SystemExit(0)
-    known, given = declared(cls), Given()
-    for position, argument in enumerate(argv):
-        if argument.startswith("--"):
-            where = "on the command line"
-            name, equals, text = argument.removeprefix("--").partition("=")
-            if name in known and not equals and not takes_bool(known[name].type):
-                following = argv[position + 1] if position + 1 < len(argv) else "VALUE"
-                fail(f"--{name} lacks its value: write --{name}={following}")
-            is_text = name in known and known[name].type is str
-            found = {name: read_value(text, is_text) if equals else True}
-        elif argument.endswith(".py"):
-            where = f"in {argument}"
-            found = read_preset(argument)
-        else:
-            fail(f"{argument!r} is neither a preset (config/NAME.py) nor a setting (--key=value); "
-                 f"see --help")
-        for name, value in found.items():
-            if name not in known and name in left_out(cls):
-                fail(f"{name} {where}: this tool decides it itself; see --help for what is yours")
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "--help lists them all"
-                fail(f"unknown setting {name!r} {where}: {hint}")
-            given[name] = coerce(name, value, known[name].type, where)
-            given.origin[name] = where
-    return given
-
+# ---- reading values ------------------------------------------------------------------------------
 
 def takes_bool(kind):
     return kind in (bool, bool | str)
 
 
-def read_value(text, is_text):
-    """The value that `text` stands for; where the setting is text it is taken as it is."""
-    if is_text:
+def read_value(text, kind):
+    """The value that `text` stands for; where the setting's type is str it is taken as it is."""
+    if kind is str:
         return text
     if text in ("true", "false"):
         return text == "true"
@@ -186,9 +153,10 @@ def read_preset(path):
     try:
         tree = ast.parse(Path(path).read_bytes())
     except OSError as error:
-        folder = Path(__file__).parents[1] / "config"
-        names = sorted(p.name for p in folder.glob("*.py"))
-        fail(f"cannot read the preset {path}: {error.strerror or error}; in {folder} there are "
+        names = sorted(preset.name for preset in PRESETS.glob("*.py"))
+        close = difflib.get_close_matches(Path(path).name, names, n=1)
+        hint = f"did you mean {os.path.relpath(PRESETS / close[0])}? " if close else ""
+        fail(f"cannot read the preset {path}: {error.strerror or error}; {hint}{PRESETS} holds "
              f"{', '.join(names)}")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         fail(f"{path} is not a preset, which holds assignments like 'n_layer = 6': {error}")

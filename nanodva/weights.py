@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, ModelConfig
+from model import GPT, ConfigError, ModelConfig
 from nanodva.checkpoints import FORMAT, load_file
 from nanodva.errors import UserError, fail
 from nanodva.settings import build
@@ -50,7 +50,7 @@ def build_model(config, weights=None):
     """
     try:
         model = GPT(config)
-    except ValueError as error:
+    except ConfigError as error:
         fail(error)
     if weights:
         missing, _ = model.load_state_dict(weights["model"], strict=False)
@@ -73,7 +73,7 @@ def start_from(cls, given):
         theirs = {name: theirs[name] for name in shared}
     cfg = build(cls, theirs | given)
     try:
-        weights["model"] = fit_weights(weights, cfg.model)
+        weights["model"] = fit_weights(weights, cfg)
     except ValueError as error:
         name = str(error).partition("=")[0]
         origin = given.origin.get(name, "among the defaults")

@@ -82,7 +82,7 @@ def test_a_step_is_one_of_training():
     cfg = bench.contender("dva+bank:optimizer=muon:dtype=float32:compile=False:batch_size=4",
                           dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=19,
                                gradient_accumulation_steps=2, learning_rate=0.01))
-    assert cfg.model.bank_layers == 1 and cfg.batch_size == 4
+    assert cfg.bank_layers == 1 and cfg.batch_size == 4
     step = bench.training_step(cfg, torch.device("cpu"))
     losses = [step() for _ in range(6)]
     # It starts at the loss of knowing nothing, and always sees the same tokens

@@ -2,12 +2,13 @@
 import runpy
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from conftest import command_line
 
-from nanodva.settings import flat, load_settings
+from nanodva.settings import load_settings
 from nanodva.weights import OPENAI
 from train import TrainConfig
 
@@ -43,7 +44,7 @@ def test_nanogpts_presets_load_and_ours_of_that_name_say_the_same(tmp_path, name
         text = f"import time\n\n{text}wandb_run_name = 'ft-' + str(time.time())\n"
     (tmp_path / "preset.py").write_text(text)
     for path in (tmp_path / "preset.py", ROOT / "config" / f"{name}.py"):
-        cfg = flat(load_settings(TrainConfig, [str(path)]))
+        cfg = asdict(load_settings(TrainConfig, [str(path)]))
         assert {key: cfg[key] for key in PRESETS[name]} == PRESETS[name]
 
 

@@ -20,7 +20,7 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from model import Cache, ModelConfig, explicit_attention, stream
 from nanodva.errors import fail, run_script
 from nanodva.machine import DTYPES, autocast, pick_device
 from nanodva.optimizers import build_optimizers
-from nanodva.settings import build, change, check, flat, read_settings
+from nanodva.settings import build, change, check, read_settings
 from nanodva.weights import build_model
 from train import get_batch
 
@@ -59,8 +59,7 @@ GPU_SHAPES = [dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_siz
 
 
 @dataclass
-class BenchConfig:
-    model: ModelConfig = field(default_factory=ModelConfig, metadata={"without": ("block",)})
+class BenchConfig(ModelConfig):
     contenders: str = "gpt2,dva:qk_dim=768,dva,gpt2+bank,dva+bank"   # the first is the reference
     what: str = "train,sample,data"          # these, attention, transformers; or gpu alone
     batch_size: int = 1                      # sequences per micro-batch
@@ -75,6 +74,7 @@ class BenchConfig:
     json: str = ""                           # write all figures to this file
 
     def __post_init__(self):
+        super().__post_init__()
         check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, rounds=1,
                                max_new_tokens=2, num_samples=1),
               choices=dict(optimizer=["adamw", "muon"]))
@@ -119,7 +119,7 @@ def contender(text, settings):
     cfg = build(train.TrainConfig, settings)
     # On the meta device a block says at no cost what it refuses
     with torch.device("meta"):
-        build_model(cfg.model)
+        build_model(cfg)
     return cfg
 
 
@@ -172,12 +172,12 @@ def training_step(cfg, device):
     """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
-    model = build_model(cfg.model).to(device)
+    model = build_model(cfg).to(device)
     optimizers = build_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     forward = torch.compile(model, dynamic=False) if cfg.compile else model
-    shape = (cfg.batch_size, cfg.model.block_size + 1)
-    tokens = torch.randint(cfg.model.vocab_size, shape, device=device)
+    shape = (cfg.batch_size, cfg.block_size + 1)
+    tokens = torch.randint(cfg.vocab_size, shape, device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()     # (B, T)
 
     def step():
@@ -245,8 +245,8 @@ def bench_training(contenders, cfg, device):
 def training_row(name, entry, steps_ms, first_ms):
     """The figures of a contender whose steps took steps_ms; the first one's took first_ms."""
     with torch.device("meta"):
-        model = build_model(entry.model)
-    tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.model.block_size
+        model = build_model(entry)
+    tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.block_size
     ms, flops = statistics.median(steps_ms), model.flops_per_token()
     return {"training": name, "dtype": entry.dtype, "compile": entry.compile,
             "parameters": model.num_params(), "FLOPs per token": flops, "ms per step": ms,
@@ -263,8 +263,8 @@ def bench_sampling(contenders, cfg, device):
     rows = []
     for name, entry in contenders.items():
         torch.manual_seed(0)
-        model = build_model(entry.model).to(device).eval()
-        size = entry.model.block_size
+        model = build_model(entry).to(device).eval()
+        size = entry.block_size
         length = min(cfg.max_new_tokens, size)
 
         def sample(count, length, model=model):
@@ -304,14 +304,14 @@ def bench_transformers(contenders, cfg, device):
         fail("what=transformers needs the package transformers:  pip install transformers")
     from transformers import GPT2Config, GPT2LMHeadModel
     name, entry = next(iter(contenders.items()))
-    if entry.model.block != "gpt2" or entry.model.bank_layers:
+    if entry.block != "gpt2" or entry.bank_layers:
         fail(f"what=transformers: the first contender is {name}, and transformers has gpt2 alone")
-    shape = {key: getattr(entry.model, key) for key in ("n_layer", "n_head", "n_embd")}
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=entry.model.vocab_size, eos_token_id=None,
-                                        n_positions=entry.model.block_size, **shape))
-    ours = build_model(entry.model)
+    shape = {key: getattr(entry, key) for key in ("n_layer", "n_head", "n_embd")}
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=entry.vocab_size, eos_token_id=None,
+                                        n_positions=entry.block_size, **shape))
+    ours = build_model(entry)
     start = torch.zeros(1, 1, dtype=torch.long, device=device)
-    length = min(cfg.max_new_tokens, entry.model.block_size - 1)
+    length = min(cfg.max_new_tokens, entry.block_size - 1)
 
     def write():
         for _ in stream(ours, start, length, temperature=0):
@@ -340,8 +340,8 @@ def bench_attention(contenders, cfg, device):
     dtype, with torch.compile and without. A way that fails says why in its row.
     """
     compile_or_fail()
-    widths = {(entry.model.qk_dim, entry.model.value_dim) for entry in contenders.values()}
-    B, T, H, C = cfg.batch_size, cfg.model.block_size, cfg.model.n_head, cfg.model.n_embd
+    widths = {(entry.qk_dim, entry.value_dim) for entry in contenders.values()}
+    B, T, H, C = cfg.batch_size, cfg.block_size, cfg.n_head, cfg.n_embd
     cases = [("gpt2's heads, fused", fused, H, C // H, C // H)]
     for D, M in sorted(widths):
         cases += [("fused", fused, 1, D, M), ("explicit, in blocks", explicit_attention, 1, D, M),
@@ -401,7 +401,7 @@ def bench_data(contenders, cfg, device):
     """One row: milliseconds to fetch the first contender's batch from a million tokens."""
     entry = next(iter(contenders.values()))
     rng = np.random.default_rng(0)
-    tokens = rng.integers(entry.model.vocab_size, size=10**6).astype(np.uint32)
+    tokens = rng.integers(entry.vocab_size, size=10**6).astype(np.uint32)
     times = [timed(device, get_batch, tokens, entry, step, 0, device) for step in range(100)]
     return [{"data loading, ms per batch": statistics.median(times)}]
 
@@ -427,7 +427,7 @@ def readable(value):
 
 
 def main(argv=None):
-    given = read_settings(BenchConfig, argv)
+    given = read_settings(BenchConfig, argv, without=("block",))
     cfg = build(BenchConfig, given)
     device = pick_device(cfg.device)
     torch.set_float32_matmul_precision("high")
@@ -449,7 +449,7 @@ def main(argv=None):
         for part in cfg.what.split(","):
             rows = parts[part](contenders, cfg, device)
             print(f"\n{markdown(rows)}", flush=True)
-            results["parts"].append({"part": part, "settings": flat(cfg), "rows": rows})
+            results["parts"].append({"part": part, "settings": asdict(cfg), "rows": rows})
             if cfg.json:
                 # After each part, so that what a kill cuts off is one part and not all
                 Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")

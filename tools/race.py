@@ -36,7 +36,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 
@@ -51,7 +51,7 @@ import train
 from nanodva.checkpoints import load_checkpoint
 from nanodva.errors import UserError, fail, replacing, run_script
 from nanodva.machine import Stop, pick_compile, pick_device, pick_dtype
-from nanodva.settings import build, change, check, flat, read_settings
+from nanodva.settings import build, change, check, read_settings
 from nanodva.weights import build_model
 from prepare_data import read_meta
 from tools.bench import compile_or_fail, contender, machine_name, own_settings, time_steps
@@ -65,6 +65,8 @@ RUNS = Path("out", "race_runs")
 DECIDED = ("block", "out_dir", "overwrite", "init_from", "learning_rate", "bank_lr", "min_lr",
            "lr_decay_iters", "eval_iters", "eval_train", "eval_only", "log_interval", "seed",
            "always_save_checkpoint", "backend", "wandb_log", "wandb_project", "wandb_run_name")
+# Settings of that name that are the race's own
+OWN = {"seed", "overwrite"}
 # What has to be the same for all contenders
 COMMON = ("dataset", "data_dir", "block_size", "vocab_size", "eval_interval", "device")
 # What a run's numbers follow from, beside its settings
@@ -75,8 +77,7 @@ MOST_RATES = 10
 
 
 @dataclass
-class RaceConfig:
-    train: TrainConfig = field(default_factory=TrainConfig, metadata={"without": DECIDED})
+class RaceConfig(TrainConfig):
     name: str = ""                           # of the folder in out/race; empty: DATASET-MATCH
     contenders: str = "gpt2,gpt2:rotary=True,dva,dva+bank"      # the first is the reference
     against: str = ""                        # further contenders to compare all others with
@@ -92,9 +93,9 @@ class RaceConfig:
     overwrite: bool = False                  # take the place of another race of this name
 
     def __post_init__(self):
-        check(self, least=dict(seeds=1, seed=0, rounds=1, jobs=1),
+        super().__post_init__()
+        check(self, least=dict(seeds=1, rounds=1, jobs=1, max_iters=1),
               choices=dict(match=["tokens", "time"]))
-        check(self.train, least=dict(max_iters=1))
         if not 0 < self.sweep_share <= 1:
             fail(f"sweep_share={self.sweep_share}: it must be above 0 and at most 1")
         read_rates("lrs", self.lrs)
@@ -145,7 +146,7 @@ def halve(data, block_size):
 def conditions_of(race, meta, device):
     """What the numbers of a race follow from beside its settings, as a dict of text and numbers."""
     code = b"".join((ROOT / name).read_bytes() for name in CODE)
-    return {"dataset": race.train.dataset, "sha256": meta["sha256"], "tokens": meta["tokens"],
+    return {"dataset": race.dataset, "sha256": meta["sha256"], "tokens": meta["tokens"],
             "bytes": meta["bytes"], "machine": machine_name(device), "device": device.type,
             "torch": torch.__version__, "code": hashlib.sha256(code).hexdigest()[:12]}
 
@@ -157,7 +158,7 @@ def enter(race, given, conditions, device):
     is compiled alone. Raises UserError for a contender that cannot run.
     """
     digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:10]
-    meta = read_meta(Path(race.train.data_dir, race.train.dataset))
+    meta = read_meta(Path(race.data_dir, race.dataset))
     settings = {"vocab_size": train.table_rows(meta)} | given | {
         "overwrite": True, "out_dir": str(RUNS / digest), "eval_train": False,
         "log_interval": 100, "always_save_checkpoint": False,
@@ -166,8 +167,8 @@ def enter(race, given, conditions, device):
     names = race.contenders.split(",")
     first = contender(names[0], settings)
     with torch.device("meta"):
-        flops = build_model(first.model).flops_per_token() * batch_tokens(first) * first.max_iters
-    settings |= {"dtype": pick_dtype(first.dtype, device, first.model.n_embd),
+        flops = build_model(first).flops_per_token() * batch_tokens(first) * first.max_iters
+    settings |= {"dtype": pick_dtype(first.dtype, device, first.n_embd),
                  "compile": pick_compile(first.compile, device, flops)}
     contenders = {}
     for name in names:
@@ -177,13 +178,13 @@ def enter(race, given, conditions, device):
         if "auto" in (own.get("dtype"), own.get("compile")):
             fail(f"contender {name!r}: say outright which dtype, and whether to compile")
         contenders[name] = contender(name, settings)
-    halve(train.open_data(first), first.model.block_size)
+    halve(train.open_data(first), first.block_size)
     return contenders
 
 
 def batch_tokens(cfg):
     """Tokens of one step."""
-    return cfg.gradient_accumulation_steps * cfg.batch_size * cfg.model.block_size
+    return cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
 
 
 def set_lengths(contenders, race, times):
@@ -200,7 +201,7 @@ def set_lengths(contenders, race, times):
         steps = max(1, round(contenders[first].max_iters * share))
         if "max_iters" in own_settings(name):
             steps = cfg.max_iters
-        interval = max(1, round(steps * race.train.eval_interval / race.train.max_iters))
+        interval = max(1, round(steps * race.eval_interval / race.max_iters))
         lengths[name] = change(cfg, max_iters=steps, lr_decay_iters=steps, eval_interval=interval)
     return lengths
 
@@ -211,8 +212,8 @@ def run_of(cfg, learning_rate, bank_lr, seed):
     """The TrainConfig of one run. All its settings name its folder, so that it is known again."""
     cfg = change(cfg, learning_rate=learning_rate, min_lr=learning_rate / 10, bank_lr=bank_lr,
                  seed=seed)
-    digest = hashlib.sha256(json.dumps(flat(cfg)).encode()).hexdigest()[:10]
-    shape = f"{cfg.model.block}-{cfg.model.n_layer}x{cfg.model.n_embd}"
+    digest = hashlib.sha256(json.dumps(asdict(cfg)).encode()).hexdigest()[:10]
+    shape = f"{cfg.block}-{cfg.n_layer}x{cfg.n_embd}"
     name = f"{shape}-lr{learning_rate:g}-bank{bank_lr:g}-seed{seed}-{digest}"
     return change(cfg, out_dir=str(Path(cfg.out_dir, name)))
 
@@ -245,7 +246,7 @@ def carry_out(run):
         compile_or_fail()
         saved, broken = folder / "last.pt", None
         checkpoint = load_checkpoint(saved) if saved.exists() else None
-        data = halve(train.open_data(run), run.model.block_size)
+        data = halve(train.open_data(run), run.block_size)
         try:
             done = train.train(run, pick_device(run.device), stop, checkpoint, data=data)
             if done["stopped"]:
@@ -325,7 +326,7 @@ def tune(name, cfg, race):
     if "learning_rate" in own:
         rates = [cfg.learning_rate]
     runs, best = sweep(cfg, "learning_rate", rates, dict(bank_lr=cfg.bank_lr, seed=race.seed))
-    if best and cfg.model.bank_layers and "bank_lr" not in own:
+    if best and cfg.bank_layers and "bank_lr" not in own:
         fixed = dict(learning_rate=best.learning_rate, seed=race.seed)
         more, best = sweep(cfg, "bank_lr", bank_rates, fixed)
         runs += [run for run in more if run not in runs]
@@ -452,11 +453,11 @@ def facts_of(contenders, race, before, after):
     for name, cfg in contenders.items():
         tried, best = tune(name, cfg, race)
         with torch.device("meta"):
-            model = build_model(cfg.model)
+            model = build_model(cfg)
         sweep = [{"learning_rate": run.learning_rate, "bank_lr": run.bank_lr,
                   "loss": None if result_of(run)["broken"] else final_loss(run, "val")}
                  for run in tried]
-        facts[name] = {"settings": flat(cfg), "parameters": model.num_params(),
+        facts[name] = {"settings": asdict(cfg), "parameters": model.num_params(),
                        "flops_per_token": model.flops_per_token(),
                        "ms_before": before[name], "ms_after": after[name],
                        "learning_rate": best.learning_rate, "bank_lr": best.bank_lr,
@@ -517,16 +518,16 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not any(argument.endswith(".py") for argument in argv if not argument.startswith("-")):
         argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
-    given = read_settings(RaceConfig, argv)
+    given = read_settings(RaceConfig, argv, without=set(DECIDED) - OWN)
     race = build(RaceConfig, given)
-    device = pick_device(race.train.device)
-    meta = read_meta(Path(race.train.data_dir, race.train.dataset))
+    device = pick_device(race.device)
+    meta = read_meta(Path(race.data_dir, race.dataset))
     conditions = conditions_of(race, meta, device)
     contenders = enter(race, given, conditions, device)
     rules = ("contenders", "match", "seeds", "seed", "lrs", "bank_lrs", "sweep_share", "rounds")
     description = {"rules": {name: getattr(race, name) for name in rules},
                    "conditions": conditions,
-                   "contenders": {name: flat(cfg) for name, cfg in contenders.items()}}
+                   "contenders": {name: asdict(cfg) for name, cfg in contenders.items()}}
     folder = RACES / race.name
     with only_writer(folder):
         kept = claim_folder(folder, description, race.overwrite)
