@@ -101,10 +101,11 @@ def pick_compile(setting, device, flops):
     if device.type == "cuda":
         # Windows has no Triton
         possible, worth = importlib.util.find_spec("triton") is not None, flops > 1e15
-    else:
+    elif device.type == "cpu":
         has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
         possible, worth = has_headers and bool(shutil.which("g++")), flops > 3e14
-        possible = possible and device.type == "cpu"
+    else:
+        possible, worth = True, False
     if setting is True and not possible and RANK == 0:
         print(f"compile=True: on {device.type} torch.compile needs "
               f"{'Triton' if device.type == 'cuda' else 'g++ and the headers of Python'}, which "

@@ -235,8 +235,8 @@ def send(number):
 # ---- what runs leave behind ----------------------------------------------------------------------
 
 def contents(folder):
-    """{name: bytes} of the files in a folder."""
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    """{name: bytes} of the files in a folder, but for the lock of its one writer."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "lock"}
 
 
 def records(out_dir):

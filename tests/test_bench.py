@@ -97,7 +97,7 @@ def test_torch_compile_fails_rather_than_give_up_in_silence():
 
 @pytest.mark.parametrize("argument, message", [
     ("--contenders=gpt2+blank", "behind the + stands bank"),
-    ("--contenders=gtp2", "there are gpt2"),
+    ("--contenders=gtp2", "choose from gpt2"),
     ("--contenders=dva:qk=3", "unknown setting 'qk'"),
     ("--contenders=dva:", "then :setting=value"),
     ("--dtypes=int8", "dtypes: 'int8' is none of float32, bfloat16, float16"),

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -161,7 +160,7 @@ def test_best_is_only_replaced_by_better(run, tmp_path, losses, monkeypatch, alw
     def watched(checkpoint, path):
         seen.append((path.name, checkpoint["step"]))
         save(checkpoint, path)
-    monkeypatch.setattr(train, "save", watched)
+    monkeypatch.setattr(train.checkpoints, "save", watched)
     # at steps 0, 3, 6, 9 and 11
     losses(9, 3, 2, 5, 4)
     run(max_iters=11, eval_interval=3, always_save_checkpoint=always)
@@ -311,11 +310,10 @@ def test_only_checkpoints_are_opened_and_none_can_run_code(run, trained, tmp_pat
 def test_a_checkpoint_holds_tensors_numbers_and_text_alone(trained):
     """Which is all that weights_only reads; and best.pt has no optimizer in it."""
     best, last = (load_checkpoint(trained / name) for name in ("best.pt", "last.pt"))
-    assert last.keys() - best.keys() == {"optimizers", "scaler", "elapsed_s"}
+    assert last.keys() - best.keys() == {"optimizers", "scaler", "elapsed_s", "since_best"}
     assert json.loads(json.dumps(best["config"])) == best["config"]
     assert not [name for name in best["model"] if name.startswith(("module.", "_orig_mod."))]
 
 
 def test_no_file_is_half_written_beside_another(trained):
-    assert {path.name for path in Path(trained).iterdir()} == {"best.pt", "last.pt",
-                                                               "metrics.jsonl"}
+    assert set(contents(trained)) == {"best.pt", "last.pt", "metrics.jsonl"}

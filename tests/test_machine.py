@@ -195,7 +195,7 @@ def test_large_models_sample_in_bfloat16(monkeypatch, parameters, chosen):
     assert machine.pick_sampling_dtype("float16", CPU, parameters) == "float16"
 
 
-def test_compiling_is_for_long_runs_where_a_compiler_is(monkeypatch, tmp_path):
+def test_compiling_is_for_long_runs_where_a_compiler_is(monkeypatch, tmp_path, capsys):
     cuda, mps = torch.device("cuda"), torch.device("mps")
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: tmp_path)
@@ -210,11 +210,13 @@ def test_compiling_is_for_long_runs_where_a_compiler_is(monkeypatch, tmp_path):
     assert machine.pick_compile("auto", CPU, 1e16)
     for device in (CPU, cuda, mps):
         assert not machine.pick_compile("auto", device, 1e13)
-        assert machine.pick_compile(True, device, 1)
+        assert machine.pick_compile(True, device, 1) == (device != cuda or has_triton)
         assert not machine.pick_compile(False, device, 1e20)
     assert not machine.pick_compile("auto", mps, 1e20)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not machine.pick_compile("auto", CPU, 1e16)
+    assert not machine.pick_compile(True, CPU, 1e16)
+    assert "compile=True: on cpu torch.compile needs g++" in capsys.readouterr().out
 
 
 # ---- signals -------------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ def test_rotary_positions_tell_the_distance_and_nothing_else():
     N = 8
     torch.manual_seed(0)
     q, k = torch.randn(N), torch.randn(N)
-    angles = model_module.rotary_angles(40, N)
-    q, k = (model_module.rotate(x.expand(1, 1, 40, N), angles)[0, 0] for x in (q, k))
+    rotary = model_module.Rotary(40, N)
+    q, k = (rotary(x.expand(1, 1, 40, N), first=0)[0, 0] for x in (q, k))
     strength = q @ k.T                              # the same query and key stood everywhere
     for distance in (-7, 0, 1, 30):
         along = strength.diagonal(distance)
@@ -432,12 +432,12 @@ def test_a_bank_in_a_block_that_cannot_hold_one_is_refused():
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(block="mlp"), "block='mlp': there are gpt2, dva"),
+    (dict(block="mlp"), "block='mlp': choose from gpt2, dva"),
     (dict(n_embd=25), "n_embd=25 does not divide into n_head=2"),
     (dict(dropout=1.0), "dropout=1.0"), (dict(bank_layers=4), "bank_layers=4"),
     (dict(qk_dim=0), "qk_dim=0"), (dict(block="dva", qk_dim=7), "a query has 7 of them"),
     (dict(block="gpt2", n_head=8, rotary=True), "a query has 3 of them"),
-    (dict(gelu="new"), "gelu='new': there are exact, tanh"), (dict(vocab_size=0), "vocab_size=0")],
+    (dict(gelu="new"), "gelu='new': choose from exact"), (dict(vocab_size=0), "vocab_size=0")],
     ids=str)
 def test_a_wrong_setting_is_named(settings, words):
     with pytest.raises(ValueError, match=words):

@@ -166,7 +166,7 @@ def test_a_rate_that_breaks_counts_as_infinitely_bad(argv):
 def test_contenders_are_made_from_what_was_given(argv):
     text = "gpt2,dva,gpt2:rotary=True,dva+bank:n_layer=12,dva+bank:n_embd=32,dva:bank_lr=2"
     _, contenders = entered(argv(contenders=text))
-    models = [cfg.model for cfg in contenders.values()]
+    models = list(contenders.values())
     assert [model.rotary for model in models] == [False, True, True, True, True, True]
     assert [model.bank_layers for model in models] == [0, 0, 0, 4, 1, 0]
     assert [model.value_dim for model in models] == [16, 16, 16, 16, 32, 16]

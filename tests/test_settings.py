@@ -22,7 +22,7 @@ import prepare_data
 import sample
 import train
 from nanodva.errors import UserError, run_script
-from nanodva.settings import build, change, load_settings, read_settings
+from nanodva.settings import build, load_settings, read_settings
 from prepare_data import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -52,7 +52,7 @@ def test_every_preset_loads(path):
 
 def test_the_later_one_wins_among_presets_and_arguments(preset):
     path = preset("n_layer = 3\nbatch_size = 5")
-    assert load_settings(TrainConfig, [path, "--n_layer=4"]).model.n_layer == 4
+    assert load_settings(TrainConfig, [path, "--n_layer=4"]).n_layer == 4
     cfg = load_settings(TrainConfig, ["--n_layer=4", path])
     assert (cfg.n_layer, cfg.batch_size, cfg.n_head) == (3, 5, 12)
 
@@ -119,16 +119,16 @@ WHOLE = "it must be a whole number"
     ("--learning_rate=1e999", "a number"), ("--learning_rate=10**400", "a number"),
     ("--eval_only=1", "eval_only=1 on the command line: it must be True or False"),
     ("--eval_only=yes", "True or False"), ("--out_dir=a\0b", "it must be text"),
-    ("--compile=maybe", "there are True, False, auto"), ("--rotary=maybe", "rotary='maybe'"),
-    ("--block=dvaa", "block='dvaa': there are gpt2, dva"), ("--seed=-1", "seed=-1: it must be at"),
+    ("--compile=maybe", "choose from True, False, auto"), ("--rotary=maybe", "rotary='maybe'"),
+    ("--block=dvaa", "block='dvaa': choose from gpt2"), ("--seed=-1", "seed=-1: it must be at"),
     ("--dropout=1", "dropout=1.0: it must be below 1"), ("--batch_size=0", "batch_size=0: it must"),
     ("--dropout=-0.1", "dropout=-0.1: it must be at least 0"), ("--max_iters=-1", "max_iters=-1"),
     ("--bank_layers=13", "bank_layers=13: it must be at most n_layer=12"),
     ("--beta2=1", "both must be below 1"), ("--bank_lr=-1", "bank_lr=-1.0"),
     ("--min_lr=1", "min_lr=1.0 is above learning_rate=0.0006"),
-    ("--dtype=float8", "dtype='float8': there are auto, float32"),
-    ("--init_from=nowhere", "init_from='nowhere': there are "),
-    ("--optimizer=sgd", "optimizer='sgd': there are adamw, muon"),
+    ("--dtype=float8", "dtype='float8': choose from auto, float32"),
+    ("--init_from=nowhere", "init_from='nowhere': choose from "),
+    ("--optimizer=sgd", "optimizer='sgd': choose from adamw, muon"),
     ("nowhere.py", "cannot read the preset nowhere.py")], ids=lambda value: value[:40])
 def test_a_wrong_argument_is_named(argument, words):
     with refused(words):
@@ -199,7 +199,7 @@ def test_a_tool_inherits_settings_but_for_those_that_it_decides_itself(capsys):
     with pytest.raises(SystemExit):
         read_settings(Outer, ["--help"], without={"seed"})
     out = capsys.readouterr().out
-    assert "another size" in out and "--seed" not in out
+    assert "--size=3" in out and "--name=" in out and "--seed" not in out
 
 
 @pytest.mark.parametrize("error, status, err", [
