@@ -1,18 +1,13 @@
 """
-Sample text from a trained model: all texts together, the first before your eyes. A checkpoint is
-enough, its tokenizer is inside.
+Sample text from a trained model. The first text is printed while it is written; the others, which
+the model writes at the same time, follow. A checkpoint is enough: its tokenizer is inside.
 
     python sample.py --out_dir=out-demo --start="ROMEO:"
     python sample.py --out_dir=out-demo --start=FILE:prompt.txt --num_samples=3 --temperature=0.8
     python sample.py --init_from=gpt2-xl --start=- --top_p=0.9 < prompt.txt
 """
-import signal
-
-if __name__ == "__main__":
-    # Until main() runs, Ctrl-C ends the script without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import codecs
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,23 +23,27 @@ from nanodva.tokenizer import Tokenizer
 from nanodva.weights import build_model, read_weights
 from prepare_data import read_meta
 
+RULE = "---------------"
+# Texts that are written together. More of them need more memory for their caches.
+MOST_AT_ONCE = 32
+
 
 @dataclass
 class SampleConfig:
     init_from: str = "resume"       # resume: the run in out_dir; or gpt2, gpt2-xl ..., or a path
     out_dir: str = "out"            # the run's folder, with best.pt, last.pt or ckpt.pt
-    dataset: str = ""               # the one whose alphabet nanoGPT's weights take
+    dataset: str = ""               # for nanoGPT's weights: the data set with their alphabet
     data_dir: str = "data"          # where data sets live
-    start: str = "\n"               # prompt, FILE:prompt.txt, or - for standard input
+    start: str = "\n"               # prompt (\n ends a line), FILE:prompt.txt, or - for stdin
     num_samples: int = 10           # how many texts
     max_new_tokens: int = 500       # tokens in each
-    temperature: float = 0.8        # 1: as the model says; lower: safer; 0: always the likeliest
-    top_k: int = 200                # draw from the k likeliest tokens only; 0: from all
-    top_p: float = 1.0              # draw from the fewest likeliest with this probability together
+    temperature: float = 0.8        # 1: as the model says; lower: safer; 0: the most probable
+    top_k: int = 200                # draw from the k most probable tokens; 0: from all
+    top_p: float = 1.0              # nucleus sampling: draw from the most probable share; 1: off
     stop_token: int = -1            # token id that ends a text; -1: none
     seed: int = 1337                # the same seed gives the same texts
     device: str = "auto"            # auto (cuda, else mps, else cpu), or cpu, cuda, cuda:1, mps
-    dtype: str = "auto"             # auto, float32, bfloat16, float16: greedy texts begin alike
+    dtype: str = "auto"             # auto, float32, bfloat16, float16
     compile: bool | str = "auto"    # True: compile the model first; auto: don't
 
     def __post_init__(self):
@@ -64,7 +63,8 @@ def read_prompt(start, tokenizer):
         alphabet = tokenizer.spec["alphabet"]
         return next((c for c in "\n " if c in alphabet), alphabet[0])
     if start != "-" and not start.startswith("FILE:"):
-        return start.replace("\\n", "\n")
+        # A shell cannot easily write a line end. Before a letter it is a word such as \nabla.
+        return re.sub(r"\\n(?![A-Za-z])", "\n", start)
     name = "standard input" if start == "-" else start.removeprefix("FILE:")
     try:
         data = sys.stdin.buffer.read() if start == "-" else Path(name).read_bytes()
@@ -116,27 +116,41 @@ def main(argv=None):
     ids = encode_prompt(prompt, tokenizer)
 
     torch.manual_seed(cfg.seed)
-    idx = torch.tensor([ids] * cfg.num_samples, device=device)         # (B, T)
+    for first in range(0, cfg.num_samples, MOST_AT_ONCE):
+        count = min(MOST_AT_ONCE, cfg.num_samples - first)
+        write(model, tokenizer, prompt, ids, count, cfg, device, live=first == 0)
+
+
+def write(model, tokenizer, prompt, ids, count, cfg, device, live):
+    """
+    Print the prompt, of which `ids` are the token ids, with `count` continuations. `live` prints
+    the first one token by token.
+    """
     # A token may end inside a character, whose rest comes with the next one
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in idx]
-    texts, ended = [""] * cfg.num_samples, [False] * cfg.num_samples
-    print(prompt, end="", flush=True)
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(count)]
+    texts, ended = [prompt] * count, [False] * count
+    if live:
+        print(prompt, end="", flush=True)
     try:
-        for new in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                          cfg.stop_token, tokenizer.vocab_size):
+        for new in stream(model, torch.tensor([ids], device=device), cfg.max_new_tokens,
+                          cfg.temperature, cfg.top_k, cfg.top_p, cfg.stop_token,
+                          tokenizer.vocab_size, count):
             for row, (token,) in enumerate(new.tolist()):
                 if ended[row]:
                     continue
                 text = decoders[row].decode(tokenizer.decode([token]))
                 texts[row] += text
                 ended[row] = token == cfg.stop_token
-                if row == 0:
+                if row == 0 and live:
                     print(text, end="", flush=True)
+    except FloatingPointError as error:
+        fail(error)
     finally:
-        # Ctrl-C shows what there is so far
-        print("\n---------------")
-        for text in texts[1:]:
-            print(f"{prompt}{text}\n---------------")
+        # After Ctrl-C, too: each text as far as it is written
+        if live:
+            print(f"\n{RULE}")
+        for text in texts[live:]:
+            print(f"{text}\n{RULE}")
 
 
 if __name__ == "__main__":

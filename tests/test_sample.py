@@ -108,7 +108,9 @@ def test_a_prompt_in_a_file_and_on_standard_input(texts, tmp_path, monkeypatch):
 def test_backslash_n_in_a_prompt_is_a_new_line():
     """nanoGPT's default prompt is a new line, and a shell cannot easily write one."""
     letters = Tokenizer({"kind": "char", "alphabet": "\nab"})
-    assert sample.read_prompt(r"a\nb", letters) == "a\nb"
+    assert sample.read_prompt(r"a\n\n", letters) == "a\n\n"
+    # A word of LaTeX keeps its backslash
+    assert sample.read_prompt(r"a \nabla", letters) == r"a \nabla"
     assert sample.read_prompt("a\nb", letters) == "a\nb"
 
 
