@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import KINDS, command_line, ending_of, refused, runs_differ
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sample
-from model import GPT, Cache, ModelConfig
+from model import GPT, Cache, ModelConfig, attend, attend_in_pieces, explicit_attention
 from nanodva import machine
 from nanodva.checkpoints import load_checkpoint
 from nanodva.errors import UserError
@@ -63,6 +64,10 @@ def gradients_of(model, device, dtype, backend=None):
 def assert_same_gradients(kind, device, dtype, backend=None, n_layer=2):
     loss, gradients = gradients_of(tiny(kind, n_layer), device, dtype, backend)
     expected_loss, expected = gradients_of(tiny(kind, n_layer), CPU, "float32")
+    assert_close_gradients(loss, gradients, expected_loss, expected, dtype)
+
+
+def assert_close_gradients(loss, gradients, expected_loss, expected, dtype):
     assert loss == pytest.approx(expected_loss, rel=PRECISION[dtype])
     # A gradient that is next to nothing beside the others is all rounding
     size = torch.stack([p.norm() for p in expected.values()]).norm()
@@ -147,6 +152,77 @@ def test_a_run_trains_saves_resumes_and_samples(run, tmp_path, capsys, name, dty
     argv = command_line(dict(out_dir=tmp_path / "parts", device=name, dtype=dtype, start="ab",
                              num_samples=2, max_new_tokens=30))
     assert len(ending_of(sample.main, argv, capsys)[1]) == 2 * 32 + 2 * 17
+
+
+# ---- a value too wide for a kernel ---------------------------------------------------------------
+
+def wide_inputs(H, D, dtype, device):
+    """q, k, v and the output's gradient as a layer has them, heads side by side in one tensor."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 70, H * width).unflatten(-1, (H, -1)).transpose(1, 2)
+              for width in (D, D, 512, 512)]
+    return [x.to(device, dtype).requires_grad_() for x in inputs]
+
+
+def both_ways(function, q, k, v, upstream, *width):
+    """function's output and its gradients by q, k and v, in float64 on the CPU."""
+    y = function(q, k, v, *width)
+    return [x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, (q, k, v), upstream))]
+
+
+@each_device
+@pytest.mark.parametrize("dtype, allowed", [(torch.float64, 1e-13), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("H, D, width", [(1, 64, 64), (1, 64, 128), (1, 64, 256), (1, 256, 256),
+                                         (3, 64, 64), (3, 16, 128), (3, 64, 256)])
+def test_a_value_in_pieces_is_mixed_as_the_whole(name, dtype, allowed, backend, H, D, width):
+    inputs = wide_inputs(H, D, dtype, name)
+    pieces = attend_in_pieces
+    if backend:
+        torch._dynamo.reset()
+        pieces = torch.compile(pieces, backend=backend, fullgraph=True, dynamic=False)
+    expected = both_ways(explicit_attention, *(x.to(CPU, torch.float64) for x in inputs))
+    for x, wanted in zip(both_ways(pieces, *inputs, width), expected, strict=True):
+        assert (x - wanted).norm() < allowed * wanted.norm()
+
+
+@each_device
+@each_dtype
+def test_a_model_with_its_values_in_pieces_has_the_same_gradients(monkeypatch, name, dtype):
+    """Under autocast, too, where a bank's values are float32 and the queries are not."""
+    kind, device = dict(block="dva", bank_layers=1), torch.device(name)
+    expected_loss, expected = gradients_of(tiny(kind), CPU, "float32")
+    monkeypatch.setattr("model.attend", lambda q, k, v, dropout: attend_in_pieces(q, k, v, 16))
+    loss, gradients = gradients_of(tiny(kind), device, dtype)
+    assert_close_gradients(loss, gradients, expected_loss, expected, dtype)
+
+
+def test_heads_that_share_a_query_share_its_memory(monkeypatch):
+    def kernel(q, k, v, **options):
+        assert (q.shape, k.shape, v.shape) == 3 * ((2, 4, 70, 128),)
+        assert q.stride(1) == k.stride(1) == 0 and v.data_ptr() == value.data_ptr()
+        return v
+
+    q, k, value, _ = wide_inputs(1, 64, torch.float32, CPU)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    torch.testing.assert_close(attend_in_pieces(q, k, value, 128), value)
+
+
+@pytest.mark.parametrize("shape, dtype, dropout, chosen", [
+    ((1, 40, 40, 64, 768), torch.bfloat16, 0, 128), ((1, 40, 40, 64, 192), torch.float16, 0, 64),
+    ((2, 40, 40, 128, 384), torch.bfloat16, 0, 128), ((1, 40, 40, 64, 768), torch.float32, 0, 0),
+    ((1, 1, 40, 64, 768), torch.bfloat16, 0, 0), ((1, 8, 40, 64, 768), torch.bfloat16, 0, 0),
+    ((1, 40, 40, 64, 100), torch.bfloat16, 0, 0), ((1, 40, 40, 192, 768), torch.bfloat16, 0, 0),
+    ((1, 40, 40, 64, 768), torch.bfloat16, 0.1, 0)])
+def test_a_gpu_gets_the_value_in_pieces_where_they_fit(monkeypatch, shape, dtype, dropout, chosen):
+    """On tensors that only claim to be on a GPU: the choice is tested, not the kernels."""
+    monkeypatch.setattr("model.attend_in_pieces", lambda q, k, v, width: width)
+    monkeypatch.setattr("model.explicit_attention", lambda q, k, v, dropout, rows: 0)
+    H, T, S, D, M = shape
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, H, length, width, dtype=dtype, device="cuda")
+                   for length, width in ((T, D), (S, D), (S, M)))
+    assert attend(q, k, v, dropout) == chosen
 
 
 # ---- what is chosen ------------------------------------------------------------------------------
