@@ -32,7 +32,7 @@ MOST_AT_ONCE = 32
 class SampleConfig:
     init_from: str = "resume"       # resume: the run in out_dir; or gpt2, gpt2-xl ..., or a path
     out_dir: str = "out"            # the run's folder, with best.pt, last.pt or ckpt.pt
-    dataset: str = ""               # for nanoGPT's weights: the data set with their alphabet
+    dataset: str = ""               # whose tokens to use, for weights that do not say
     data_dir: str = "data"          # where data sets live
     start: str = "\n"               # prompt (\n ends a line), FILE:prompt.txt, or - for stdin
     num_samples: int = 10           # how many texts
@@ -74,16 +74,23 @@ def read_prompt(start, tokenizer):
 
 
 def find_tokenizer(weights, cfg):
-    """The weights' tokenizer. nanoGPT's for characters bring none, but their data set has it."""
-    if weights["tokenizer"]:
-        return Tokenizer(weights["tokenizer"])
-    dataset = cfg.dataset or weights.get("dataset")
+    """
+    The tokenizer that the weights bring. Where they do not know it, or where it was only assumed,
+    that of the data set which --dataset names, or else a nanoGPT checkpoint.
+    """
+    spec, assumed = weights["tokenizer"], weights["assumed"]
+    if spec and not (assumed and cfg.dataset):
+        if assumed:
+            print(assumed, file=sys.stderr)
+        return Tokenizer(spec)
+    dataset = cfg.dataset or weights["dataset"]
     if not dataset:
         fail("these weights do not say what their tokens are: name the data set that they were "
              "trained on, --dataset=NAME")
     tokenizer = Tokenizer(read_meta(Path(cfg.data_dir, dataset))["tokenizer"])
     rows = weights["model_config"]["vocab_size"]
-    if tokenizer.vocab_size != rows:
+    # nanoGPT's default table of 50304 rows serves any smaller vocabulary
+    if tokenizer.vocab_size > rows or tokenizer.vocab_size < rows and not assumed:
         fail(f"{cfg.data_dir}/{dataset} has {tokenizer.vocab_size} tokens, and the weights have "
              f"{rows}: name the data set that they were trained on, --dataset=NAME")
     return tokenizer
@@ -105,7 +112,7 @@ def encode_prompt(prompt, tokenizer):
 def main(argv=None):
     cfg = load_settings(SampleConfig, argv)
     device = pick_device(cfg.device)
-    weights = read_weights(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
+    weights = read_weights(Path(cfg.out_dir) if cfg.init_from == "resume" else cfg.init_from)
     model = build_model(ModelConfig(**weights["model_config"]), weights).eval()
     dtype = pick_sampling_dtype(cfg.dtype, device, model.num_params())
     model.to(device, getattr(torch, dtype))

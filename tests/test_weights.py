@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, command_line, comparable, ending_of, oracle, refused
+from conftest import BLOCKS, TINY, command_line, comparable, ending_of, oracle, refused
 from safetensors.torch import load_file, save_file
 
 import prepare_data
@@ -16,7 +16,7 @@ import sample
 import train
 from model import GPT, ModelConfig, generate
 from nanodva.checkpoints import FORMAT, load_checkpoint
-from nanodva.weights import OPENAI, load_model
+from nanodva.weights import OPENAI, load_model, read_weights
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [dict(n_layer=1, n_head=1, n_embd=16, vocab_size=97),
@@ -85,15 +85,42 @@ def test_openais_names_come_from_the_hubs_cache_in_the_sizes_of_their_config(hub
         assert_same_model(ours, theirs)
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_shard_size": "20KB"}], ids=["one", "shards"])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_shards_and_pickled_files_come_in(tmp_path, settings, pickled):
+    theirs = oracle(**SHAPES[1])
+    theirs.save_pretrained(tmp_path, **settings)
+    assert (len(list(tmp_path.glob("model*.safetensors"))) > 2) == bool(settings)
+    if pickled:
+        to_pytorch_bin(tmp_path)
+    assert_same_model(load_model(str(tmp_path)), theirs)
+    next(tmp_path.glob("*.bin" if pickled else "*.safetensors")).unlink()
+    with refused(str(tmp_path)):
+        load_model(str(tmp_path))
+
+
+def to_pytorch_bin(folder):
+    """The folder as transformers wrote it before it had safetensors, in torch's first format."""
+    def renamed(text):
+        return text.replace("model", "pytorch_model").replace("safetensors", "bin")
+    for path in folder.glob("model*.safetensors"):
+        torch.save(load_file(path), folder / renamed(path.name),
+                   _use_new_zipfile_serialization=False)
+        path.unlink()
+    for path in folder.glob("*.index.json"):
+        (folder / renamed(path.name)).write_text(renamed(path.read_text()))
+        path.unlink()
+
+
 def test_positions_are_cropped_and_never_made_up(tmp_path):
     theirs = oracle(**SHAPES[1])
     theirs.save_pretrained(tmp_path)
     ours, idx = load_model(str(tmp_path), block_size=8, dropout=0.1), torch.arange(16).view(2, 8)
     assert ours.config.dropout == 0.1 and ours.transformer.wpe.weight.shape == (8, 32)
     torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
-    with refused("block_size=129: the weights have 128 positions"):
+    with refused("block_size=129", "they have 128 positions"):
         load_model(str(tmp_path), block_size=129)
-    with refused("n_layer=4 contradicts the weights, which have n_layer=3"):
+    with refused("n_layer=4", "they have n_layer=3"):
         load_model(str(tmp_path), n_layer=4)
 
 
@@ -155,10 +182,108 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path, hub, monkeypa
         load_model(str(tmp_path / "theirs"))
 
 
+@pytest.fixture(scope="module")
+def portuguese():
+    """Byte-pair tokens of another language, as the package tokenizers trains them."""
+    from tokenizers import ByteLevelBPETokenizer
+    text = "Não é português? Ação, coração e canção: o menino não comeu a maçã.\n\n 1999 ßß 漢字"
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator([text] * 3, vocab_size=310, show_progress=False,
+                               special_tokens=["<s>", "<|endoftext|>", "<pad>"])
+    return theirs
+
+
+def save_tokenizer(theirs, folder, kind):
+    """As today, in one file, or as GPT-2's is."""
+    if kind == "tokenizer.json":
+        theirs.save(str(folder / kind))
+    else:
+        theirs.save_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
+def test_a_folders_own_tokens_are_used(tmp_path, portuguese, kind, capsys):
+    """Whatever their number is."""
+    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=310)
+    theirs.save_pretrained(tmp_path)
+    save_tokenizer(portuguese, tmp_path, kind)
+    tokenizer = load_model(tmp_path).tokenizer
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (310, 1)
+    for text in ("Não coração de maçã", "ação\n\n  1999  ßßß 漢 x\x00 \U0001f642", "<pad>s<s>"):
+        ids = tokenizer.encode(text)
+        if "<" not in text:
+            # In a text these are no tokens, as <|endoftext|> is not
+            assert ids == portuguese.encode(text).ids
+        assert tokenizer.decode(ids).decode() == text
+    argv = command_line(dict(out_dir=tmp_path, start="Não", num_samples=1, max_new_tokens=20,
+                             temperature=0, device="cpu", dtype="float32"))
+    _, out = ending_of(sample.main, argv, capsys)
+    ids = theirs.generate(torch.tensor([portuguese.encode("Não").ids]), max_new_tokens=20,
+                          do_sample=False)[0].tolist()
+    assert out == portuguese.decode(ids, skip_special_tokens=False) + "\n---------------\n"
+
+
+def test_gpt2s_own_tokens_are_recognised(tmp_path, gpt2_files):
+    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50257).save_pretrained(tmp_path)
+    for name, key in (("vocab.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"),
+                      ("merges.txt", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")):
+        (tmp_path / name).write_bytes((gpt2_files / key).read_bytes())
+    weights = read_weights(tmp_path)
+    assert (weights["tokenizer"], weights["assumed"]) == ({"kind": "gpt2"}, "")
+
+
+@pytest.mark.parametrize("change", [
+    lambda parts: parts["pre_tokenizer"].update(add_prefix_space=True),
+    lambda parts: parts.update(normalizer={"type": "NFC"}),
+    lambda parts: parts.update(pre_tokenizer={"type": "Whitespace"}),
+    lambda parts: parts["model"]["merges"].reverse(),
+    lambda parts: parts["model"]["merges"].append(["a", "b"]),
+    lambda parts: parts["model"]["vocab"].update({"maçã": 310}),
+    lambda parts: parts["model"]["vocab"].pop("<|endoftext|>"),
+    lambda parts: parts.pop("model")])
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path, portuguese, change):
+    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=311).save_pretrained(tmp_path)
+    save_tokenizer(portuguese, tmp_path, "tokenizer.json")
+    parts = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(parts)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    with refused(f"tokenizer in {tmp_path}"):
+        load_model(tmp_path)
+
+
+def test_a_row_for_an_added_token_is_never_drawn(tmp_path, capsys):
+    """As after transformers' resize_token_embeddings(50258)."""
+    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50258)
+    with torch.no_grad():
+        theirs.transformer.wte.weight[50257] *= 100
+    theirs.save_pretrained(tmp_path)
+    argv = command_line(dict(out_dir=tmp_path, num_samples=2, max_new_tokens=50, device="cpu"))
+    status, out = ending_of(sample.main, argv, capsys)
+    assert status == 0 and len(out) > 100
+    ours, idx = load_model(str(tmp_path)), torch.arange(50)[None]
+    assert ours(idx, idx)[0].argmax(-1).max() == 50257
+    assert ours.tokenizer.vocab_size == 50257
+
+
+@pytest.mark.parametrize("rows", [50257, 50304])
+def test_what_is_assumed_of_tokens_is_said_and_can_be_overridden(tmp_path, capsys, data_dir, rows):
+    write_nanogpt(tmp_path / "ckpt.pt", oracle("gelu", n_layer=1, n_head=1, n_embd=8,
+                                               vocab_size=rows), dataset="lost")
+    argv = command_line(dict(out_dir=tmp_path, data_dir=data_dir, num_samples=1, max_new_tokens=5,
+                             device="cpu", start="ab"))
+    sample.main(argv)
+    assert f"{rows} rows are taken to be those of GPT-2's" in capsys.readouterr().err
+    alphabet = prepare_data.read_meta(data_dir / "tiny_char")["tokenizer"]["alphabet"]
+    sample.main([*argv, "--dataset=tiny_char"])
+    captured = capsys.readouterr()
+    assert captured.err == "" and set(captured.out.split("\n")[0]) <= set(alphabet)
+
+
 # ---- nanoGPT's checkpoints -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("prefix, masks, bias", [
-    ("", False, True), ("_orig_mod.", False, False), ("_orig_mod.", True, True)])
+    ("", False, True), ("_orig_mod.", False, False), ("module.", True, True),
+    ("_orig_mod.module.", True, False), ("module._orig_mod.", False, True)])
 def test_a_nanogpt_checkpoint_comes_in(tmp_path, prefix, masks, bias):
     theirs = oracle("gelu", biases=bias, **SHAPES[1])
     write_nanogpt(tmp_path / "ckpt.pt", theirs, prefix=prefix, masks=masks, bias=bias)
@@ -255,6 +380,68 @@ def test_a_run_of_ours_comes_in(run, tmp_path):
     model.load_state_dict(saved["model"])
     idx = torch.arange(16)[None]
     assert torch.equal(model(idx, idx)[0], ours(idx, idx)[0])
+
+
+def test_a_folder_that_is_called_gpt2_is_the_folder(run, tmp_path, monkeypatch, hub, capsys):
+    hub("gpt2", n_layer=4, n_head=1, n_embd=8, vocab_size=50257)
+    monkeypatch.chdir(tmp_path)
+    run("gpt2", max_iters=2)
+    assert load_model(Path("gpt2")).config.n_layer == load_model("./gpt2").config.n_layer == 2
+    assert load_model("gpt2").config.n_layer == 4
+    # Two characters of the run's alphabet, and 50 more of them
+    argv = ["--start=ab", "--num_samples=1", "--max_new_tokens=50", "--device=cpu"]
+    _, out = ending_of(sample.main, ["--out_dir=gpt2", *argv], capsys)
+    assert len(out.split("\n---")[0]) == 52
+    _, out = ending_of(sample.main, ["--init_from=gpt2", *argv], capsys)
+    assert len(out.split("\n---")[0]) > 52
+
+
+def test_more_banks_than_the_default_has_layers(tmp_path, data_dir):
+    rows = prepare_data.read_meta(data_dir / "tiny_char")["vocab_size"]
+    medium = oracle(n_layer=24, n_head=1, n_embd=4, vocab_size=rows)
+    medium.save_pretrained(tmp_path / "medium")
+    settings = dict(init_from=tmp_path / "medium", block="dva", bank_layers=16, qk_dim=2,
+                    block_size=8, dataset="tiny_char", data_dir=data_dir, max_iters=0,
+                    out_dir=tmp_path / "out", eval_iters=1, device="cpu", dtype="float32")
+    train.main(command_line(settings))
+    ours = load_model(tmp_path / "out")
+    assert (ours.config.n_layer, len(ours.banks())) == (24, 16)
+    with refused("bank_layers=25: it must be at most n_layer=24"):
+        train.main(command_line(settings | {"bank_layers": 25, "out_dir": tmp_path / "more"}))
+
+
+def test_a_longer_window_where_weights_hold_no_positions(run, tmp_path):
+    run("only", block="dva", rotary="only", max_iters=2)
+    short, long = load_model(tmp_path / "only"), load_model(tmp_path / "only", block_size=64)
+    idx = torch.arange(64)[None] % 23
+    with torch.no_grad():
+        difference = short(idx[:, :16], idx[:, :16])[0] - long(idx, idx)[0][:, :16]
+    assert difference.abs().max() < 1e-5
+    _, out = run("longer", init_from=tmp_path / "only", block="dva", rotary="only", block_size=64,
+                 max_iters=1)
+    assert load_checkpoint(tmp_path / "longer" / "last.pt")["model_config"]["block_size"] == 64
+    run("both", block="dva", rotary=True, max_iters=2)
+    with refused("block_size=64", "they have 16 positions"):
+        run("longer", init_from=tmp_path / "both", block="dva", block_size=64)
+
+
+@pytest.mark.parametrize("error", [ValueError("too many values to unpack"),
+                                   AttributeError("no attribute 'widht'"),
+                                   RuntimeError("size mismatch"), KeyError("zzz")], ids=repr)
+def test_a_mistake_in_a_readers_block_keeps_its_traceback(run, tmp_path, monkeypatch, error):
+    class Mistaken(BLOCKS["mean"]):
+        def __init__(self, *args):
+            super().__init__(*args)
+            raise error
+    run(block="mean", max_iters=1)
+    monkeypatch.setitem(BLOCKS, "mean", Mistaken)
+    for action in (lambda: load_model(tmp_path / "out"),
+                   lambda: sample.main([f"--out_dir={tmp_path / 'out'}"]),
+                   lambda: run("other", block="mean"),
+                   lambda: run("on", init_from=tmp_path / "out", block="mean")):
+        with pytest.raises(type(error)) as caught:
+            action()
+        assert caught.value is error
 
 
 def test_a_run_starts_from_another_ones_weights_at_step_0(run, trained, tmp_path):

@@ -1,15 +1,16 @@
 """
-Weights out: a run of ours, or anything else that --init_from takes, as a folder that other
-programs read.
+Weights out: a run of ours, or another folder that --init_from takes, for other programs.
 
     python -m tools.convert out-gpt2 --to=hf --dest=gpt2-hf                for transformers
-    python -m tools.convert out-demo --to=safetensors --dest=demo-plain    any block
+    python -m tools.convert out-demo --to=safetensors --dest=demo-plain    weights alone
 
-The first is a GPT2LMHeadModel for AutoModelForCausalLM, with its tokenizer for AutoTokenizer unless
-its tokens are characters. The second holds the weights under their own names, and config.json.
-Either folder also goes back in: --init_from=FOLDER.
+The first writes a folder for AutoModelForCausalLM: plain GPT-2 where that says it all, and else
+with model.py in it, for trust_remote_code=True. AutoTokenizer finds its tokenizer there. The second
+holds the weights under their own names, and config.json. Either folder also goes back in:
+--init_from=FOLDER.
 """
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import ModelConfig
 from nanodva.errors import fail, run_script
+from nanodva.huggingface import write_tokenizer
 from nanodva.settings import check, load_settings
-from nanodva.tokenizer import END_OF_TEXT, Tokenizer
+from nanodva.tokenizer import Tokenizer
 from nanodva.weights import read_weights
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
 class ConvertConfig:
-    source: str = ""         # the first argument: a run's folder, or what else --init_from takes
-    to: str = "hf"           # hf: transformers' GPT-2; safetensors: weights under their own names
+    source: str = ""         # the first argument: a run's folder, or another that --init_from takes
+    to: str = "hf"           # hf: for transformers; safetensors: weights under their own names
     dest: str = ""           # folder to write, new or empty
 
     def __post_init__(self):
@@ -38,26 +42,13 @@ class ConvertConfig:
             fail("say what goes where:  python -m tools.convert OUT_DIR --to=hf --dest=FOLDER")
 
 
-def to_hugging_face(weights):
+def to_gpt2(weights, rows):
     """
-    (config.json, state dict) of transformers' GPT2LMHeadModel for what read_weights() gave.
-    Raises UserError for a model that GPT-2 cannot express.
+    (settings, state dict) of transformers' GPT2LMHeadModel for what read_weights() gave, with the
+    first `rows` rows of the token table.
     """
-    model, spec = ModelConfig(**weights["model_config"]), weights["tokenizer"]
-    gpt2 = {"block": "gpt2", "bank_layers": 0, "rotary": False}
-    for name, value in gpt2.items():
-        if getattr(model, name) != value:
-            fail(f"{name}={getattr(model, name)!r} cannot go to hf: transformers' GPT-2 has no "
-                 f"such layers, and would compute something else; use --to=safetensors")
-    rows, end = model.vocab_size, None
-    if spec:
-        tokenizer = Tokenizer(spec)
-        rows, end = tokenizer.vocab_size, tokenizer.end_of_text
-    state = {}
+    model, state = ModelConfig(**weights["model_config"]), {}
     for name, p in weights["model"].items():
-        if name == "lm_head.weight":
-            # It is tied to the token table
-            continue
         # transformers' Conv1D keeps its matrices as (in, out)
         is_conv1d = name.startswith("transformer.h.") and p.dim() == 2
         state[name] = p.T if is_conv1d else p
@@ -68,53 +59,11 @@ def to_hugging_face(weights):
             state.setdefault(bias, torch.zeros(p.size(0)))
     # Padded rows of the table are no tokens, and would take part in the softmax
     state["transformer.wte.weight"] = state["transformer.wte.weight"][:rows]
-    settings = {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": rows,
-        "n_positions": model.block_size, "n_embd": model.n_embd, "n_layer": model.n_layer,
-        "n_head": model.n_head, "layer_norm_epsilon": 1e-5,
-        "activation_function": "gelu_new" if model.gelu == "tanh" else "gelu",
-        "tie_word_embeddings": True, "bos_token_id": end, "eos_token_id": end,
-        "nanodva_tokenizer": spec}
-    return settings, state
-
-
-def write_bpe_tokenizer(folder, tokenizer):
-    """Write vocab.json, merges.txt and tokenizer_config.json, from which AutoTokenizer is made."""
-    tokens = [tokenizer.bpe.decode_single_token_bytes(i) for i in range(tokenizer.end_of_text)]
-    # GPT-2's files write each byte as one visible character: its own where it has one, and else
-    # one of those from 256 on
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {byte: chr(byte) for byte in visible}
-    invisible = sorted(set(range(256)) - set(visible))
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(invisible)}
-    rank_of = {token: rank for rank, token in enumerate(tokens)}
-    words = ["".join(letters[byte] for byte in token) for token in tokens]
-    merges = []
-    for rank in range(256, len(tokens)):
-        left, right = last_merge(tokens[rank], rank, rank_of)
-        merges.append(f"{words[rank_of[left]]} {words[rank_of[right]]}")
-    vocabulary = {word: rank for rank, word in enumerate(words)}
-    vocabulary[END_OF_TEXT] = tokenizer.end_of_text
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    merges = "#version: 0.2\n" + "\n".join(merges) + "\n"
-    (folder / "merges.txt").write_text(merges, encoding="utf-8")
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    settings = {"tokenizer_class": "GPT2Tokenizer"} | special
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-def last_merge(token, rank, rank_of):
-    """
-    The two tokens that byte-pair encoding joins last when it makes `token`. It starts from single
-    bytes and joins the pair of the lowest rank first, and only pairs of a lower rank than `rank`.
-    """
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
-        ranks = [rank_of.get(pair, rank) for pair in pairs]
-        first = ranks.index(min(ranks))
-        parts[first:first + 2] = [pairs[first]]
-    return parts
+    return {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": model.block_size,
+        "n_embd": model.n_embd, "n_layer": model.n_layer, "n_head": model.n_head,
+        "layer_norm_epsilon": 1e-5, "nanodva_tokenizer": weights["tokenizer"],
+        "activation_function": "gelu_new" if model.gelu == "tanh" else "gelu"}, state
 
 
 def main(argv=None):
@@ -126,22 +75,41 @@ def main(argv=None):
         from safetensors.torch import save_file
     except ImportError:
         fail("this needs the package safetensors:  pip install safetensors")
-    weights, folder = read_weights(cfg.source), Path(cfg.dest)
+    weights, folder, code = read_weights(Path(cfg.source)), Path(cfg.dest), []
+    if weights["assumed"]:
+        print(weights["assumed"])
+    # safetensors keeps one of two tied weights
+    state = weights["model"]
+    del state["lm_head.weight"]
+    settings = {key: weights[key] for key in ("model_config", "tokenizer")}
     if cfg.to == "hf":
-        settings, state = to_hugging_face(weights)
-    else:
-        settings = {key: value for key, value in weights.items() if key != "model"}
-        # safetensors keeps one of two tied weights
-        state = {name: p for name, p in weights["model"].items() if name != "lm_head.weight"}
+        model, spec = ModelConfig(**weights["model_config"]), weights["tokenizer"]
+        tokenizer = Tokenizer(spec) if spec else None
+        rows = tokenizer.vocab_size if tokenizer else model.vocab_size
+        if (model.block, model.bank_layers, model.rotary) == ("gpt2", 0, False):
+            settings, state = to_gpt2(weights, rows)
+        else:
+            # transformers has no class for it: model.py goes along, and what calls it
+            code = [ROOT / "model.py", ROOT / "tools" / "modeling_nanodva.py"]
+            calls = "modeling_nanodva.NanoDVA"
+            settings |= {
+                "model_type": "nanodva", "architectures": ["NanoDVAForCausalLM"],
+                "auto_map": {"AutoConfig": f"{calls}Config",
+                             "AutoModelForCausalLM": f"{calls}ForCausalLM"}}
+            state = {f"gpt.{name}": p for name, p in state.items()}
+        end = tokenizer.end_of_text if tokenizer else None
+        settings |= {"vocab_size": rows, "tie_word_embeddings": True, "bos_token_id": end,
+                     "eos_token_id": end}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir())
         if names:
             fail(f"dest={cfg.dest!r} is not empty, it holds {', '.join(names[:5])}: name a new "
                  f"folder")
-        spec = weights["tokenizer"]
-        if cfg.to == "hf" and spec and spec["kind"] != "char":
-            write_bpe_tokenizer(folder, Tokenizer(spec))
+        if cfg.to == "hf" and tokenizer:
+            write_tokenizer(folder, tokenizer)
+        for path in code:
+            shutil.copy(path, folder)
         state = {name: p.contiguous() for name, p in state.items()}
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(settings, indent=1))
