@@ -1,5 +1,6 @@
 """Every device of this machine computes what float32 on a CPU computes; and what is chosen."""
 import importlib.util
+import itertools
 import shutil
 import signal
 import sysconfig
@@ -7,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, command_line, ending_of, refused, runs_differ
+from conftest import KINDS, command_line, ending_of, refused, runs_differ, shaken, tiny, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sample
-from model import GPT, Cache, ModelConfig, attend, attend_in_pieces, explicit_attention
+from model import Cache, attend, attend_in_pieces, explicit_attention
 from nanodva import machine
 from nanodva.checkpoints import load_checkpoint
 from nanodva.errors import UserError
@@ -30,29 +31,18 @@ HAS_COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Pyth
 # float16 and bfloat16 keep 11 and 8 bits
 PRECISION = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 SETTINGS = [dict(block=block, bank_layers=banks) for block, banks in KINDS]
-# test_model.py compiles those without a bank, too
-COMPILED = [kind for kind in SETTINGS if kind["bank_layers"] == 1 or kind["block"] == "mean"]
+DVA_BANK = dict(block="dva", bank_layers=1)
 
 each_device = pytest.mark.parametrize("name", DEVICES)
 each_kind = pytest.mark.parametrize("kind", SETTINGS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", list(PRECISION))
 
 
-def tiny(kind, n_layer=2):
-    torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab_size=37, block_size=32, n_layer=n_layer, n_head=2, n_embd=32,
-                            qk_dim=16, **kind))
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return model
-
-
-def gradients_of(model, device, dtype, backend=None):
+def gradients_of(kind, device=CPU, dtype="float32", backend=None):
     """(loss, {name: gradient}) for one batch, as numbers and in float32 on the CPU."""
-    model.to(device)
+    model = shaken(tiny(n_layer=2, **kind)).to(device)
     forward = torch.compile(model, backend=backend, dynamic=False) if backend else model
-    idx = torch.randint(37, (4, 33), generator=torch.Generator().manual_seed(1)).to(device)
+    idx = tokens(4, 17).to(device)
     with machine.autocast(device, dtype):
         _, loss = forward(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
     loss.backward()
@@ -61,13 +51,8 @@ def gradients_of(model, device, dtype, backend=None):
     return loss.item(), gradients
 
 
-def assert_same_gradients(kind, device, dtype, backend=None, n_layer=2):
-    loss, gradients = gradients_of(tiny(kind, n_layer), device, dtype, backend)
-    expected_loss, expected = gradients_of(tiny(kind, n_layer), CPU, "float32")
-    assert_close_gradients(loss, gradients, expected_loss, expected, dtype)
-
-
-def assert_close_gradients(loss, gradients, expected_loss, expected, dtype):
+def assert_close_gradients(found, expected, dtype):
+    (loss, gradients), (expected_loss, expected) = found, expected
     assert loss == pytest.approx(expected_loss, rel=PRECISION[dtype])
     # A gradient that is next to nothing beside the others is all rounding
     size = torch.stack([p.norm() for p in expected.values()]).norm()
@@ -82,31 +67,26 @@ def assert_close_gradients(loss, gradients, expected_loss, expected, dtype):
 @each_kind
 @each_dtype
 def test_gradients_are_those_of_float32_on_the_cpu(name, kind, dtype):
-    assert_same_gradients(kind, torch.device(name), dtype)
+    assert_close_gradients(gradients_of(kind, torch.device(name), dtype), gradients_of(kind), dtype)
 
 
-@each_device
-@pytest.mark.parametrize("kind", COMPILED, ids=str)
+@pytest.mark.parametrize("name, kind", [
+    *itertools.product(DEVICES[1:], SETTINGS),
+    pytest.param("cpu", DVA_BANK, marks=[pytest.mark.slow, pytest.mark.skipif(
+        not HAS_COMPILER, reason="needs g++ and Python.h")])], ids=str)
 def test_compiled_gradients_are_those_of_float32_on_the_cpu(name, kind):
-    """Inductor on a GPU; on a CPU all but the C++ compiler."""
+    """By Inductor: test_model.py compiles without the last step, which takes g++ half a minute."""
     torch._dynamo.reset()
-    backend = "aot_eager" if name == "cpu" else "inductor"
-    assert_same_gradients(kind, torch.device(name), "bfloat16", backend)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_COMPILER, reason="needs g++ and Python.h")
-def test_what_the_cpp_compiler_makes_has_the_same_gradients():
-    torch._dynamo.reset()
-    assert_same_gradients(dict(block="dva", bank_layers=1), CPU, "bfloat16", "inductor", n_layer=1)
+    found = gradients_of(kind, torch.device(name), "bfloat16", "inductor")
+    assert_close_gradients(found, gradients_of(kind), "bfloat16")
 
 
 @each_device
 @each_kind
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_optimizers_steps_are_those_of_float64_on_the_cpu(name, kind, optimizer):
-    _, gradients = gradients_of(tiny(kind), CPU, "float32")
-    models = [tiny(kind).to(name), tiny(kind).to(torch.float64)]
+    _, gradients = gradients_of(kind)
+    models = [shaken(tiny(n_layer=2, **kind)).to(where) for where in (name, torch.float64)]
     for model in models:
         optimizers = build_optimizers(model, TrainConfig(optimizer=optimizer))
         for step in range(3):
@@ -128,10 +108,10 @@ def test_an_optimizers_steps_are_those_of_float64_on_the_cpu(name, kind, optimiz
 @each_dtype
 def test_logits_with_a_cache_are_those_without(name, kind, dtype):
     """As sampling computes them, with weights of that type."""
-    model = tiny(kind).eval().to(name, getattr(torch, dtype))
-    idx = torch.randint(37, (2, 32), generator=torch.Generator().manual_seed(1)).to(name)
-    whole, cache = model(idx, idx)[0].float(), Cache(32)
-    for first, end in [(0, 20), *((t, t + 1) for t in range(20, 32))]:
+    model = shaken(tiny(**kind)).to(name, getattr(torch, dtype))
+    idx, cache = tokens(2, 16).to(name), Cache(16)
+    whole = model(idx, idx)[0].float()
+    for first, end in [(0, 10), *((t, t + 1) for t in range(10, 16))]:
         logits = model(idx[:, first:end], cache=cache)[0].float()
         distance = (logits[:, 0] - whole[:, end - 1]).norm() / whole[:, end - 1].norm()
         assert distance < PRECISION[dtype]
@@ -190,11 +170,9 @@ def test_a_value_in_pieces_is_mixed_as_the_whole(name, dtype, allowed, backend, 
 @each_dtype
 def test_a_model_with_its_values_in_pieces_has_the_same_gradients(monkeypatch, name, dtype):
     """Under autocast, too, where a bank's values are float32 and the queries are not."""
-    kind, device = dict(block="dva", bank_layers=1), torch.device(name)
-    expected_loss, expected = gradients_of(tiny(kind), CPU, "float32")
-    monkeypatch.setattr("model.attend", lambda q, k, v, dropout: attend_in_pieces(q, k, v, 16))
-    loss, gradients = gradients_of(tiny(kind), device, dtype)
-    assert_close_gradients(loss, gradients, expected_loss, expected, dtype)
+    expected = gradients_of(DVA_BANK)
+    monkeypatch.setattr("model.attend", lambda q, k, v, dropout: attend_in_pieces(q, k, v, 8))
+    assert_close_gradients(gradients_of(DVA_BANK, torch.device(name), dtype), expected, dtype)
 
 
 def test_heads_that_share_a_query_share_its_memory(monkeypatch):
