@@ -64,6 +64,9 @@ def parse(command):
         if script in ("prepare_data.py", "tools.convert"):
             first = "name" if script == "prepare_data.py" else "source"
             arguments = [f"--{first}={arguments[0]}", *arguments[1:]]
+        if script == "tools.report":
+            # The other words are folders of runs
+            arguments = [word for word in arguments if word.startswith("-")]
         read_settings(SETTINGS[script], [word for word in arguments if word != "--help"])
 
 

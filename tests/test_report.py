@@ -62,9 +62,9 @@ def made_up(name, ms_before, ms_after, curves, broken=None):
 
 def results_of(facts, against=()):
     conditions = {"dataset": "tiny", "tokens": {"train": 9, "val": 10}, "machine": "abacus",
-                  "bytes": {"train": 9, "val": 20}, "sha256": {"train": "0123456789abcdef"},
-                  "torch": "2"}
-    rules = {"seeds": 2, "match": "tokens", "sweep_share": 0.25}
+                  "bytes": {"train": 9, "val": 30}, "sha256": {"train": "0123456789abcdef"},
+                  "torch": "2", "reported": {"tokens": 5, "bytes": 10}}
+    rules = {"seeds": 2, "seed": 7, "match": "tokens", "sweep_share": 0.25}
     return {"name": "by hand", "rules": rules, "threads": 1, "conditions": conditions,
             "commit": "c0ffee", "contenders": facts,
             "figures": report.figures_of(facts, against)}
@@ -87,7 +87,32 @@ def test_times_to_the_reference_loss_by_hand():
     assert reached["n"] == 1 and reached["mean"] == pytest.approx((50 + 50 / 1.5) * 5.25e-3)
     assert figures["dva+bank"]["against"].keys() == {"gpt2", "dva"}
     assert figures["dva"]["against"]["gpt2"]["mean"] == pytest.approx(-0.5)
-    assert all(entry["bracketed"] for entry in figures.values())
+
+
+def test_a_rate_is_bracketed_by_a_lower_one_and_a_higher_one():
+    tried = {0.02: [0.01, 0.02, 0.04], 0.01: [0.01, 0.02], 0.04: [0.02, 0.04]}
+    assert [report.is_bracketed(best, rates) for best, rates in tried.items()] == [True, False,
+                                                                                   False]
+    # One rate, or none, was tried
+    assert not report.is_bracketed(0.02, [0.02]) and not report.is_bracketed(0.02, [])
+    facts = made_up("dva+bank", [1.0], [1.0], [[4.0, 3.0, 2.0]] * 2)
+    facts["dva+bank"]["settings"] = facts["dva+bank"]["settings"] | {"bank_layers": 1}
+    results = results_of(facts)
+    assert results["figures"]["dva+bank"]["bracketed"] == {"learning_rate": True, "bank_lr": False}
+    assert "| 0.02 | 8 (not bracketed) |" in report.table(results)
+    assert "chose them" in report.table(results) and "seed 7" in report.table(results)
+
+
+def test_the_table_says_where_batches_differ():
+    facts = FACTS | made_up("dva:batch_size=8", [1.0] * 2, [1.0] * 2, [[4.0, 3.0, 2.0]] * 2)
+    word = "equal seeds do not see equal batches"
+    assert word not in report.table(results_of(facts))
+    own = facts["dva:batch_size=8"]["settings"]
+    # The same windows of a step, cut otherwise
+    facts["dva:batch_size=8"]["settings"] = own | dict(batch_size=2, gradient_accumulation_steps=2)
+    assert word not in report.table(results_of(facts))
+    facts["dva:batch_size=8"]["settings"] = own | dict(batch_size=8)
+    assert word in report.table(results_of(facts))
 
 
 def test_the_table_shows_drift_and_verdicts_and_seeds_that_never_got_there():
@@ -98,78 +123,158 @@ def test_the_table_shows_drift_and_verdicts_and_seeds_that_never_got_there():
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
     assert "| 5.00 |" in rows["dva"] and "| 5.25 (before 5.00, after 5.50) |" in rows["dva+bank"]
     assert "(1 of 2 seeds)" in rows["dva+bank"] and "not told apart" in rows["dva+bank"]
-    assert "| 1.5000 ± 0.0000 | 1.082 ± 0.000 |" in rows["dva"]        # 1.5 / ln 2 x 10 / 20
+    assert "| 1.5000 ± 0.0000 | 1.082 ± 0.000 |" in rows["dva"]        # 1.5 / ln 2 x 5 / 10
     assert "0.312 ± 0.088" in rows["dva"] and "not bracketed" in rows["broke"]
     assert "broken" in rows["broke"] and "abacus" in text and "0123456789ab" in text
 
 
 def test_pictures_name_their_lines_and_let_the_page_shine_through(tmp_path):
-    report.draw_all(results_of(FACTS), ["gpt2", "dva"], tmp_path)
-    picture, everything = ((tmp_path / name).read_text() for name in ("race.svg", "race-all.svg"))
-    assert ">gpt2<" in picture and ">dva<" in picture and ">dva+bank<" not in picture
-    assert all(f">{name}<" in everything for name in FACTS)
-    assert report.COLOURS[0].lower() in picture and report.COLOURS[0].lower() not in everything
+    path = tmp_path / "race.svg"
+    report.draw_race(results_of(FACTS), ["dva"], path)
+    picture = path.read_text()
+    colours = dict.fromkeys(FACTS, report.GREY) | {"dva": report.COLOURS[0].lower()}
+    for name, colour in colours.items():
+        assert re.search(rf"fill: {colour}[^>]*>{re.escape(name)}<", picture)
     assert "fill: #ffffff" not in picture and "fill: #000000" not in picture
-    report.draw_all(results_of(FACTS), ["gpt2", "dva"], tmp_path)
-    assert (tmp_path / "race.svg").read_text() == picture
+    report.draw_race(results_of(FACTS), ["dva"], path)
+    assert path.read_text() == picture
 
 
-def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report.draw_all(results_of(FACTS), ["gpt2"], tmp_path)
-    printed = capsys.readouterr().out
-    assert "pip install matplotlib" in printed and printed.count("\n") == 1
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        report.draw_race(results_of(FACTS), [], tmp_path / "race.svg")
 
+
+# ---- runs of train.py --------------------------------------------------------------------------
+
+def write_run(folder, losses, dataset="tiny"):
+    """Leave metrics.jsonl as a run does that a kill ended after these (train, val) losses."""
+    records = [{"step": -1, "config": {"dataset": dataset}}]
+    records += [{"step": i, "train_loss": train} | ({} if val is None else {"val_loss": val})
+                for i, (train, val) in enumerate(losses)]
+    folder.mkdir()
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 99, "train_lo')
+
+
+def test_the_losses_of_a_run_are_drawn_beside_it(tmp_path, capsys):
+    write_run(tmp_path / "one", [(2.0, 1.2), (3.0, None), (1.0, 2.2), (2.5, None), (1.5, 4.2)])
+    report.main([str(tmp_path / "one")])
+    path = tmp_path / "one" / "loss.svg"
+    assert f"the picture is {path}" in capsys.readouterr().out
+    picture = path.read_text()
+    assert f">{tmp_path / 'one'}<" in picture and "fill: #ffffff" not in picture
+    # In SVG y grows downwards: a loss falls there by as much as it does in the file
+    thin, strong = (curve_in(picture, f"{report.COLOURS[0].lower()}; stroke-width: {width}")
+                    for width in ("0.5", "2"))
+    scale = (strong[-1][1] - strong[0][1]) / (4.2 - 1.2)
+    assert [x for x, _ in strong] == pytest.approx([thin[i][0] for i in (0, 2, 4)])
+    heights = [(y - strong[0][1]) / scale + 1.2 for _, y in thin]
+    assert scale < 0 and heights == pytest.approx([2.0, 3.0, 1.0, 2.5, 1.5], abs=1e-3)
+
+
+def curve_in(svg, stroke):
+    """[(x, y), ...] of the first line that is drawn with a stroke."""
+    path = re.search(rf'd="M ([^"]+)"[^>]*stroke: {stroke}', svg)[1]
+    return [tuple(map(float, point.split())) for point in path.split("L")]
+
+
+def test_several_runs_are_one_picture_and_unlike_texts_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(6):
+        write_run(Path(f"run{i}"), [(4.0, 4.0), (3.0, 3.0 + i / 10)], "b" if i == 5 else "a")
+    report.main(["run0", "run1", "run2", "run3", "run4"])
+    assert "differ" not in capsys.readouterr().out
+    picture = Path("out", "loss.svg").read_text()
+    assert all(f">run{i}<" in picture for i in range(5))
+    # The fifth has the colour of the first, and dashes
+    dashed = "stroke-dasharray: [0-9.,]+; stroke-dashoffset: 0; stroke: "
+    assert len(re.findall(dashed + report.COLOURS[0].lower(), picture)) == 2
+    report.main(["run4", "run5", "--picture=two.svg"])
+    assert "the data sets a, b differ" in capsys.readouterr().out and Path("two.svg").exists()
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "what shall be drawn"), (["run", "--gaps=gaps.json"], "what shall be drawn"),
+    (["nowhere"], "no nowhere/metrics.jsonl: give the out_dir"),
+    (["empty"], "metrics.jsonl holds no evaluation yet")])
+def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("empty"), [])
+    with pytest.raises(UserError, match=re.escape(message)):
+        report.main(argv)
+    assert not list(tmp_path.rglob("*.svg"))
+
+
+# ---- gaps of several races ---------------------------------------------------------------------
 
 def write_races(folder, lines):
     """
     Two races, small and large, in which dva lies 0.5 below gpt2, with an interval, and 0.1 above
-    it, and gaps.json with these lines. The options that draw it to gaps.svg.
+    it, and gaps.json with these lines. The option that draws it.
     """
     above = (made_up("gpt2", [1.0], [1.0], [[4.0, 3.0, 1.9]])
              | made_up("dva", [1.0], [1.0], [[4.0, 3.0, 2.0]]))
+    for fact in above.values():
+        fact["settings"] = fact["settings"] | {"n_layer": 3}
     for name, facts in dict(small=FACTS, large=above).items():
         (folder / name).mkdir()
         (folder / name / "results.json").write_text(json.dumps(results_of(facts)))
     (folder / "gaps.json").write_text(json.dumps(lines))
-    return [f"--gaps={folder / 'gaps.json'}", f"--picture={folder / 'gaps.svg'}"]
+    return [f"--gaps={folder / 'gaps.json'}"]
+
+
+SMALL, LARGE = ["small", "dva", "gpt2"], ["large", "dva", "gpt2"]
 
 
 def test_gaps_are_drawn_on_the_right_side_of_the_line(tmp_path, capsys):
-    pairs = [["small", "dva", "gpt2"], ["large", "dva", "gpt2"]]
-    report.main(write_races(tmp_path, {"without banks": pairs}))
+    report.main(write_races(tmp_path, {"without banks": [SMALL, LARGE]}))
     picture = tmp_path / "gaps.svg"
     assert str(picture) in capsys.readouterr().out
     text = picture.read_text()
-    assert ">without banks<" in text and text.count(">2 layers x 16<") == 2
+    assert ">without banks<" in text
     # In SVG y grows downwards
-    x0, y0, x1, y1 = line_in(text, f"{report.COLOURS[0].lower()}; stroke-width: 2;")
-    _, zero, _, end = line_in(text, f"{report.GREY}; stroke-linecap")
+    (x0, y0), (x1, y1) = curve_in(text, f"{report.COLOURS[0].lower()}; stroke-width: 2;")
+    (_, zero), (_, end) = curve_in(text, f"{report.GREY}; stroke-linecap")
     assert zero == end and x0 < x1
     assert y1 < zero < y0 and (y0 - zero) / (zero - y1) == pytest.approx(5, rel=1e-3)
 
 
-def line_in(svg, stroke):
-    """x and y of both ends of the first straight line that is drawn with a stroke."""
-    found = re.search(rf'd="M (\S+) (\S+) \nL (\S+) (\S+) \n"[^>]*stroke: {stroke}', svg)
-    return map(float, found.groups())
+def test_a_gap_stands_over_the_size_of_its_race(tmp_path):
+    # Neither a line of the larger size alone nor another order moves a point to another size
+    report.main(write_races(tmp_path, {"both": [LARGE, SMALL], "large": [LARGE]}))
+    text = (tmp_path / "gaps.svg").read_text()
+    places = {label: float(re.search(rf'x="(\S+)"[^>]*>{label}<', text)[1])
+              for label in ("2 layers x 16", "3 layers x 16")}
+    (x0, y0), (x1, y1) = curve_in(text, f"{report.COLOURS[0].lower()}; stroke-width: 2;")
+    [(x, y)] = curve_in(text, f"{report.COLOURS[1].lower()}; stroke-width: 2;")
+    assert y0 > y1 == y and x > x1
+    for place, label in ((x0, "2 layers x 16"), (x1, "3 layers x 16"), (x, "3 layers x 16")):
+        assert place == pytest.approx(places[label], abs=20)
 
 
 @pytest.mark.parametrize("lines, message", [
     ({"a": [["small", "dva", "gpt3"]]},
-     "the race by hand knows no gap of 'dva' to 'gpt3', but of dva to gpt2, dva+bank to gpt2"),
-    ({str(i): [["small", "dva", "gpt2"]] for i in range(5)}, "with one to four lines"),
-    ({}, "with one to four lines"), ({"a": []}, "with one to four lines"),
-    ({"a": ["small"]}, "must hold {line: [[RACE, OURS, THEIRS], ...]}"), ([], "must hold {line"),
-    ({"a": [["nowhere", "dva", "gpt2"]]}, "there is no")])
+     "small knows no gap of 'dva' to 'gpt3', but of dva to gpt2, dva+bank to gpt2"),
+    ({"a": ["small"]}, "must hold {line: [[RACE, OURS, THEIRS], ...]}"), ([], "must hold {line")])
 def test_a_picture_of_gaps_that_cannot_be_is_refused(tmp_path, lines, message):
     with pytest.raises(UserError, match=re.escape(message)):
         report.main(write_races(tmp_path, lines))
     assert not (tmp_path / "gaps.svg").exists()
 
 
-def test_the_picture_in_docs_can_be_drawn_and_says_so_where_it_cannot(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    report.main([f"--picture={tmp_path / 'gaps.svg'}"])
-    with pytest.raises(UserError, match="there is no nowhere.json"):
-        report.main(["--gaps=nowhere.json"])
+def test_the_published_races_are_what_the_tool_makes_of_their_runs(tmp_path):
+    report.main([f"--gaps={ROOT / 'docs' / 'race' / 'gaps.json'}",
+                 f"--picture={tmp_path / 'gaps.svg'}"])
+    races = sorted((ROOT / "docs" / "race").glob("*/results.json"))
+    assert len(races) > 5
+    for path in races:
+        results = json.loads(path.read_text())
+        first = next(iter(results["figures"].values()))
+        facts, against = results["contenders"], list(first["against"])
+        assert report.figures_of(facts, against) == results["figures"]
+        assert report.table(results) == path.with_name("table.md").read_text()
+        # The seed that chose the rates is not among those reported
+        assert all(run["seed"] != results["rules"]["seed"]
+                   for fact in facts.values() for run in fact["runs"])

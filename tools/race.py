@@ -2,26 +2,28 @@
 Race blocks against each other on equal terms: the same tokens, batches and validation text, each
 at its own best learning rate, over several seeds, with an interval for every difference.
 
-    python -m tools.race --jobs=2                            config/race_laptop.py
+    python -m tools.race --minutes=10                        a race for a lesson
     python -m tools.race config/race_bpe.py --contenders=gpt2:rotary=True,dva,dva+bank
-    python -m tools.race --match=time --seeds=3 --highlight=gpt2,dva
+    python -m tools.race --match=time --seeds=3 --jobs=2 --highlight=gpt2,dva
 
-A contender is a block, perhaps with +bank (a bank in the last third of its layers), perhaps with
+A contender is a block, perhaps with +bank (banks in the last third of its layers), perhaps with
 settings of train.py, as in dva+bank:qk_dim=32. The first one is the reference: all others get its
 number of tokens, or with --match=time its training time.
 
-The validation split is cut in two. Its first half chooses: every rate in --lrs is tried with the
-first seed, and further ones while the best is at an end of those tried; then, for contenders with
-banks, those in --bank_lrs at the best learning rate. With --sweep_share=0.25 these runs have a
-quarter of the steps; mind that short runs favour high rates (docs/race.md has an example).
-:learning_rate= and :bank_lr= fix a contender's own. Its second half is reported, for all seeds
-at the best rates. Two contenders are compared seed by seed, since equal seeds see equal batches:
-Student's t gives the 95 % interval of the mean difference.
+The validation split is cut in two. Its first half chooses the rates, with the first seed: every
+rate in --lrs is tried, and further ones while the best is at an end of those tried; then, for
+contenders with banks, those in --bank_lrs at the best learning rate. :learning_rate= and :bank_lr=
+fix a contender's own. Its second half is reported, for --seeds further seeds at the best rates.
+Two contenders are compared seed by seed, since equal seeds see equal batches, except where a
+contender has a batch_size of its own. Student's t gives the 95 % interval of the mean difference.
+
+With --minutes the runs are as long as this time allows, sweeps end with the rates that are given,
+and where the machine turns out to be slower than it was at first, fewer seeds are run.
 
 Step times are measured before the runs and after them, all contenders in turn: let nothing else
 run then. A run's seconds are its steps times that. Results go to out/race/NAME: results.json,
-table.md, race.svg and race-all.svg. The same command goes on where it was stopped. Finished runs
-are kept in out/race_runs, and count for other races with the same code, data and machine.
+table.md and race.svg. The same command goes on where it was stopped. Finished runs are kept in
+out/race_runs, and count for other races with the same code, data and machine.
 """
 import hashlib
 import json
@@ -35,45 +37,51 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 # So that python tools/race.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from nanodva.checkpoints import load_checkpoint
-from nanodva.errors import UserError, fail, replacing, run_script
+from nanodva.checkpoints import load_checkpoint, only_writer
+from nanodva.errors import fail, replacing, run_script
 from nanodva.machine import Stop, pick_compile, pick_device, pick_dtype
 from nanodva.settings import build, change, check, read_settings
+from nanodva.tokenizer import Tokenizer
 from nanodva.weights import build_model
-from prepare_data import read_meta
 from tools.bench import compile_or_fail, contender, machine_name, own_settings, time_steps
-from tools.report import COLOURS, draw_all, figures_of, table
+from tools.report import COLOURS, draw_race, figures_of, table
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 RACES = Path("out", "race")
 RUNS = Path("out", "race_runs")
 # The settings of train.py that the race decides itself
-DECIDED = ("block", "out_dir", "overwrite", "init_from", "learning_rate", "bank_lr", "min_lr",
-           "lr_decay_iters", "eval_iters", "eval_train", "eval_only", "log_interval", "seed",
-           "always_save_checkpoint", "backend", "wandb_log", "wandb_project", "wandb_run_name")
-# Settings of that name that are the race's own
-OWN = {"seed", "overwrite"}
+DECIDED = ("block", "out_dir", "init_from", "learning_rate", "bank_lr", "min_lr", "lr_decay_iters",
+           "eval_iters", "eval_train", "eval_only", "log_interval", "always_save_checkpoint",
+           "patience", "backend", "wandb_log", "wandb_project", "wandb_run_name")
 # What has to be the same for all contenders
-COMMON = ("dataset", "data_dir", "block_size", "vocab_size", "eval_interval", "device")
-# What a run's numbers follow from, beside its settings
+COMMON = ("dataset", "data_dir", "block_size", "vocab_size", "eval_interval", "device", "seed",
+          "overwrite")
+# The code that a run's numbers follow from, in addition to the file that was run, which may bring
+# blocks of its own
 CODE = ("model.py", "train.py", "nanodva/optimizers.py", "nanodva/machine.py",
-        "nanodva/weights.py", "nanodva/settings.py")
+        "nanodva/weights.py", "nanodva/settings.py", "tools/race.py")
 # A sweep ends with so many rates, even if the best is still at an end
 MOST_RATES = 10
+# Runs that --minutes would make shorter than this many steps show nothing
+LEAST_STEPS = 100
+# The time to evaluate a token, of the time to train on it: a third, and something for small batches
+EVALUATION = 0.4
 
 
 @dataclass
@@ -82,11 +90,11 @@ class RaceConfig(TrainConfig):
     contenders: str = "gpt2,gpt2:rotary=True,dva,dva+bank"      # the first is the reference
     against: str = ""                        # further contenders to compare all others with
     match: str = "tokens"                    # what is equal for all: tokens, or time
-    seeds: int = 5                           # runs at the best rates
-    seed: int = 1337                         # the first of the seeds
+    minutes: float = 0.0                     # shorten the runs to end in time; 0: any time
+    seeds: int = 5                           # runs that are reported, at the best rates
+    seed: int = 1337                         # chooses the rates; the next ones are reported
     lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with
     bank_lrs: str = "16,32,64"               # rates of the banks to begin with, in learning rates
-    sweep_share: float = 1.0                 # length of the runs that choose rates, of the others'
     rounds: int = 20                         # timed steps of each, before the runs and after
     jobs: int = 1                            # runs at a time, which share the CPU's cores
     highlight: str = ""                      # drawn in colour, four at most; empty: the first four
@@ -94,10 +102,8 @@ class RaceConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, least=dict(seeds=1, rounds=1, jobs=1, max_iters=1),
+        check(self, least=dict(max_iters=1, minutes=0, seeds=1, rounds=1, jobs=1),
               choices=dict(match=["tokens", "time"]))
-        if not 0 < self.sweep_share <= 1:
-            fail(f"sweep_share={self.sweep_share}: it must be above 0 and at most 1")
         read_rates("lrs", self.lrs)
         read_rates("bank_lrs", self.bank_lrs)
         names = self.contenders.split(",")
@@ -109,7 +115,7 @@ class RaceConfig(TrainConfig):
                     fail(f"{setting}: {name!r} is none of the contenders {', '.join(names)}")
         if len(split(self.highlight)) > len(COLOURS):
             fail(f"highlight={self.highlight!r}: four at most")
-        self.name = self.name or f"{self.train.dataset}-{self.match}"
+        self.name = self.name or f"{self.dataset}-{self.match}"
         self.highlight = self.highlight or ",".join(names[:len(COLOURS)])
 
 
@@ -143,22 +149,29 @@ def halve(data, block_size):
     return data | {"val": data["val"][:half], "test": data["val"][half:]}
 
 
-def conditions_of(race, meta, device):
+def conditions_of(race, data, device):
     """What the numbers of a race follow from beside its settings, as a dict of text and numbers."""
-    code = b"".join((ROOT / name).read_bytes() for name in CODE)
+    meta, ids = data["meta"], data["test"]
+    tokenizer = Tokenizer(meta["tokenizer"])
+    # End-of-text is a token, and no text. Characters have none.
+    text = tokenizer.decode([i for i in ids.tolist() if i != tokenizer.end_of_text])
+    files = [ROOT / name for name in CODE]
+    if hasattr(sys.modules["__main__"], "__file__"):
+        files.append(Path(sys.modules["__main__"].__file__))
+    code = b"".join(file.read_bytes() for file in files)
     return {"dataset": race.dataset, "sha256": meta["sha256"], "tokens": meta["tokens"],
-            "bytes": meta["bytes"], "machine": machine_name(device), "device": device.type,
-            "torch": torch.__version__, "code": hashlib.sha256(code).hexdigest()[:12]}
+            "reported": {"tokens": len(ids), "bytes": len(text)}, "machine": machine_name(device),
+            "device": device.type, "torch": torch.__version__,
+            "code": hashlib.sha256(code).hexdigest()[:12]}
 
 
-def enter(race, given, conditions, device):
+def enter(race, given, meta, conditions, device):
     """
     {contender: TrainConfig}, from what the user gave. out_dir is the folder of its runs. dtype and
     compile, where they are auto, are decided by the first contender for all, so that none of them
     is compiled alone. Raises UserError for a contender that cannot run.
     """
     digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:10]
-    meta = read_meta(Path(race.data_dir, race.dataset))
     settings = {"vocab_size": train.table_rows(meta)} | given | {
         "overwrite": True, "out_dir": str(RUNS / digest), "eval_train": False,
         "log_interval": 100, "always_save_checkpoint": False,
@@ -168,17 +181,19 @@ def enter(race, given, conditions, device):
     first = contender(names[0], settings)
     with torch.device("meta"):
         flops = build_model(first).flops_per_token() * batch_tokens(first) * first.max_iters
+    if race.minutes:
+        # Each run would be compiled anew
+        flops = 0
     settings |= {"dtype": pick_dtype(first.dtype, device, first.n_embd),
                  "compile": pick_compile(first.compile, device, flops)}
     contenders = {}
     for name in names:
         own = own_settings(name)
-        for setting in (set(DECIDED) - {"learning_rate", "bank_lr"} | set(COMMON)) & own.keys():
+        for setting in own.keys() & {*DECIDED, *COMMON} - {"learning_rate", "bank_lr"}:
             fail(f"contender {name!r}: {setting} is not for a contender to set")
         if "auto" in (own.get("dtype"), own.get("compile")):
             fail(f"contender {name!r}: say outright which dtype, and whether to compile")
         contenders[name] = contender(name, settings)
-    halve(train.open_data(first), first.block_size)
     return contenders
 
 
@@ -187,23 +202,56 @@ def batch_tokens(cfg):
     return cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
 
 
-def set_lengths(contenders, race, times):
+def set_lengths(contenders, race, times, steps):
     """
-    The contenders with the number of steps that the match gives them, unless they name their own,
-    and with equally many evaluations. times are {contender: milliseconds of each timed step}.
+    The contenders with the number of steps that the match gives them where the first has `steps`,
+    unless they name their own, and with equally many evaluations. times are {contender:
+    milliseconds of each timed step}.
     """
     first, lengths = next(iter(contenders)), {}
+    # With --minutes, evaluations would take most of the time
+    evaluations = 3 if race.minutes else race.max_iters / race.eval_interval
+    shorter = steps / contenders[first].max_iters
     for name, cfg in contenders.items():
         if race.match == "tokens":
             share = batch_tokens(contenders[first]) / batch_tokens(cfg)
         else:
             share = statistics.median(times[first]) / statistics.median(times[name])
-        steps = max(1, round(contenders[first].max_iters * share))
-        if "max_iters" in own_settings(name):
-            steps = cfg.max_iters
-        interval = max(1, round(steps * race.eval_interval / race.max_iters))
-        lengths[name] = change(cfg, max_iters=steps, lr_decay_iters=steps, eval_interval=interval)
+        own = cfg.max_iters if "max_iters" in own_settings(name) else max(1, round(steps * share))
+        lengths[name] = change(cfg, max_iters=own, lr_decay_iters=own,
+                               eval_interval=max(1, round(own / evaluations)),
+                               warmup_iters=round(cfg.warmup_iters * shorter))
     return lengths
+
+
+def steps_in_time(contenders, race, times, seconds):
+    """
+    How many steps the first contender can have, at most its own number, so that all runs together
+    are expected to take 0.85 of so many seconds, since machines get slower as they get warm. Raises
+    UserError where that is hardly any.
+    """
+    steps = next(iter(contenders.values())).max_iters
+    least = min(steps, LEAST_STEPS)
+    while steps >= least:
+        known, later = missing_runs(set_lengths(contenders, race, times, steps), race)
+        expected = seconds_of([*known.values(), *later], times)
+        if expected <= 0.85 * seconds:
+            return steps
+        steps = int(0.95 * steps)
+    enough = race.minutes + (expected / 0.85 - seconds) / 60
+    fail(f"minutes={race.minutes:g} is too short for {len(known) + len(later)} runs of {least} "
+         f"steps: give {enough:.2g}, or fewer --contenders, --lrs or --seeds, or a smaller model")
+
+
+def seconds_of(runs, times):
+    """The time to expect of runs [(contender, TrainConfig)], one after the other."""
+    seconds = 0.0
+    for name, cfg in runs:
+        # Both halves of the validation split have eval_iters tokens together
+        steps_for_one = EVALUATION * cfg.eval_iters / batch_tokens(cfg)
+        steps = cfg.max_iters + (cfg.max_iters // cfg.eval_interval + 1) * steps_for_one
+        seconds += steps * statistics.median(times[name]) / 1e3
+    return seconds
 
 
 # ---- runs --------------------------------------------------------------------------------------
@@ -228,10 +276,10 @@ def result_of(run):
     return json.loads(path.read_bytes()) if path.exists() else None
 
 
-def final_loss(run, half):
-    """The last loss of a finished run on a half, "val" or "test"; infinite where it broke."""
+def final_loss(run):
+    """The last loss of a finished run on the half that chooses; infinite where it broke."""
     result = result_of(run)
-    return math.inf if result["broken"] else result[half][-1]
+    return math.inf if result["broken"] else result["val"][-1]
 
 
 def carry_out(run):
@@ -240,8 +288,9 @@ def carry_out(run):
     finished. What it prints is in its folder's log.txt.
     """
     folder = Path(run.out_dir)
-    with only_writer(folder), open(folder / "log.txt", "a") as log, redirect_stdout(log), \
-            redirect_stderr(log), Stop() as stop:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log), \
+            Stop() as stop:
         torch.compiler.reset()
         compile_or_fail()
         saved, broken = folder / "last.pt", None
@@ -260,44 +309,30 @@ def carry_out(run):
                   "val": [round(record["val_loss"], 5) for record in records],
                   "test": [round(record["test_loss"], 5) for record in records],
                   "broken": broken}
-        with replacing(folder / "result.json") as file:
-            file.write(json.dumps(result).encode())
+        write_json(result, folder / "result.json")
         for name in ("last.pt", "best.pt"):
             (folder / name).unlink(missing_ok=True)
     return True
 
 
-@contextmanager
-def only_writer(folder, patience=10):
-    """
-    Make the folder and hold its lock, which the system frees when this process ends, in whatever
-    way. Raises UserError where another process keeps it for so many seconds; a worker whose race
-    was killed needs a moment to end.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(folder / "lock", timeout=patience).acquire()
-    except Timeout:
-        fail(f"another process writes in {folder}: wait for it, or stop it")
-    with held:
-        yield
-
-
 # ---- which runs are needed ---------------------------------------------------------------------
 
-def sweep(cfg, name, rates, fixed):
+def sweep(cfg, name, rates, fixed, extend):
     """
     (runs, best run) of the contender cfg at rates of `name`, learning_rate or bank_lr, and at the
-    `fixed` other settings of run_of(). Further rates follow while the best is at an end of them.
-    The best run is None while a run is not finished.
+    `fixed` other settings of run_of(). Where only one rate is given, nothing has to be run. If
+    `extend`, further rates follow while the best is at an end of them. The best run is None while
+    a run is not finished.
     """
+    if len(rates) == 1:
+        return [], run_of(cfg, **fixed, **{name: rates[0]})
     while True:
         runs = [run_of(cfg, **fixed, **{name: rate}) for rate in rates]
         if any(result_of(run) is None for run in runs):
             return runs, None
-        losses = [final_loss(run, "val") for run in runs]
+        losses = [final_loss(run) for run in runs]
         best = losses.index(min(losses))
-        if len(rates) == 1 or len(rates) >= MOST_RATES or 0 < best < len(rates) - 1:
+        if not extend or len(rates) >= MOST_RATES or 0 < best < len(rates) - 1:
             return runs, runs[best]
         if best == 0:
             beyond = rates[0] * rates[0] / rates[1]
@@ -306,66 +341,59 @@ def sweep(cfg, name, rates, fixed):
         rates = sorted([*rates, float(f"{beyond:.3g}")])
 
 
-def shortened(cfg, share):
-    """
-    The TrainConfig cfg with this share of its steps and of its warm-up, and evaluated at its end
-    alone. All of cfg is cfg itself, whose run counts for the seeds, too.
-    """
-    if share == 1:
-        return cfg
-    steps = max(1, round(cfg.max_iters * share))
-    return change(cfg, max_iters=steps, lr_decay_iters=steps, eval_interval=steps,
-                  warmup_iters=round(cfg.warmup_iters * share))
-
-
 def tune(name, cfg, race):
-    """(runs of a contender's sweeps, best run), the latter None while a run is not finished."""
-    cfg = shortened(cfg, race.sweep_share)
-    own = own_settings(name)
-    rates, bank_rates = read_rates("lrs", race.lrs), read_rates("bank_lrs", race.bank_lrs)
-    if "learning_rate" in own:
-        rates = [cfg.learning_rate]
-    runs, best = sweep(cfg, "learning_rate", rates, dict(bank_lr=cfg.bank_lr, seed=race.seed))
-    if best and cfg.bank_layers and "bank_lr" not in own:
-        fixed = dict(learning_rate=best.learning_rate, seed=race.seed)
-        more, best = sweep(cfg, "bank_lr", bank_rates, fixed)
-        runs += [run for run in more if run not in runs]
-    return runs, best
+    """
+    (runs, best run, later) of a contender's sweeps: those whose rates are known; the best of them,
+    or None while one is not finished; and how many will follow at least. They are evaluated at
+    their end alone.
+    """
+    cfg = change(cfg, eval_interval=cfg.max_iters)
+    own, extend = own_settings(name), not race.minutes
+    rates = [cfg.learning_rate] if "learning_rate" in own else read_rates("lrs", race.lrs)
+    bank_rates = [cfg.bank_lr]
+    if cfg.bank_layers and "bank_lr" not in own:
+        bank_rates = read_rates("bank_lrs", race.bank_lrs)
+    fixed = dict(bank_lr=cfg.bank_lr, seed=race.seed)
+    runs, best = sweep(cfg, "learning_rate", rates, fixed, extend)
+    if not best:
+        return runs, None, len(set(bank_rates) - {cfg.bank_lr})
+    fixed = dict(learning_rate=best.learning_rate, seed=race.seed)
+    more, best = sweep(cfg, "bank_lr", bank_rates, fixed, extend)
+    return runs + [run for run in more if run not in runs], best, 0
 
 
 def seeds_of(best, cfg, race):
-    """The runs of all seeds at the rates of a contender's best run."""
-    return [run_of(cfg, best.learning_rate, best.bank_lr, race.seed + i) for i in range(race.seeds)]
+    """
+    The runs that are reported, at the rates of a contender's best run. The seed that chose these
+    is not among them: its luck is in the choice.
+    """
+    return [run_of(cfg, best.learning_rate, best.bank_lr, race.seed + 1 + i)
+            for i in range(race.seeds)]
 
 
 def missing_runs(contenders, race):
-    """{folder: (contender, run)} of the runs that are needed, as is known now, and not finished."""
-    missing = {}
+    """
+    ({folder: (contender, run)}, [(contender, TrainConfig)]) of the runs that are not finished:
+    those whose rates are known, in the order to run them, and those that will follow at least.
+    """
+    known, later = {}, []
     for name, cfg in contenders.items():
-        runs, best = tune(name, cfg, race)
+        runs, best, more = tune(name, cfg, race)
         if best:
             runs = runs + seeds_of(best, cfg, race)
-        missing |= {run.out_dir: (name, run) for run in runs if result_of(run) is None}
-    return missing
+        else:
+            later += [(name, cfg)] * (more + race.seeds)
+        known |= {run.out_dir: (name, run) for run in runs if result_of(run) is None}
+    # All sweeps, then one seed of all contenders after the other, so that seeds can be left out
+    return dict(sorted(known.items(), key=lambda item: item[1][1].seed)), later
 
 
 # ---- workers -----------------------------------------------------------------------------------
 
-def work(connection, threads):
-    """
-    A worker process: carry out each run that comes through the connection, and answer whether it
-    is finished, or with the UserError that it raised.
-    """
+def start_worker(threads):
+    """What a worker process begins with."""
     torch.set_num_threads(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        while True:
-            connection.send(carry_out(connection.recv()))
-    except UserError as error:
-        connection.send(error)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        # The race has closed the connection, or the user pressed Ctrl-C twice
-        return
 
 
 def end_with_parent():
@@ -374,72 +402,66 @@ def end_with_parent():
     os._exit(1)
 
 
-def start_worker(threads):
-    """(process, the race's end of the connection to it)."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=work, args=(theirs, threads))
-    # Ctrl-C goes to all processes of a terminal. A worker ignores it but for the time of its runs.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    process.start()
-    signal.signal(signal.SIGINT, before)
-    # Now only the worker holds its end, and ours tells when the worker is no more
-    theirs.close()
-    return process, ours
-
-
-def run_all(contenders, race, stop):
+def run_all(contenders, race, times, stop, deadline):
     """
-    Carry out the missing runs, race.jobs at a time, until none is known to be needed or a stop is
-    asked for. Raises UserError where a worker does, or where one dies.
+    Carry out the missing runs, race.jobs at a time, until none is needed or a stop is asked for.
+    Where they would end after the deadline, race.seeds becomes less. Raises UserError where a
+    worker does, or where one dies.
     """
+    if not any(missing_runs(contenders, race)):
+        return
     threads = max(1, torch.get_num_threads() // race.jobs)
-    start, count = time.perf_counter(), 0
-    workers, under_way = {}, {}         # connection: process; connection: (contender, run)
-    try:
-        while not stop.signal:
-            missing = missing_runs(contenders, race)
-            begun = [run.out_dir for _, run in under_way.values()]
-            waiting = [folder for folder in missing if folder not in begun]
-            for folder in waiting[:race.jobs - len(under_way)]:
-                idle = [connection for connection in workers if connection not in under_way]
-                if idle:
-                    connection = idle[0]
-                else:
-                    process, connection = start_worker(threads)
-                    workers[connection] = process
-                connection.send(missing[folder][1])
-                under_way[connection] = missing[folder]
-            if not under_way:
-                return
-            for connection in wait_for_any(list(under_way), timeout=1):
-                name, run = under_way.pop(connection)
-                answer = connection.recv()
-                if isinstance(answer, UserError):
-                    raise answer
-                if not answer:
-                    # It was told to stop, as by Ctrl-C. If the race was not, the run goes on.
+    start, under_way = time.perf_counter(), {}                         # future: (name, run, begun)
+    # The seconds that finished runs took, and those that were expected of each alone. Before there
+    # are any, the jobs are expected to share the machine.
+    taken, expected = race.jobs, 1.0
+    news, fewer = f"the plan: {len(contenders)} contenders, {race.seeds} seeds", ""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(race.jobs, spawn, start_worker, (threads,)) as pool:
+        try:
+            # Ctrl-C goes to all processes of a terminal. A worker ignores it except in its runs.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            pool.submit(os.getpid)
+            signal.signal(signal.SIGINT, before)
+            while not stop.signal:
+                known, later = missing_runs(contenders, race)
+                left = taken / expected * seconds_of([*known.values(), *later], times) / race.jobs
+                if time.time() + left > deadline and not later and race.seeds > 2:
+                    race.seeds -= 1
+                    fewer = f"; slower than expected, so there is time for {race.seeds} seeds"
                     continue
-                missing.pop(run.out_dir, None)
-                count += 1
-                passed = time.perf_counter() - start
-                left = tqdm.format_interval(passed / count * len(missing))
-                print(f"{tqdm.format_interval(passed)}  {name}, learning rate "
-                      f"{run.learning_rate:g}, seed {run.seed}: {final_loss(run, 'val'):.4f} on "
-                      f"the first half; {len(missing)} more to do as far as is known, about "
-                      f"{left}", flush=True)
-    except (EOFError, ConnectionError):
-        if not stop.signal:
-            fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
-                 f"{RUNS}, may say more; the same command goes on")
-    finally:
-        # A worker in the middle of a run saves its state before it ends
-        for connection in under_way:
-            workers[connection].terminate()
-        for connection in workers:
-            connection.close()
-        for process in workers.values():
-            process.join()
+                if news:
+                    least = "at least " if later and not race.minutes else ""
+                    end = time.strftime("%H:%M", time.localtime(time.time() + left))
+                    print(f"{news}{fewer}; runs to go: {least}{len(known) + len(later)}, until "
+                          f"about {end}", flush=True)
+                    news = fewer = ""
+                running = [run.out_dir for _, run, _ in under_way.values()]
+                waiting = [folder for folder in known if folder not in running]
+                for folder in waiting[:race.jobs - len(under_way)]:
+                    name, run = known[folder]
+                    under_way[pool.submit(carry_out, run)] = name, run, time.perf_counter()
+                if not under_way:
+                    return
+                done, _ = wait_for(under_way, timeout=1, return_when=FIRST_COMPLETED)
+                for future in done:
+                    name, run, begun = under_way.pop(future)
+                    if not future.result():
+                        # It was told to stop, as by Ctrl-C. If the race was not, the run goes on.
+                        continue
+                    taken += time.perf_counter() - begun
+                    expected += seconds_of([(name, run)], times)
+                    passed = tqdm.format_interval(time.perf_counter() - start)
+                    news = (f"{passed}  {name}, learning rate {run.learning_rate:g}, seed "
+                            f"{run.seed}: {final_loss(run):.4f} on the first half")
+        except BrokenProcessPool:
+            if not stop.signal:
+                fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
+                     f"{RUNS}, may say more; the same command goes on")
+        finally:
+            # A worker in the middle of a run saves its state before it ends
+            for worker in multiprocessing.active_children() if under_way else []:
+                worker.terminate()
 
 
 # ---- what is written ---------------------------------------------------------------------------
@@ -447,15 +469,15 @@ def run_all(contenders, race, stop):
 def facts_of(contenders, race, before, after):
     """
     {contender: what its runs came to}: settings, size, the step times before and after the runs,
-    the sweep's losses on the first half, and the curves of all seeds at the best rates.
+    the sweep's losses on the first half, and the curves of the seeds that are reported.
     """
     facts = {}
     for name, cfg in contenders.items():
-        tried, best = tune(name, cfg, race)
+        tried, best, _ = tune(name, cfg, race)
         with torch.device("meta"):
             model = build_model(cfg)
         sweep = [{"learning_rate": run.learning_rate, "bank_lr": run.bank_lr,
-                  "loss": None if result_of(run)["broken"] else final_loss(run, "val")}
+                  "loss": None if result_of(run)["broken"] else final_loss(run)}
                  for run in tried]
         facts[name] = {"settings": asdict(cfg), "parameters": model.num_params(),
                        "flops_per_token": model.flops_per_token(),
@@ -471,33 +493,20 @@ def claim_folder(folder, description, overwrite):
     What race.json in the folder keeps of the race that `description` is of, if it was begun.
     Raises UserError where the folder holds another race, unless that may go.
     """
-    path = folder / "race.json"
-    files = [folder / name for name in
-             ("race.json", "results.json", "table.md", "race.svg", "race-all.svg")]
+    files = [folder / name for name in ("race.json", "results.json", "table.md", "race.svg")]
     if any(file.exists() for file in files):
-        kept = json.loads(path.read_bytes()) if path.exists() else {}
-        difference = first_difference(description, kept.get("description", {}))
-        if not difference:
+        kept = json.loads(files[0].read_bytes()) if files[0].exists() else {"description": {}}
+        theirs = kept["description"]
+        different = [name for name in description | theirs
+                     if description.get(name) != theirs.get(name)]
+        if not different:
             return kept
         if not overwrite:
-            fail(f"{folder} holds another race, with {difference}: keep both with another --name=, "
-                 f"or let this one take its place with --overwrite=True")
+            fail(f"{folder} holds another race, which differs in {', '.join(different)}: keep both "
+                 f"with another --name=, or let this one take its place with --overwrite=True")
     for file in files:
         file.unlink(missing_ok=True)
     return {"description": description}
-
-
-def first_difference(ours, theirs):
-    """In words where two dicts differ first; "" where they do not."""
-    for name in ours | theirs:
-        our, their = ours.get(name), theirs.get(name)
-        if isinstance(our, dict) and isinstance(their, dict):
-            deeper = first_difference(our, their)
-            if deeper:
-                return f"{name}: {deeper}"
-        elif our != their:
-            return f"{name}={their!r} where this one has {our!r}"
-    return ""
 
 
 def write_json(value, path):
@@ -506,7 +515,7 @@ def write_json(value, path):
 
 
 def commit():
-    """The git commit of this code, with -dirty behind it where files were changed since."""
+    """The git commit of this code, with -dirty after it where files were changed since."""
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True,
                               capture_output=True, text=True).stdout.strip()
@@ -515,46 +524,59 @@ def commit():
 
 
 def main(argv=None):
+    began = time.time()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not any(argument.endswith(".py") for argument in argv if not argument.startswith("-")):
         argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
-    given = read_settings(RaceConfig, argv, without=set(DECIDED) - OWN)
+    given = read_settings(RaceConfig, argv, without=DECIDED)
     race = build(RaceConfig, given)
     device = pick_device(race.device)
-    meta = read_meta(Path(race.data_dir, race.dataset))
-    conditions = conditions_of(race, meta, device)
-    contenders = enter(race, given, conditions, device)
-    rules = ("contenders", "match", "seeds", "seed", "lrs", "bank_lrs", "sweep_share", "rounds")
-    description = {"rules": {name: getattr(race, name) for name in rules},
-                   "conditions": conditions,
-                   "contenders": {name: asdict(cfg) for name, cfg in contenders.items()}}
+    data = halve(train.open_data(race), race.block_size)
+    conditions = conditions_of(race, data, device)
+    contenders = enter(race, given, data["meta"], conditions, device)
+    rules = {name: getattr(race, name) for name in
+             ("contenders", "match", "minutes", "seeds", "seed", "lrs", "bank_lrs", "rounds")}
+    description = rules | conditions | {name: asdict(cfg) for name, cfg in contenders.items()}
     folder = RACES / race.name
-    with only_writer(folder):
+    # The workers of a race that was killed need a moment to end
+    with only_writer(folder, patience=10):
         kept = claim_folder(folder, description, race.overwrite)
         if "before" not in kept:
+            print(f"{race.contenders}: timing {race.rounds} steps of each", flush=True)
             kept["before"] = time_steps(contenders, device, race.rounds)
-            write_json(kept, folder / "race.json")
-        contenders = set_lengths(contenders, race, kept["before"])
+        steps, deadline = next(iter(contenders.values())).max_iters, math.inf
+        if race.minutes:
+            # The steps are timed once more at the end
+            timing = sum(map(sum, kept["before"].values())) / 1e3
+            deadline = began + 60 * race.minutes - 1.2 * timing - 5
+            if "steps" not in kept:
+                seconds = deadline - time.time()
+                kept["steps"] = steps_in_time(contenders, race, kept["before"], seconds)
+            steps, race.seeds = kept["steps"], kept.get("seeds", race.seeds)
+        write_json(kept, folder / "race.json")
+        contenders = set_lengths(contenders, race, kept["before"], steps)
         with Stop() as stop:
-            run_all(contenders, race, stop)
-        if missing_runs(contenders, race):
+            run_all(contenders, race, kept["before"], stop, deadline)
+        known, later = missing_runs(contenders, race)
+        if known or later:
             print("stopped; the same command goes on, and finished runs are not run again",
                   file=sys.stderr)
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))
         if "after" not in kept:
-            kept["after"] = time_steps(contenders, device, race.rounds)
+            kept |= {"after": time_steps(contenders, device, race.rounds), "seeds": race.seeds}
             write_json(kept, folder / "race.json")
         facts = facts_of(contenders, race, kept["before"], kept["after"])
         figures = figures_of(facts, split(race.against))
-        results = {"name": race.name, "rules": description["rules"], "conditions": conditions,
-                   "commit": commit(), "python": platform.python_version(),
-                   "threads": torch.get_num_threads(), "contenders": facts, "figures": figures}
+        results = {"name": race.name, "rules": rules | {"seeds": race.seeds},
+                   "conditions": conditions, "commit": commit(),
+                   "python": platform.python_version(), "threads": torch.get_num_threads(),
+                   "contenders": facts, "figures": figures}
         write_json(results, folder / "results.json")
         text = table(results)
         with replacing(folder / "table.md") as file:
             file.write(text.encode())
-        draw_all(results, split(race.highlight), folder)
-    print(f"{text}\nall is in {folder}/")
+        print(f"{text}\nall is in {folder}/")
+        draw_race(results, split(race.highlight), folder / "race.svg")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """
-What came of races. From the facts that tools/race.py writes to results.json this makes a race's
-figures, its table.md and its two pictures.
+Pictures and tables of what was trained.
 
-    python -m tools.report                      draw gaps against the size, from several races
+    python -m tools.report out-demo                    the loss of a run while it trained
+    python -m tools.report out-demo out-demo-gpt2      of several runs, in one picture
+    python -m tools.report --gaps=docs/race/gaps.json  gaps of several races against the size
 
-A gap is the mean difference of two contenders' losses, seed by seed, with its 95 % interval. A
-race knows the gap of OURS to THEIRS if THEIRS was its first contender, or in its --against=.
+A picture is an SVG that can be read on light pages and on dark ones. tools/race.py makes its
+figures, table.md and race.svg here. A gap is the mean difference of two contenders' losses with
+its 95 % interval; gaps.json names them as {line: [[RACE, OURS, THEIRS], ...]}.
 """
 import json
 import math
@@ -20,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nanodva.errors import fail, replacing, run_script
 from nanodva.settings import load_settings
-from tools.bench import markdown
 
 # The 97.5 % quantile of Student's t for 1, 2 ... 30 degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -28,9 +29,9 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
            2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 # Blue, vermilion, green and purple of Okabe and Ito, which colour-blind people can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+DASHES = ("-", "--", ":", "-.")
 # Legible on white and on black
 GREY = "#7d7d7d"
-DASHES = ("-", "--", ":", "-.", (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (5, 1)))
 
 
 # ---- figures -----------------------------------------------------------------------------------
@@ -84,8 +85,7 @@ def figures_of(facts, against):
     the reference's final ones; of the times to it, n says how many seeds reached it.
     """
     first = next(iter(facts))
-    ms = {name: statistics.median(fact["ms_before"] + fact["ms_after"])
-          for name, fact in facts.items()}
+    times = {name: fact["ms_before"] + fact["ms_after"] for name, fact in facts.items()}
     finals = {name: [math.inf if run["broken"] else run["test"][-1] for run in fact["runs"]]
               for name, fact in facts.items()}
     target = spread(finals[first])["mean"]
@@ -93,41 +93,49 @@ def figures_of(facts, against):
         target = -math.inf
     figures = {}
     for name, fact in facts.items():
-        times, reference_times = (facts[key]["ms_before"] + facts[key]["ms_after"]
-                                  for key in (name, first))
-        # A sweep with no worse rate on both sides of the best has not found the best
+        ms = statistics.median(times[name])
         rates = {run["learning_rate"] for run in fact["sweep"]}
         bank_rates = {run["bank_lr"] for run in fact["sweep"]
                       if run["learning_rate"] == fact["learning_rate"]}
-        ends = [min(rates), max(rates)] if len(rates) > 1 else []
-        bank_ends = [min(bank_rates), max(bank_rates)] if len(bank_rates) > 1 else []
         reached = [math.inf if run["broken"] else steps_to(run["steps"], run["test"], target)
                    for run in fact["runs"]]
         figures[name] = {
-            "ms_per_step": ms[name],
+            "ms_per_step": ms,
             "ms_before": statistics.median(fact["ms_before"]),
             "ms_after": statistics.median(fact["ms_after"]),
             # Turn by turn, so that a drift of the machine cancels
             "step_time_ratio": statistics.median(
-                [ours / theirs for ours, theirs in zip(times, reference_times, strict=True)]),
-            "seconds": fact["settings"]["max_iters"] * ms[name] / 1e3,
-            "bracketed": (fact["learning_rate"] not in ends and fact["bank_lr"] not in bank_ends),
+                [ours / theirs for ours, theirs in zip(times[name], times[first], strict=True)]),
+            "seconds": fact["settings"]["max_iters"] * ms / 1e3,
+            "bracketed": {"learning_rate": is_bracketed(fact["learning_rate"], rates),
+                          "bank_lr": is_bracketed(fact["bank_lr"], bank_rates)},
             "loss": spread(finals[name]),
-            "seconds_to_reference": spread([steps * ms[name] / 1e3 for steps in reached]),
+            "seconds_to_reference": spread([steps * ms / 1e3 for steps in reached]),
             "against": {other: compare(finals[name], finals[other])
                         for other in dict.fromkeys([first, *against]) if other != name}}
     return figures
 
 
+def is_bracketed(best, tried):
+    """Was the best rate tried together with a lower one and a higher one, which were worse?"""
+    return any(rate < best for rate in tried) and any(rate > best for rate in tried)
+
+
 # ---- the table ---------------------------------------------------------------------------------
+
+def markdown(rows):
+    """A table in Markdown of rows {heading: text}."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (rows[0], *map(dict.values, rows))]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
 
 def table(results):
     """The text of table.md."""
-    facts, conditions = results["contenders"], results["conditions"]
-    first, seeds = next(iter(facts)), results["rules"]["seeds"]
+    facts, conditions, rules = results["contenders"], results["conditions"], results["rules"]
+    first = next(iter(facts))
     settings = facts[first]["settings"]
-    compiled = "compiled" if settings["compile"] else "not compiled"
-    rows = [table_row(name, results) for name in facts]
+    batches = {fact["settings"]["batch_size"] * fact["settings"]["gradient_accumulation_steps"]
+               for fact in facts.values()}
     lines = [
         f"# {results['name']}\n",
         f"Data set {conditions['dataset']}: {conditions['tokens']['train']:,} + "
@@ -136,23 +144,25 @@ def table(results):
         f"{settings['n_embd']} wide, and {settings['block_size']} tokens of context; "
         f"{settings['max_iters']} steps of {settings['gradient_accumulation_steps']} x "
         f"{settings['batch_size']} sequences, {settings['optimizer']}, {settings['dtype']}, "
-        f"{compiled}. Equal for all: {results['rules']['match']}. {conditions['machine']}, "
-        f"CPU threads: {results['threads']}, torch {conditions['torch']}, nanoDVA "
-        f"{results['commit']}.\n",
-        f"Learning rates were chosen on the first half of the validation split, in runs of "
-        f"{results['rules']['sweep_share']:g} times the length. Losses are those on its second "
-        f"half, mean and standard deviation of {seeds} seeds. Differences are taken "
-        f"seed by seed; in brackets stands the 95 % interval of their mean, by Student's t, each "
-        f"for itself.\n",
-        markdown(rows),
-        "The sweeps: loss of the first seed on the first half, by learning rate (x bank_lr).\n"]
+        f"{'compiled' if settings['compile'] else 'not compiled'}. Equal for all: "
+        f"{rules['match']}. {conditions['machine']}, CPU threads: {results['threads']}, torch "
+        f"{conditions['torch']}, nanoDVA {results['commit']}.\n",
+        f"Where rates were not given, seed {rules['seed']} chose them, by its loss on the first "
+        f"half of the validation split. \"Not bracketed\": this race has not tried a worse rate on "
+        f"each side. Losses are those of {rules['seeds']} other seeds on the second half: mean ± "
+        f"standard deviation. Differences are taken seed by seed; in brackets stands the 95 % "
+        f"interval of their mean, by Student's t, each for itself.\n",
+        markdown([table_row(name, results) for name in facts]),
+        "The sweeps: loss on the first half, by learning rate (x bank_lr).\n"]
+    if len(batches) > 1:
+        lines.insert(3, "Batches differ in size here, so equal seeds do not see equal batches.\n")
     for name, fact in facts.items():
         tried = []
         for run in sorted(fact["sweep"], key=lambda run: (run["learning_rate"], run["bank_lr"])):
             bank = f" x {run['bank_lr']:g}" if fact["settings"]["bank_layers"] else ""
             loss = "broken" if run["loss"] is None else f"{run['loss']:.4f}"
             tried.append(f"{run['learning_rate']:g}{bank}: {loss}")
-        lines.append(f"- {name}: {', '.join(tried)}")
+        lines.append(f"- {name}: {', '.join(tried) or 'its rates were given'}")
     return "\n".join(lines) + "\n"
 
 
@@ -160,36 +170,41 @@ def table_row(name, results):
     """{heading: text} of a contender."""
     fact, figures = results["contenders"][name], results["figures"][name]
     first, seeds = next(iter(results["figures"])), results["rules"]["seeds"]
-    conditions = results["conditions"]
     ms = f"{figures['ms_per_step']:.2f}"
     if abs(figures["ms_after"] / figures["ms_before"] - 1) > 0.05:
         ms += f" (before {figures['ms_before']:.2f}, after {figures['ms_after']:.2f})"
-    per_byte = conditions["tokens"]["val"] / conditions["bytes"]["val"] / math.log(2)
+    rates = {rate: f"{fact[rate]:g}{'' if bracketed else ' (not bracketed)'}"
+             for rate, bracketed in figures["bracketed"].items()}
+    # The text that the loss is of has its own number of bytes per token
+    reported = results["conditions"]["reported"]
+    bits = reported["tokens"] / reported["bytes"] / math.log(2)
     row = {"contender": name, "parameters": f"{fact['parameters'] / 1e6:.2f} M", "ms/step": ms,
            f"/ {first}": f"{figures['step_time_ratio']:.3f}",
            "steps": str(fact["settings"]["max_iters"]), "seconds": f"{figures['seconds']:.1f}",
-           "learning rate": f"{fact['learning_rate']:g}",
-           "bank_lr": f"{fact['bank_lr']:g}" if fact["settings"]["bank_layers"] else "-",
+           "learning rate": rates["learning_rate"],
+           "bank_lr": rates["bank_lr"] if fact["settings"]["bank_layers"] else "-",
            "loss": plus_minus(figures["loss"], 4, seeds),
-           "bits/byte": plus_minus(figures["loss"], 3, seeds, per_byte)}
-    if not figures["bracketed"]:
-        row["learning rate"] += " (not bracketed)"
+           "bits/byte": plus_minus(figures["loss"], 3, seeds, bits)}
     others = dict.fromkeys(other for entry in results["figures"].values()
                            for other in entry["against"])
     for other in others:
-        difference = figures["against"].get(other, {"mean": None, "low": None, "verdict": "-"})
-        text = "-" if difference["mean"] is None else f"{difference['mean']:+.4f}"
-        if difference["low"] is not None:
-            text += f" [{difference['low']:+.4f}, {difference['high']:+.4f}]"
-        row |= {f"- {other}": text, f"than {other}": difference["verdict"]}
+        gap = figures["against"].get(other)
+        row[f"- {other}"] = gap_text(gap) if gap else "-"
     reached, whole = figures["seconds_to_reference"], results["figures"][first]["seconds"]
-    row[f"seconds to {first}'s loss"] = plus_minus(reached, 1, seeds)
-    row[f"/ {first}'s seconds"] = plus_minus(reached, 3, seeds, 1 / whole)
+    row[f"time to {first}'s loss / its time"] = plus_minus(reached, 3, seeds, 1 / whole)
     return row
 
 
+def gap_text(gap):
+    """A comparison as text: mean [low, high] verdict."""
+    text = "" if gap["mean"] is None else f"{gap['mean']:+.4f} "
+    if gap["low"] is not None:
+        text += f"[{gap['low']:+.4f}, {gap['high']:+.4f}] "
+    return text + gap["verdict"]
+
+
 def plus_minus(figure, digits, seeds, factor=1.0):
-    """mean ± sd of a spread(), as far as there are, and how many seeds it is of if not of all."""
+    """A spread() as text: mean ± sd, and the number of seeds where it is not all of them."""
     if figure["n"] == 0:
         return "-"
     text = f"{figure['mean'] * factor:.{digits}f}"
@@ -202,50 +217,55 @@ def plus_minus(figure, digits, seeds, factor=1.0):
 
 # ---- the pictures ------------------------------------------------------------------------------
 
-def draw_all(results, highlight, folder):
-    """
-    Write race.svg, with the contenders in the list `highlight` in colour, and race-all.svg with
-    all of them in grey. Without matplotlib one line says how to get it.
-    """
-    colours = {name: (colour, "-") for name, colour in zip(highlight, COLOURS, strict=False)}
-    greys = {name: (GREY, DASHES[i % len(DASHES)]) for i, name in enumerate(results["contenders"])}
-    try:
-        draw(results, colours, folder / "race.svg")
-        draw(results, greys, folder / "race-all.svg")
-    except ImportError:
-        print("no pictures, which need matplotlib:  pip install matplotlib, and the same command "
-              "again")
-
-
 @contextmanager
 def axes_for(path):
-    """Axes in the colours of the pictures, for a with block, after which they are saved as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    """
+    Axes to draw on in a with block, after which they are saved as SVG. Raises UserError where
+    there is no matplotlib.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        fail(f"{path} needs matplotlib:  pip install matplotlib, and the same command again")
     greys = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color",
                            "ytick.color"), GREY)
     # Text stays text, the same figures give the same file, and the page shines through
     fixed = {"svg.fonttype": "none", "svg.hashsalt": "race", "savefig.transparent": True}
     with matplotlib.rc_context(greys | fixed):
-        figure = Figure(figsize=(8, 4.5))
-        axes = figure.subplots()
+        axes = Figure(figsize=(8, 4.5)).subplots()
         axes.spines[["top", "right"]].set_visible(False)
         yield axes
         with replacing(path) as file:
-            figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+            axes.figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
 
 
-def draw(results, styles, path):
+def write_names(axes, ends):
+    """Write each name at the end of its line; ends are (height, x, name, colour)."""
+    bottom, top = axes.get_ylim()
+    height, right = bottom, 1.03 * max(x for _, x, _, _ in ends)
+    for y, x, name, colour in sorted(ends):
+        # One name above the other, each with a thin line to its end
+        height = max(y, height + (top - bottom) / 18)
+        axes.annotate(name, (x, y), (right, height), color=colour, va="center",
+                      annotation_clip=False,
+                      arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.5,
+                                      relpos=(0, 0.5)))
+
+
+def draw_race(results, highlight, path):
     """
-    Draw loss against seconds, as SVG: for each contender in styles {name: (colour, line style)}
-    the mean of its seeds, a band from the lowest to the highest, and its name at the line's end.
+    Draw each contender's loss against its seconds: the mean of its seeds, and a band from the
+    lowest to the highest. Those in the list `highlight` are in colour, the others grey.
     """
+    colours = dict(zip(highlight, COLOURS, strict=False))
     with axes_for(path) as axes:
         ends = []
-        for name, (colour, line) in styles.items():
-            runs = [run for run in results["contenders"][name]["runs"] if not run["broken"]]
+        for i, (name, fact) in enumerate(results["contenders"].items()):
+            runs = [run for run in fact["runs"] if not run["broken"]]
             if not runs:
                 continue
+            colour, line = (colours[name], "-") if name in colours else (GREY, DASHES[i % 4])
             ms = results["figures"][name]["ms_per_step"]
             seconds = [step * ms / 1e3 for step in runs[0]["steps"]]
             losses = list(zip(*(run["test"] for run in runs), strict=True))    # by step, all seeds
@@ -265,93 +285,117 @@ def draw(results, styles, path):
             write_names(axes, ends)
 
 
-def write_names(axes, ends):
-    """Write each name at the end of its line; ends are (height, x, name, colour)."""
-    bottom, top = axes.get_ylim()
-    height, right = bottom, 1.03 * max(x for _, x, _, _ in ends)
-    for y, x, name, colour in sorted(ends):
-        # One name above the other, each with a thin line to its end
-        height = max(y, height + (top - bottom) / 18)
-        axes.annotate(name, (x, y), (right, height), color=colour, va="center",
-                      annotation_clip=False,
-                      arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.5))
-
-
-# ---- several races -----------------------------------------------------------------------------
-
-@dataclass
-class ReportConfig:
-    gaps: str = "docs/race/gaps.json"        # {line: [[RACE, OURS, THEIRS], ...]}, four at most
-    picture: str = "docs/race/gaps.svg"      # the file to write
-    title: str = "below the grey line, DVA is better"      # what stands above it
-
-
-def read_lines(path):
-    """
-    {line: [(size, gap), ...]} of a file as --gaps= describes it, where the folders of the races
-    lie beside it. Raises UserError where the file, a race or a pair is not there, or the file
-    holds something else.
-    """
-    if not path.exists():
-        fail(f"gaps: there is no {path}; docs/race/gaps.json is an example")
-    try:
-        given = json.loads(path.read_bytes())
-        lines = {line: [(race, ours, theirs) for race, ours, theirs in pairs]
-                 for line, pairs in given.items()}
-    except (ValueError, TypeError, AttributeError):
-        lines = {}
-    if not 1 <= len(lines) <= len(COLOURS) or not all(lines.values()):
-        fail(f"{path} must hold {{line: [[RACE, OURS, THEIRS], ...]}} with one to four lines; "
-             f"docs/race/gaps.json is an example")
-    for pairs in lines.values():
-        for i, (race, ours, theirs) in enumerate(pairs):
-            results = path.parent / race / "results.json"
-            if not results.exists():
-                fail(f"{path}: there is no {results}; python -m tools.race writes such a file")
-            pairs[i] = read_gap(json.loads(results.read_bytes()), ours, theirs)
-    return lines
-
-
-def read_gap(results, ours, theirs):
-    """(size of the models, comparison of ours with theirs) in a race. Raises UserError."""
-    against = results["figures"].get(ours, {"against": {}})["against"]
-    if theirs not in against or against[theirs]["mean"] is None:
-        known = [f"{name} to {other}" for name, entry in results["figures"].items()
-                 for other, gap in entry["against"].items() if gap["mean"] is not None]
-        fail(f"the race {results['name']} knows no gap of {ours!r} to {theirs!r}, but of "
-             f"{', '.join(known)}")
-    first = next(iter(results["contenders"].values()))["settings"]
-    return f"{first['n_layer']} layers x {first['n_embd']}", against[theirs]
-
-
-def draw_gaps(lines, title, path):
-    """Draw the lines of read_lines() as SVG, under a title. Bars are the 95 % intervals."""
+def draw_gaps(lines, path):
+    """Draw the lines of read_gaps() against the size. Bars are the 95 % intervals."""
+    sizes = sorted({size for points in lines.values() for size, _ in points})
     with axes_for(path) as axes:
         ends = []
         for i, (line, points) in enumerate(lines.items()):
+            points = sorted(points, key=lambda point: point[0])
             # Side by side, so that the bars do not hide each other
-            places = [x + 0.04 * (i - (len(lines) - 1) / 2) for x in range(len(points))]
+            places = [sizes.index(size) + 0.04 * (i - (len(lines) - 1) / 2) for size, _ in points]
             means = [gap["mean"] for _, gap in points]
             margins = [0 if gap["high"] is None else gap["high"] - gap["mean"]
                        for _, gap in points]
-            axes.errorbar(places, means, margins, color=COLOURS[i], marker="o", linewidth=2,
+            axes.errorbar(places, means, margins, color=COLOURS[i % 4], marker="o", linewidth=2,
                           elinewidth=1, capsize=3)
-            ends.append((means[-1], places[-1], line, COLOURS[i]))
+            ends.append((means[-1], places[-1], line, COLOURS[i % 4]))
         axes.axhline(0, color=GREY, linewidth=1)
-        axes.set_xticks(range(len(points)), [size for size, _ in points])
+        axes.set_xticks(range(len(sizes)), [label for _, label in sizes])
         axes.set(ylabel="difference of the losses, nats per token")
-        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_title("below the grey line, DVA is better", loc="left", fontsize=11)
         write_names(axes, ends)
 
 
-def main(argv=None):
-    cfg = load_settings(ReportConfig, argv)
-    lines = read_lines(Path(cfg.gaps))
+def draw_losses(runs, path):
+    """
+    Draw the losses of runs {name: records of metrics.jsonl} against the step: on val as a strong
+    line, of the training batches as a thin one.
+    """
+    with axes_for(path) as axes:
+        ends, heights = [], []
+        for i, (name, records) in enumerate(runs.items()):
+            style = dict(color=COLOURS[i % 4], linestyle=DASHES[i // 4 % 4])
+            for loss, width in (("train_loss", 0.5), ("val_loss", 2)):
+                points = [(record["step"], record[loss]) for record in records if loss in record]
+                axes.plot(*zip(*points, strict=True), linewidth=width, **style)
+                # The first tenth of a run would press everything else together
+                heights += [y for x, y in points if x >= points[-1][0] / 10]
+            ends.append((points[-1][1], points[-1][0], name, style["color"]))
+        margin = 0.05 * (max(heights) - min(heights)) or 1
+        axes.set_ylim(min(heights) - margin, max(heights) + margin)
+        axes.set(xlabel="step", ylabel="loss, nats per token")
+        axes.set_title("strong: unseen text; thin: training text; lower is better", loc="left",
+                       fontsize=11)
+        write_names(axes, ends)
+
+
+# ---- what is drawn -----------------------------------------------------------------------------
+
+@dataclass
+class ReportConfig:
+    gaps: str = ""           # a file that names gaps of races, beside the races' folders
+    picture: str = ""        # the file to write; empty: loss.svg in the run's folder, or in out
+
+
+def read_gaps(path):
+    """
+    {line: [(size, gap), ...]} of a file as --gaps= names it; a size is (number, text). Raises
+    UserError where a gap is not there, or the file holds something else.
+    """
     try:
-        draw_gaps(lines, cfg.title, Path(cfg.picture))
-    except ImportError:
-        fail("a picture needs matplotlib:  pip install matplotlib, and the same command again")
-    print(f"the picture is {cfg.picture}")
+        lines = json.loads(path.read_bytes())
+        return {line: [read_gap(path.parent, *gap) for gap in gaps]
+                for line, gaps in lines.items()}
+    except (json.JSONDecodeError, TypeError, AttributeError):
+        fail(f"{path} must hold {{line: [[RACE, OURS, THEIRS], ...]}}; docs/race/gaps.json is an "
+             f"example")
+
+
+def read_gap(folder, race, ours, theirs):
+    """(size of the models, comparison of ours with theirs) of a race in the folder."""
+    results = json.loads((folder / race / "results.json").read_bytes())
+    known = {f"{name} to {other}": gap for name, entry in results["figures"].items()
+             for other, gap in entry["against"].items() if gap["mean"] is not None}
+    if f"{ours} to {theirs}" not in known:
+        fail(f"{race} knows no gap of {ours!r} to {theirs!r}, but of {', '.join(known)}")
+    shape = next(iter(results["contenders"].values()))["settings"]
+    layers, width = shape["n_layer"], shape["n_embd"]
+    return (layers * width**2, f"{layers} layers x {width}"), known[f"{ours} to {theirs}"]
+
+
+def read_run(folder):
+    """The records in the metrics.jsonl of a run's folder, of which a kill may have cut the last."""
+    path = Path(folder, "metrics.jsonl")
+    if not path.exists():
+        fail(f"no {path}: give the out_dir of a run of train.py")
+    lines = path.read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    if not any("val_loss" in record for record in records):
+        fail(f"{path} holds no evaluation yet")
+    return records
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    runs = [argument for argument in argv if not argument.startswith("-")]
+    cfg = load_settings(ReportConfig, [argument for argument in argv if argument not in runs])
+    if bool(runs) == bool(cfg.gaps):
+        fail("what shall be drawn? python -m tools.report RUN, the out_dir of a run or several, or "
+             "--gaps=FILE")
+    if cfg.gaps:
+        path = Path(cfg.picture or Path(cfg.gaps).with_suffix(".svg"))
+        draw_gaps(read_gaps(Path(cfg.gaps)), path)
+    else:
+        path = Path(cfg.picture or Path(runs[0] if len(runs) == 1 else "out", "loss.svg"))
+        records = {run: read_run(run) for run in runs}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_losses(records, path)
+        sets = {lines[0]["config"]["dataset"] for lines in records.values()}
+        if len(sets) > 1:
+            print(f"the data sets {', '.join(sorted(sets))} differ, and losses of unlike texts or "
+                  f"tokens cannot be compared")
+    print(f"the picture is {path}")
 
 
 if __name__ == "__main__":
