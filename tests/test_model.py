@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SYSTEMS, each_system, shaken, tiny, tokens
+from conftest import each_system, shaken, tiny, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,8 +31,9 @@ def turned(x):
     return torch.cat((z.real, z.imag), dim=-1)
 
 
-@pytest.mark.parametrize("value_norm, value_dim, qk_dim, rotary, banked", list(itertools.product(
-    (True, False), (24, 40), (8, 24), (True, False), (True, False))))
+@pytest.mark.parametrize("value_norm, rotary, banked",
+                         list(itertools.product((True, False), repeat=3)))
+@pytest.mark.parametrize("value_dim, qk_dim", [(40, 8), (24, 24)])
 def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, rotary, banked):
     model = shaken(tiny(block="dva", value_norm=value_norm, value_dim=value_dim, qk_dim=qk_dim,
                         rotary=rotary, bank_layers=banked))
@@ -195,15 +196,19 @@ def test_a_bank_layer_caches_no_values_and_the_ids_are_cached_once(block):
     assert cache.length == 6 and torch.equal(cache.ids, idx[:, :6])
 
 
-@pytest.mark.parametrize("system", [system for system in SYSTEMS if system["rotary"]], ids=str)
+@pytest.mark.parametrize("system", [
+    dict(block="gpt2", bank_layers=1, rotary=True), dict(block="dva", bank_layers=1),
+    dict(block="mean")], ids=str)
 def test_the_compiled_model_is_one_graph_and_trains_the_same(system):
     idx, counter = tokens(2, 17), CompileCounterWithBackend("aot_eager")
     eager, model = (shaken(tiny(n_layer=2, **system)).train() for _ in range(2))
     torch._dynamo.reset()
     # With fullgraph any break in the graph is an error
     compiled = torch.compile(model, backend=counter, dynamic=False, fullgraph=True)
-    compiled(idx[:, :-1], idx[:, 1:])[1].backward()
-    eager(idx[:, :-1], idx[:, 1:])[1].backward()
+    for each in (compiled, eager):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = each(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
     assert counter.frame_count == 1
     for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
@@ -212,24 +217,14 @@ def test_the_compiled_model_is_one_graph_and_trains_the_same(system):
 # ---- what every block must do --------------------------------------------------------------------
 
 @each_system
-def test_no_position_sees_a_later_one(system):
-    model, idx = shaken(tiny(**system)), tokens(1, 16)
-    changed = idx.clone()
-    changed[0, 10:] = (changed[0, 10:] + 1) % 37
-    before, after = model(idx, idx)[0], model(changed, idx)[0]
-    torch.testing.assert_close(before[:, :10], after[:, :10], atol=1e-6, rtol=1e-6)
-    assert (before[:, 10] - after[:, 10]).abs().max() > 1e-3
-
-
-@each_system
-def test_every_position_sees_all_earlier_ones(system):
+def test_every_position_sees_itself_and_all_earlier_ones_and_no_later_one(system):
     model, idx = shaken(tiny(**system)), tokens(1, 16)
     before = model(idx, idx)[0]
     for position in (0, 7, 15):
         changed = idx.clone()
         changed[0, position] = (changed[0, position] + 1) % 37
         moved = (model(changed, idx)[0] - before).abs().amax(dim=-1)[0]
-        assert (moved[position:] > 1e-5).all()
+        assert (moved[:position] < 1e-6).all() and (moved[position:] > 1e-5).all()
 
 
 @each_system
@@ -283,10 +278,9 @@ def test_targets_of_minus_one_do_not_count(system):
 
 
 @each_system
-@pytest.mark.parametrize("qk_dim", (24, 8))
-def test_flops_per_token_agree_with_torchs_counter(system, qk_dim):
+def test_flops_per_token_agree_with_torchs_counter(system):
     # The counter does not know torch's fused attention on a CPU, which a short window does not take
-    model, idx = tiny(block_size=32, qk_dim=qk_dim, **system), tokens(2, 32)
+    model, idx = tiny(block_size=32, **system), tokens(2, 32)
     with FlopCounterMode(display=False) as counter:
         model(idx, idx)[1].backward()
     counted = counter.get_total_flops() / idx.numel()
@@ -345,19 +339,19 @@ def test_logits_with_a_cache_are_those_without(system):
 @pytest.mark.parametrize("options", [
     dict(), dict(top_k=5), dict(top_p=0.6), dict(top_k=9, top_p=0.8), dict(temperature=0.5)],
     ids=str)
-def test_draws_follow_the_chances(options):
+def test_draws_follow_the_probabilities(options):
     """
-    Of 20,000 rows, as many draw a token as its chance says, to 5 standard deviations, and a token
-    without a chance is never drawn.
+    Of 20,000 rows, as many draw a token as its probability says, to 5 standard deviations, and a
+    token of probability 0 is never drawn.
     """
     logits = 2 * torch.randn(23, generator=torch.Generator().manual_seed(0))
-    chances = (logits / options.get("temperature", 1)).softmax(dim=0)
-    keep = chances.argsort(descending=True)[:options.get("top_k", 23)]
-    share = chances[keep] / chances[keep].sum()
+    probs = (logits / options.get("temperature", 1)).softmax(dim=0)
+    keep = probs.argsort(descending=True)[:options.get("top_k", 23)]
+    share = probs[keep] / probs[keep].sum()
     keep = keep[share.cumsum(dim=0) - share < options.get("top_p", 1.1)]
-    expected = torch.zeros(23).index_copy(0, keep, chances[keep] / chances[keep].sum())
-    luck = torch.rand(20000, 1, generator=torch.Generator().manual_seed(1))
-    drawn = draw(logits.expand(20000, 23), luck, **options)
+    expected = torch.zeros(23).index_copy(0, keep, probs[keep] / probs[keep].sum())
+    u = torch.rand(20000, 1, generator=torch.Generator().manual_seed(1))
+    drawn = draw(logits.expand(20000, 23), u, **options)
     share = drawn.flatten().bincount(minlength=23) / 20000
     assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 20000).sqrt()).all()
 
@@ -368,20 +362,20 @@ def test_top_k_and_top_p_leave_the_tokens_that_transformers_leaves(top_k, top_p)
     logits = 3 * torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
     theirs = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
     left = TopPLogitsWarper(top_p)(None, theirs).isfinite()
-    luck = torch.linspace(0, 1 - 1e-6, 3000)[:, None]
+    u = torch.linspace(0, 1 - 1e-6, 3000)[:, None]
     for row in range(8):
-        drawn = draw(logits[row].expand(3000, 40), luck, top_k=top_k, top_p=top_p)
+        drawn = draw(logits[row].expand(3000, 40), u, top_k=top_k, top_p=top_p)
         likely = left[row] & (logits[row].softmax(dim=0) > 1e-3)
         drawn = set(drawn.flatten().tolist())
         assert drawn <= set(left[row].nonzero().flatten().tolist())
         assert drawn >= set(likely.nonzero().flatten().tolist())
 
 
-@pytest.mark.parametrize("luck", [0.0, 0.5, 1 - 2**-24])
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
 @pytest.mark.parametrize("temperature", [0, 1e-40, 1e-6, 1e-4])
-def test_a_temperature_near_0_takes_the_likeliest(temperature, luck):
+def test_a_temperature_near_0_takes_the_likeliest(temperature, u):
     logits = torch.tensor([[1.0, 3.0, 2.0], [-1e4, -2e4, -3e4]])
-    drawn = draw(logits, torch.full((2, 1), luck), temperature)
+    drawn = draw(logits, torch.full((2, 1), u), temperature)
     assert drawn.tolist() == [[1], [0]]
 
 
