@@ -179,6 +179,13 @@ def trained(data_dir, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def finished(trained, tmp_path):
+    """{name: bytes} of the files in tmp_path / "out", which holds a copy of that run."""
+    shutil.copytree(trained, tmp_path / "out")
+    return contents(tmp_path / "out")
+
+
 def ending_of(main, argv, capsys):
     """(exit status, what it printed) of a script's main() in this process."""
     capsys.readouterr()

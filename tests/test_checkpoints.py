@@ -21,16 +21,13 @@ from nanodva.errors import UserError
 
 # ---- nothing is lost by overwriting --------------------------------------------------------------
 
-def test_a_run_is_never_overwritten_silently(run, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
-    before = contents(tmp_path / "out")
+def test_a_run_is_never_overwritten_silently(run, finished, tmp_path):
     with refused("last.pt and best.pt", "--init_from=resume", "--overwrite=True", "--out_dir"):
         run()
-    assert contents(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == finished
 
 
-def test_overwriting_removes_the_run_and_nothing_else(run, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
+def test_overwriting_removes_the_run_and_nothing_else(run, finished, tmp_path):
     (tmp_path / "out" / "notes.txt").write_text("mine")
     run(max_iters=1, eval_interval=50, overwrite=True)
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 1
@@ -58,13 +55,13 @@ def wrong(trained, data_dir, tmp_path_factory):
     prepare_data.main(["other_char", f"--input={folder / 'other.txt'}", f"--data_dir={folder}"])
     shutil.copytree(data_dir / "tiny_char", folder / "cut")
     (folder / "cut" / "val.bin").write_bytes((folder / "cut" / "val.bin").read_bytes()[:-2])
-    shutil.copytree(data_dir / "tiny_char", folder / "short")
     (folder / "preset.py").write_text("n_layr = 3\n")
     (folder / "half.pt").write_bytes((trained / "best.pt").read_bytes()[:5000])
     torch.save({"weights": torch.ones(2)}, folder / "foreign.pt")
     return folder
 
 
+# One or two for each place that refuses something
 MISTAKES = {
     "too few rows": (dict(vocab_size=5), "vocab_size=5"),
     "no such data set": (dict(dataset="missing"), "missing/train.bin"),
@@ -75,20 +72,8 @@ MISTAKES = {
     "heads that do not divide": (dict(n_head=3), "n_embd=16 does not divide into n_head=3"),
     "an odd query": (dict(block="dva", qk_dim=7), "a query has 7"),
     "a bank where none fits": (dict(block="mean", bank_layers=1), "cannot hold a bank"),
-    "more banks than layers": (dict(bank_layers=3), "bank_layers=3"),
-    "no such block": (dict(block="mlp"), "block='mlp'"),
-    "no such gelu": (dict(gelu="new"), "gelu='new'"),
-    "no such optimizer": (dict(optimizer="sgd"), "optimizer='sgd'"),
-    "no such dtype": (dict(dtype="float8"), "dtype='float8'"),
-    "no such backend": (dict(backend="mpi"), "backend='mpi'"),
     "a misspelt setting": (dict(n_layr=3), "did you mean 'n_layer'?"),
-    "a number in words": (dict(learning_rate="fast"), "learning_rate='fast'"),
-    "min_lr above the rate": (dict(min_lr=1), "min_lr=1.0 is above"),
-    "a beta of 1": (dict(beta2=1), "both must be below 1"),
-    "all dropped out": (dict(dropout=1), "dropout=1.0"),
-    "no layers": (dict(n_layer=0), "n_layer=0"),
     "no batches": (dict(batch_size=0), "batch_size=0"),
-    "a negative seed": (dict(seed=-1), "seed=-1"),
     "nothing to start from": (dict(init_from="nowhere"), "init_from='nowhere'"),
     "half a checkpoint": (dict(init_from="{wrong}/half.pt"), "half.pt is not a checkpoint"),
     "a foreign checkpoint": (dict(init_from="{wrong}/foreign.pt"), "neither a nanoDVA"),
@@ -102,7 +87,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
-def test_a_mistake_loses_nothing_and_leaves_nothing_behind(run, trained, wrong, tmp_path,
+def test_a_mistake_loses_nothing_and_leaves_nothing_behind(run, trained, finished, wrong, tmp_path,
                                                            monkeypatch, kind):
     """The same command in the folder of a finished run, with --overwrite, and in a new folder."""
     # As if wandb and the hub's cache were not there
@@ -111,40 +96,34 @@ def test_a_mistake_loses_nothing_and_leaves_nothing_behind(run, trained, wrong, 
     changes, words = MISTAKES[kind]
     changes = {name: str(value).format(wrong=wrong, trained=trained)
                for name, value in changes.items()}
-    shutil.copytree(trained, tmp_path / "out")
-    before = contents(tmp_path / "out")
     with refused(words):
         run("out", overwrite=True, **changes)
-    assert contents(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == finished
     with refused(words):
         run("new/folder", **changes)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_preset_with_a_mistake_loses_nothing(trained, wrong, tmp_path, arguments):
-    shutil.copytree(trained, tmp_path / "out")
-    before = contents(tmp_path / "out")
+def test_a_preset_with_a_mistake_loses_nothing(finished, wrong, tmp_path, arguments):
     for preset, words in (("preset.py", "unknown setting 'n_layr' in"), ("no.py", "cannot read")):
         with refused(words):
             train.main([*arguments(), "--overwrite", str(wrong / preset)])
-    assert contents(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == finished
 
 
-def test_a_log_elsewhere_that_cannot_begin_loses_nothing(run, trained, tmp_path, monkeypatch):
+def test_a_log_elsewhere_that_cannot_begin_loses_nothing(run, finished, tmp_path, monkeypatch):
     """wandb.init fails without a login, for one."""
-    shutil.copytree(trained, tmp_path / "out")
-    before = contents(tmp_path / "out")
     (tmp_path / "wandb.py").write_text("def init(**what): raise ValueError('no login')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="no login"):
         run(overwrite=True, wandb_log=True)
     sys.modules.pop("wandb")
-    assert contents(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == finished
 
 
 @pytest.mark.parametrize("out_dir", ["file", "file/below", "x" * 300, "/proc/nothing"])
 def test_an_out_dir_that_cannot_be_is_an_error_of_the_disk(run, tmp_path, out_dir):
-    """config.run makes one line of it."""
+    """run_script makes one line of it."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):
         run(out_dir)

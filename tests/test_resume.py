@@ -117,31 +117,26 @@ def test_a_real_process_stops_and_resumes(arguments, run, tmp_path):
 
 # ---- with other settings -------------------------------------------------------------------------
 
-def test_eval_only_on_resume_evaluates_and_writes_nothing(run, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
-    before = contents(tmp_path / "out")
+def test_eval_only_on_resume_evaluates_and_writes_nothing(run, finished, tmp_path):
     status, out = run(init_from="resume", eval_only=True, max_iters=1000)
-    loss = records(trained)[-1]["val_loss"]
+    loss = records(tmp_path / "out")[-1]["val_loss"]
     assert status == 0 and f"val loss {loss:.4f}" in out
     assert "step 12: train loss" in out and "step 13" not in out
-    assert contents(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == finished
 
 
 @pytest.mark.parametrize("change", [
     dict(n_layer=3), dict(n_embd=32), dict(block="dva"), dict(bias=True), dict(block_size=8),
     dict(bank_layers=1), dict(rotary=True), dict(gelu="tanh"), dict(optimizer="muon"),
     dict(vocab_size=64), dict(value_norm=False)], ids=str)
-def test_resume_keeps_its_architecture_and_optimizer(run, trained, tmp_path, change):
-    shutil.copytree(trained, tmp_path / "out")
-    before = contents(tmp_path / "out")
+def test_resume_keeps_its_architecture_and_optimizer(run, finished, tmp_path, change):
     [(name, value)] = change.items()
     with refused(f"{name}={value!r} differs from the checkpoint's"):
         run(init_from="resume", **change)
-    assert contents(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == finished
 
 
-def test_resume_with_other_settings_says_so_and_means_it(run, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
+def test_resume_with_other_settings_says_so_and_means_it(run, finished, tmp_path):
     changes = dict(learning_rate=1e-5, min_lr=1e-6, weight_decay=0.3, beta2=0.9, dropout=0.2,
                    max_iters=14)
     status, out = run(init_from="resume", **changes)
@@ -153,8 +148,7 @@ def test_resume_with_other_settings_says_so_and_means_it(run, trained, tmp_path)
     assert groups[0]["betas"] == (0.9, 0.9)
 
 
-def test_a_resumed_run_writes_its_own_settings(run, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
+def test_a_resumed_run_writes_its_own_settings(run, finished, tmp_path):
     run(init_from="resume", max_iters=14, learning_rate=2e-3)
     headers = [record for record in records(tmp_path / "out") if "config" in record]
     assert [header["step"] for header in headers] == [-1, 11]
@@ -187,8 +181,7 @@ def test_resume_in_another_place_with_a_preset(run, trained, tmp_path):
     assert load_checkpoint(tmp_path / "moved" / "last.pt")["step"] == 13
 
 
-def test_data_that_was_prepared_anew_is_remarked_on(run, trained, data_dir, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
+def test_data_that_was_prepared_anew_is_remarked_on(run, finished, data_dir, tmp_path):
     text = (data_dir / "tiny.txt").read_text()
     (tmp_path / "text.txt").write_text(text[1000:] + text[:1000])
     prepare_data.main(["tiny_char", f"--input={tmp_path / 'text.txt'}", f"--data_dir={tmp_path}"])
@@ -199,18 +192,16 @@ def test_data_that_was_prepared_anew_is_remarked_on(run, trained, data_dir, tmp_
 
 # ---- what cannot be resumed ----------------------------------------------------------------------
 
-def test_resume_needs_a_checkpoint_with_the_optimizers_state(run, trained, tmp_path):
+def test_resume_needs_a_checkpoint_with_the_optimizers_state(run, finished, tmp_path):
     with refused("no ", "last.pt: train first"):
-        run(init_from="resume")
-    assert not (tmp_path / "out").exists()
-    shutil.copytree(trained, tmp_path / "out")
+        run("nothing", init_from="resume")
+    assert not (tmp_path / "nothing").exists()
     shutil.copy(tmp_path / "out" / "best.pt", tmp_path / "out" / "last.pt")
     with refused("cannot be resumed"):
         run(init_from="resume")
 
 
-def test_resume_needs_the_same_alphabet(run, trained, data_dir, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
+def test_resume_needs_the_same_alphabet(run, finished, data_dir, tmp_path):
     shutil.copytree(data_dir / "tiny_char", tmp_path / "other")
     meta = json.loads((tmp_path / "other" / "meta.json").read_text())
     meta["tokenizer"]["alphabet"] = meta["tokenizer"]["alphabet"][::-1]
@@ -219,8 +210,7 @@ def test_resume_needs_the_same_alphabet(run, trained, data_dir, tmp_path):
         run(init_from="resume", data_dir=tmp_path, dataset="other")
 
 
-def test_resume_names_the_settings_of_another_version(run, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
+def test_resume_names_the_settings_of_another_version(run, finished, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
     checkpoint["config"]["shift"] = True
     save(checkpoint, tmp_path / "out" / "last.pt")
@@ -228,17 +218,14 @@ def test_resume_names_the_settings_of_another_version(run, trained, tmp_path):
         run(init_from="resume")
 
 
-def test_a_damaged_best_does_not_block_resume(run, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
-    whole = (trained / "best.pt").read_bytes()
-    (tmp_path / "out" / "best.pt").write_bytes(whole[:len(whole) // 2])
+def test_a_damaged_best_does_not_block_resume(run, finished, tmp_path):
+    (tmp_path / "out" / "best.pt").write_bytes(finished["best.pt"][:5000])
     status, out = run(init_from="resume", max_iters=13)
     assert status == 0 and "going on without best.pt" in out
 
 
-def test_a_cut_last_line_of_the_metrics_is_dropped_and_other_damage_is_named(run, trained,
+def test_a_cut_last_line_of_the_metrics_is_dropped_and_other_damage_is_named(run, finished,
                                                                              tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
     metrics = tmp_path / "out" / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes() + b'{"step": 12, "loss')
     run(init_from="resume", max_iters=13)

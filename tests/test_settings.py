@@ -128,6 +128,7 @@ WHOLE = "it must be a whole number"
     ("--min_lr=1", "min_lr=1.0 is above learning_rate=0.0006"),
     ("--dtype=float8", "dtype='float8': choose from auto, float32"),
     ("--init_from=nowhere", "init_from='nowhere': choose from "),
+    ("--backend=mpi", "backend='mpi'"),
     ("--optimizer=sgd", "optimizer='sgd': choose from adamw, muon"),
     ("nowhere.py", "cannot read the preset nowhere.py")], ids=lambda value: value[:40])
 def test_a_wrong_argument_is_named(argument, words):
