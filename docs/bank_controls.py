@@ -1,13 +1,13 @@
 """
-Why does a Bank of Values help? Blocks that have a part of what a bank is, for the race.
+Why does a Bank of Values help? Blocks for the race that have only a part of what a bank does.
 
     python docs/bank_controls.py config/race_bpe.py --contenders=gpt2:rotary=True,gpt2_scale+bank
 
-Beside the blocks of model.py, each with rotary positions, and each in the layers that would have
-a bank:
+These come in addition to the blocks of model.py, and have rotary positions. What differs stands in
+the layers that would have a bank:
 
-    gpt2_scale               the projected value, times one number that is learned
-    gpt2_token, dva_token    a value that a matrix makes of the token's embedding
+    gpt2_scale               the projected value, times one learned number
+    gpt2_token, dva_token    a value projected from the token's embedding
     gpt2_both, dva_both      a bank added to the projected value
 
 Under DVA's norm a scale cancels, so there is no dva_scale. All else is as in tools/race.py.
@@ -41,7 +41,7 @@ class Scale(BankOfValues):
 
 
 class FromToken(BankOfValues):
-    """A value that one matrix makes of the token's embedding; the table has no rows."""
+    """A value that one matrix projects from the token's embedding; the table has no rows."""
 
     def __init__(self, n_embd, width):
         super().__init__(vocab_size=0, width=1)
@@ -54,7 +54,7 @@ class FromToken(BankOfValues):
         return self.gamma * self.c_v(F.layer_norm(x, x.shape[-1:]))
 
     def align(self, embedding):
-        """Keep the model's token table, in a list, so that it does not count as a part of this."""
+        """Keep the model's token table. In a list it does not become a parameter of this module."""
         self.embedding = [embedding]
 
 
@@ -127,7 +127,7 @@ class BothDVA(DVABlock):
             self.attn = BothDynamicAttention(config)
 
 
-# The race's workers import this file, too
+# The race's worker processes import this file, too
 model.BLOCKS |= {"gpt2_scale": ScaledGPT2, "gpt2_token": TokenGPT2, "gpt2_both": BothGPT2,
                  "dva_token": TokenDVA, "dva_both": BothDVA}
 

@@ -187,10 +187,24 @@ def test_what_is_still_to_do_is_told_first_and_never_grows_unannounced(argv, her
         assert int(following) == int(number) - 1 or least
 
 
+class Clock:
+    """A module time in which nothing passes but what adds to `now`."""
+    strftime, localtime = time.strftime, time.localtime
+
+    def __init__(self):
+        self.now = 0.0
+
+    def time(self):
+        return self.now
+
+    perf_counter = time
+
+
 def test_a_race_is_shortened_to_its_minutes(argv, here, monkeypatch, capsys):
     monkeypatch.setattr(race, "carry_out", invented(0.1, 32))
     monkeypatch.setattr(race, "time_steps",
                         lambda *_: {"gpt2": [10.0] * 2, "dva": [5.0] * 2, "dva+bank": [5.0] * 2})
+    monkeypatch.setattr(race, "time", Clock())
     changes = dict(max_iters=20_000, warmup_iters=2000, contenders="gpt2,dva,dva+bank", seeds=2,
                    lrs="0.001,0.002")
     race.main(argv(minutes=2, **changes))
@@ -208,21 +222,11 @@ def test_a_race_is_shortened_to_its_minutes(argv, here, monkeypatch, capsys):
     assert 60 < expected < 0.85 * 120
     # The sweeps end with the rates that are given, which the table says
     assert len(fact["sweep"]) == 4 and "0.002 (not bracketed) | 32 |" in printed
+    # Rather fewer seeds than hardly any steps
+    race.main(argv(minutes=0.43, name="short", **changes | {"seed": 1, "seeds": 9}))
+    assert "3 contenders, 5 seeds; runs to go: 23, until" in capsys.readouterr().out
     assert "minutes=0.2 is too short for 14 runs of 100 steps: give 0.2" in error_of(
-        race.main, argv(minutes=0.2, seed=1, overwrite=True, **changes))
-
-
-class Clock:
-    """A module time in which nothing passes but what adds to `now`."""
-    strftime, localtime = time.strftime, time.localtime
-
-    def __init__(self):
-        self.now = 0.0
-
-    def time(self):
-        return self.now
-
-    perf_counter = time
+        race.main, argv(minutes=0.2, seed=99, overwrite=True, **changes))
 
 
 @pytest.mark.parametrize("slower, seeds", [(1, 5), (1.5, 4), (9, 2)])

@@ -227,20 +227,25 @@ def set_lengths(contenders, race, times, steps):
 def steps_in_time(contenders, race, times, seconds):
     """
     How many steps the first contender can have, at most its own number, so that all runs together
-    are expected to take 0.85 of so many seconds, since machines get slower as they get warm. Raises
-    UserError where that is hardly any.
+    are expected to take 0.85 of so many seconds, since machines get slower as they get warm. Where
+    that is hardly any, race.seeds becomes less, down to 2. Raises UserError where it still is.
     """
-    steps = next(iter(contenders.values())).max_iters
-    least = min(steps, LEAST_STEPS)
-    while steps >= least:
+    own = next(iter(contenders.values())).max_iters
+    steps, least = own, min(own, LEAST_STEPS)
+    while True:
         known, later = missing_runs(set_lengths(contenders, race, times, steps), race)
         expected = seconds_of([*known.values(), *later], times)
         if expected <= 0.85 * seconds:
             return steps
-        steps = int(0.95 * steps)
-    enough = race.minutes + (expected / 0.85 - seconds) / 60
-    fail(f"minutes={race.minutes:g} is too short for {len(known) + len(later)} runs of {least} "
-         f"steps: give {enough:.2g}, or fewer --contenders, --lrs or --seeds, or a smaller model")
+        if steps > least:
+            steps = max(least, int(0.9 * steps))
+        elif race.seeds > 2:
+            steps, race.seeds = own, race.seeds - 1
+        else:
+            enough = race.minutes + (expected / 0.85 - seconds) / 60
+            fail(f"minutes={race.minutes:g} is too short for {len(known) + len(later)} runs of "
+                 f"{least} steps: give {enough:.2g}, or fewer --contenders or --lrs, or a smaller "
+                 f"model")
 
 
 def seconds_of(runs, times):
@@ -552,7 +557,8 @@ def main(argv=None):
             if "steps" not in kept:
                 seconds = deadline - time.time()
                 kept["steps"] = steps_in_time(contenders, race, kept["before"], seconds)
-            steps, race.seeds = kept["steps"], kept.get("seeds", race.seeds)
+                kept["seeds"] = race.seeds
+            steps, race.seeds = kept["steps"], kept["seeds"]
         write_json(kept, folder / "race.json")
         contenders = set_lengths(contenders, race, kept["before"], steps)
         with Stop() as stop:
