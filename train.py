@@ -261,11 +261,11 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     measured_on = {"data": meta["sha256"]["val"], "windows": count_windows(data["val"], cfg),
                    "dtype": cfg.dtype}
-    best_val_loss, since_best = math.inf, 0
+    best_val_loss, best_step = math.inf, step
     if checkpoint:
         checkpoints.restore(checkpoint, model, optimizers, scaler)
-        best_val_loss, since_best = checkpoints.best_so_far(out_dir, checkpoint, measured_on,
-                                                            writing)
+        best_val_loss, best_step = checkpoints.best_so_far(out_dir, checkpoint, measured_on,
+                                                           writing)
         if checkpoint["config"]["dataset"] != cfg.dataset:
             say(f"from here on it trains on {cfg.dataset!r}, and no longer on "
                 f"{checkpoint['config']['dataset']!r}")
@@ -275,7 +275,9 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     compiled = torch.compile(model, dynamic=False) if cfg.compile else model
     parallel = compiled
     if WORLD > 1:
-        parallel = DistributedDataParallel(compiled, broadcast_buffers=False)
+        parallel = DistributedDataParallel(compiled)
+        # The one buffer, the rotary table, is the same in all processes
+        parallel.broadcast_buffers = False
     wandb_log = open_wandb(cfg)
 
     with ExitStack() as held:
@@ -302,7 +304,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
             return {"format": checkpoints.FORMAT, "step": step, "model": model.state_dict(),
                     "model_config": asdict(build(ModelConfig, asdict(cfg))), "config": asdict(cfg),
                     "tokenizer": meta["tokenizer"], "data": meta["sha256"],
-                    "best_val_loss": best_val_loss, "measured_on": measured_on}
+                    "best_val_loss": best_val_loss, "best_step": best_step,
+                    "measured_on": measured_on}
 
         # -- the loop
         micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
@@ -327,9 +330,10 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
             if losses:
                 val_loss = losses["val"]
                 improved = val_loss < best_val_loss
-                best_val_loss = min(val_loss, best_val_loss)
-                since_best = 0 if improved else since_best + 1
-                finished = finished or 0 < cfg.patience <= since_best
+                if improved:
+                    best_val_loss, best_step = val_loss, step
+                patience = cfg.patience * cfg.eval_interval
+                finished = finished or 0 < patience <= step - best_step
                 bits = val_loss / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
                 record |= {"val_loss": val_loss, "val_bits_per_byte": bits}
                 if "test" in losses:
@@ -351,7 +355,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
                     checkpoints.save(snapshot(), out_dir / "best.pt")
                 if full:
                     state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                             "scaler": scaler.state_dict(), "since_best": since_best,
+                             "scaler": scaler.state_dict(),
                              "elapsed_s": time.perf_counter() - start}
                     checkpoints.save(snapshot() | state, out_dir / "last.pt")
             if last:

@@ -96,30 +96,30 @@ def resume(cls, given):
 
 def best_so_far(out_dir, checkpoint, measured_on, writing):
     """
-    (lowest val loss, evaluations since) of the run in out_dir, as far as they were measured on the
-    data, windows and dtype of the dict measured_on. Otherwise they start anew, and where `writing`,
-    best.pt gets another name, so that it is not lost.
+    (lowest val loss, its step) of the run in out_dir, if it was measured on the data, windows and
+    dtype of the dict measured_on. Otherwise the best starts anew, and where `writing`, best.pt gets
+    another name, so that it is not lost.
     """
-    lowest, since = math.inf, 0
+    lowest, step = math.inf, checkpoint["step"]
     if same_measure(checkpoint, measured_on):
-        lowest, since = checkpoint["best_val_loss"], checkpoint.get("since_best", 0)
+        lowest, step = checkpoint["best_val_loss"], checkpoint.get("best_step", step)
     path = out_dir / "best.pt"
     if not path.exists():
-        return lowest, since
+        return lowest, step
     try:
         # best.pt is saved before last.pt, so it may be newer where a run was killed in between
         best = load_checkpoint(path)
     except UserError as error:
         print(f"going on without best.pt: {error}")
-        return lowest, since
+        return lowest, step
     if same_measure(best, measured_on):
-        return min(lowest, best["best_val_loss"]), since
+        return min((lowest, step), (best["best_val_loss"], best["step"]))
     kept = out_dir / f"best-{best['step']}.pt"
     if writing:
         os.replace(path, kept)
         print(f"the best loss so far, {best['best_val_loss']:.4f}, was measured on other data, "
               f"windows or in another dtype: the best starts anew, and the old one is {kept}")
-    return lowest, since
+    return lowest, step
 
 
 def same_measure(checkpoint, measured_on):

@@ -153,10 +153,16 @@ def from_rank_0(value):
 
 
 def check_equal(value, hint):
-    """Raise UserError where a process has another value than rank 0."""
-    first = from_rank_0(value)
-    if value != first:
-        fail(f"process {RANK} has {value}, and process 0 has {first}: {hint}")
+    """
+    Raise UserError where a process has another value than rank 0. Rank 0 says so for all, and
+    torchrun ends the others, which wait for it by then.
+    """
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if RANK == 0 and other != value:
+            fail(f"process {rank} has {other}, and process 0 has {value}: {hint}")
 
 
 def check_replicas(model):

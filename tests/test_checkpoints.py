@@ -16,7 +16,7 @@ from conftest import command_line, contents, records, refused, runs_differ, send
 import prepare_data
 import sample
 import train
-from nanodva.checkpoints import FORMAT, load_checkpoint, save
+from nanodva.checkpoints import FORMAT, load_checkpoint, only_writer, save
 from nanodva.errors import UserError
 
 # ---- nothing is lost by overwriting --------------------------------------------------------------
@@ -130,6 +130,18 @@ def test_an_out_dir_that_cannot_be_is_an_error_of_the_disk(run, tmp_path, out_di
     assert contents(tmp_path) == {"file": b"in the way"}
 
 
+def test_a_second_run_in_a_folder_is_refused(run, trained, tmp_path):
+    """As when a script is started twice, with --overwrite."""
+    shutil.copytree(trained, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with only_writer(tmp_path / "out"):
+        for changes in (dict(overwrite=True), dict(init_from="resume", max_iters=13)):
+            with refused("another process writes in", "give another folder"):
+                run(**changes)
+    assert contents(tmp_path / "out") == before
+    assert run(overwrite=True)[0] == 0
+
+
 # ---- the best and the last -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("always, saved", [(True, [3, 6, 9, 11]), (False, [3, 6, 11])])
@@ -165,6 +177,24 @@ def test_best_survives_a_kill_between_the_two_saves(run, tmp_path, losses):
     losses(3, 2.5)
     run(init_from="resume", max_iters=6, learning_rate=2e-2)
     assert (tmp_path / "out" / "best.pt").read_bytes() == best
+
+
+def test_patience_ends_a_run_that_has_become_worse(run, tmp_path, losses):
+    # at steps 0, 2, 4 ...
+    losses(9, 3, 4, 3.5, 2)
+    out = run(max_iters=20, eval_interval=2, patience=2)[1]
+    assert "done: step 6, best val loss 3.0000" in out
+    # Step 6 again, one that is better, and three that are not
+    losses(3.5, 2, 2.5, 2.5, 2.5)
+    assert "done: step 14, best val loss 2.0000" in run(init_from="resume", patience=3)[1]
+
+
+def test_a_run_that_stops_before_its_first_evaluation_has_no_best_loss(run, at_step):
+    at_step(1, send(signal.SIGTERM))
+    out = run(eval_interval=100, init_from="scratch")[1]
+    assert "best val loss" in out
+    at_step(0, send(signal.SIGTERM), function="learning_rate")
+    assert "stopped at step 0, not evaluated yet" in run("other")[1]
 
 
 def test_the_last_step_is_saved_whatever_the_interval(run, tmp_path):
@@ -289,7 +319,7 @@ def test_only_checkpoints_are_opened_and_none_can_run_code(run, trained, tmp_pat
 def test_a_checkpoint_holds_tensors_numbers_and_text_alone(trained):
     """Which is all that weights_only reads; and best.pt has no optimizer in it."""
     best, last = (load_checkpoint(trained / name) for name in ("best.pt", "last.pt"))
-    assert last.keys() - best.keys() == {"optimizers", "scaler", "elapsed_s", "since_best"}
+    assert last.keys() - best.keys() == {"optimizers", "scaler", "elapsed_s"}
     assert json.loads(json.dumps(best["config"])) == best["config"]
     assert not [name for name in best["model"] if name.startswith(("module.", "_orig_mod."))]
 

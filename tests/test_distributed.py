@@ -1,5 +1,6 @@
 """torchrun on the real script: many processes do what one does, and one that fails ends them."""
 import signal
+import socket
 import subprocess
 import sys
 
@@ -10,14 +11,13 @@ import train
 from nanodva.checkpoints import load_checkpoint
 
 
-def torchrun(tmp_path, change, argv):
+def torchrun(tmp_path, change, argv, options=("--standalone", "--nproc_per_node=2")):
     """A torchrun of two processes that has begun: train.py, after `change`, some lines of code."""
     script = tmp_path / "changed.py"
     script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
                       f"import torch, train\nfrom nanodva.errors import run_script\n{change}\n"
                       "run_script(train.main)\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               script, *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, script, *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -68,6 +68,58 @@ train.learning_rate = failing""", arguments(max_iters=100_000))
     out, err = process.communicate(timeout=100)
     assert process.returncode != 0 and err.count("error: process 1 has had enough\n") == 1
     assert "step 2:" in out and "step 4:" not in out
+
+
+# Process 1 is killed in step 7, but only the first time
+KILLED_ONCE = """
+original, mark = train.learning_rate, __file__ + ".killed"
+def killed(step, cfg):
+    if (step, os.environ["RANK"]) == (7, "1") and not os.path.exists(mark):
+        open(mark, "w").close()
+        os.kill(os.getpid(), 9)
+    return original(step, cfg)
+train.learning_rate = killed"""
+
+
+@pytest.mark.parametrize("launchers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_one_command_survives_a_killed_process(run, arguments, tmp_path, monkeypatch, launchers):
+    """Two launchers with two processes each stand for two machines."""
+    # docs/distributed.md says why
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    argv = arguments("parts", init_from="auto", gradient_accumulation_steps=4)
+    options = ["--max_restarts=3", "--nproc_per_node=2"]
+    if launchers == 1:
+        options.append("--standalone")
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options += ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    processes = [torchrun(tmp_path, KILLED_ONCE, argv, options) for _ in range(launchers)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * launchers, outputs
+    out = "".join(out for out, _ in outputs)
+    assert "resuming" in out and "at step 5" in out and "done: step 12" in out
+    run("straight", gradient_accumulation_steps=4)
+    ours, theirs = (records(tmp_path / name) for name in ("parts", "straight"))
+    assert ours[0]["world_size"] == 2 * launchers
+    ours, theirs = (load_checkpoint(tmp_path / name / "last.pt") for name in ("parts", "straight"))
+    assert ours["step"] == theirs["step"] == 12
+    assert largest_difference(ours["model"], theirs["model"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_replicas_that_drift_apart_are_noticed_at_the_first_save(arguments, tmp_path):
+    process = torchrun(tmp_path, """
+original = train.clip_grad_norm_
+def drifting(parameters, most):
+    parameters = list(parameters)
+    parameters[0].grad[0] += float(os.environ["RANK"])
+    return original(parameters, most)
+train.clip_grad_norm_ = drifting""", arguments())
+    out, err = process.communicate(timeout=100)
+    assert process.returncode != 0 and "have drifted apart" in err
+    assert not (tmp_path / "out" / "last.pt").exists()
 
 
 @pytest.mark.parametrize("steps", [4, 1])

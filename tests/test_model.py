@@ -200,14 +200,14 @@ def test_a_bank_layer_caches_no_values_and_the_ids_are_cached_once(block):
     dict(block="gpt2", bank_layers=1, rotary=True), dict(block="dva", bank_layers=1),
     dict(block="mean")], ids=str)
 def test_the_compiled_model_is_one_graph_and_trains_the_same(system):
-    idx, counter = tokens(2, 17), CompileCounterWithBackend("aot_eager")
-    eager, model = (shaken(tiny(n_layer=2, **system)).train() for _ in range(2))
+    idx, counter = tokens(2, 17, 200), CompileCounterWithBackend("aot_eager")
+    eager, model = (shaken(tiny(n_layer=2, vocab_size=200, **system)).train() for _ in range(2))
     torch._dynamo.reset()
     # With fullgraph any break in the graph is an error
     compiled = torch.compile(model, backend=counter, dynamic=False, fullgraph=True)
     for each in (compiled, eager):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = each(idx[:, :-1], idx[:, 1:])[1]
+            loss = each(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
         loss.backward()
     assert counter.frame_count == 1
     for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
@@ -334,6 +334,32 @@ def test_logits_with_a_cache_are_those_without(system):
         torch.testing.assert_close(logits[:, 0], whole[:, end - 1], atol=2e-5, rtol=1e-4)
 
 
+@each_system
+def test_any_chunk_continues_what_the_cache_holds(system):
+    """The text in two parts, in every way, and in three; the logits of all positions."""
+    model, idx = shaken(tiny(**system)), tokens(2, 16)
+    whole = model(idx, idx)[0]
+    for parts in [(n, 16 - n) for n in range(1, 16)] + [(5, 6, 5), (1, 14, 1), (1, 1, 14)]:
+        cache, logits = Cache(16), []
+        for part in idx.split(parts, dim=1):
+            logits.append(model(part, part, cache)[0])
+        torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=2e-5, rtol=1e-4)
+
+
+def test_a_long_chunk_continues_a_long_cache():
+    """More queries than the explicit softmax takes at a time, and more keys than queries."""
+    q, k, v = torch.randn(1, 2, 300, 8), torch.randn(1, 2, 700, 8), torch.randn(1, 2, 700, 12)
+    mask = torch.full((300, 700), -math.inf).triu(401)
+    expected = (q @ k.mT / math.sqrt(8) + mask).softmax(dim=-1) @ v
+    torch.testing.assert_close(model_module.attend(q, k, v), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_all_layers_turn_by_one_table():
+    model = tiny(rotary=True).double()
+    tables = {id(layer.attn.rotary.table) for layer in model.transformer.h}
+    assert len(tables) == 1 and len([name for name, _ in model.named_buffers()]) == 1
+
+
 # ---- drawing a token -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [
@@ -379,6 +405,15 @@ def test_a_temperature_near_0_takes_the_likeliest(temperature, u):
     assert drawn.tolist() == [[1], [0]]
 
 
+@pytest.mark.parametrize("temperature, top_k", [(0, 0), (1, 0), (1, 3)])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_draw_nothing(temperature, top_k, wrong):
+    logits = torch.zeros(2, 9)
+    logits[1, 4] = wrong
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw(logits, torch.rand(2, 1), temperature, top_k)
+
+
 # ---- texts ---------------------------------------------------------------------------------------
 
 def test_top_k_1_is_the_likeliest_and_padded_rows_are_never_drawn():
@@ -407,6 +442,68 @@ def test_a_stopped_row_stays_stopped_and_the_stream_ends_with_the_last():
     ends = [row.tolist().index(7) for row in out]
     assert len(set(ends)) > 1 and max(ends) == out.size(1) - 1
     assert all((row[end:] == 7).all() for row, end in zip(out, ends, strict=True))
+
+
+def test_a_prompt_is_read_once_for_all_its_texts(monkeypatch):
+    model, idx, rows = shaken(tiny(block="dva", bank_layers=1)), tokens(2, 9), []
+    torch.manual_seed(4)
+    expected = generate(model, idx.repeat_interleave(3, dim=0), 20)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward",
+                        lambda x, **options: (rows.append(x.shape), forward(x, **options))[1])
+    torch.manual_seed(4)
+    assert torch.equal(generate(model, idx, 20, num_samples=3), expected)
+    # Then 7 tokens one by one, the second half of a full window, and on
+    assert rows[:2] == [(2, 9), (6, 1)] and rows[8:10] == [(6, 8), (6, 1)]
+
+
+# ---- the loss without the logits -----------------------------------------------------------------
+
+def loss_and_gradients(model, idx, targets, dtype, **options):
+    """The loss, in its own type, and the gradients of three times the loss, as one vector."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        logits, loss = model(idx, targets, **options)
+    (3 * loss).backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return logits, loss, torch.cat(gradients)
+
+
+@pytest.mark.parametrize("dtype, precision", [(None, 1e-5), (torch.bfloat16, 3e-2),
+                                              (torch.float16, 4e-3)])
+@pytest.mark.parametrize("vocab_size", [37, 400])
+def test_the_loss_is_the_same_without_logits(vocab_size, dtype, precision):
+    """With 37 tokens by the logits of all rows, with 400 by those of 512 of the 600 at a time."""
+    model = shaken(tiny(block="dva", bank_layers=1, block_size=300, vocab_size=vocab_size)).train()
+    idx = tokens(2, 301, vocab_size)
+    targets = idx[:, 1:].clone()
+    targets[0, ::3] = -1
+    logits, expected, wanted = loss_and_gradients(model, idx[:, :-1], targets, dtype)
+    none, loss, found = loss_and_gradients(model, idx[:, :-1], targets, dtype, return_logits=False)
+    assert logits.shape == (2, 300, vocab_size) and none is None and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, atol=1e-3 if dtype else 1e-5, rtol=0)
+    assert (found - wanted).norm() < precision * wanted.norm()
+    with torch.no_grad():
+        unheld = model(idx[:, :-1], targets, return_logits=False)[1]
+    torch.testing.assert_close(unheld, model(idx[:, :-1], targets)[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [37, 400])
+def test_where_no_target_counts_nothing_is_learned_and_nothing_is_nan(vocab_size):
+    model, idx = tiny(vocab_size=vocab_size).train(), tokens(2, 16, vocab_size)
+    for options in ({}, {"return_logits": False}):
+        _, loss, gradients = loss_and_gradients(model, idx, torch.full_like(idx, -1), None,
+                                                **options)
+        assert loss == 0 and (gradients == 0).all()
+
+
+def test_the_gradients_of_the_loss_are_used_once():
+    """They are scaled where they lie, so a second backward pass would be wrong: it is refused."""
+    model, idx = tiny(vocab_size=400).train(), tokens(2, 16, 400)
+    loss = model(idx, idx, return_logits=False)[1]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A run that is stopped, killed or continued ends bit for bit as one that nobody disturbed."""
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ from conftest import (
     TINY,
     comparable,
     contents,
+    ending_of,
     records,
     refused,
     runs_differ,
@@ -188,6 +190,84 @@ def test_data_that_was_prepared_anew_is_remarked_on(run, finished, data_dir, tmp
     assert "prepared anew" not in run(init_from="resume", max_iters=13)[1]
     out = run(init_from="resume", max_iters=14, data_dir=tmp_path)[1]
     assert "the data set 'tiny_char' was prepared anew since this run began" in out
+
+
+def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, trained, data_dir, tmp_path):
+    """Another text is harder: none of its losses is as low as the best on the first."""
+    shutil.copytree(trained, tmp_path / "out")
+    text = (data_dir / "tiny.txt").read_text()
+    (tmp_path / "b.txt").write_text("".join(random.Random(1).sample(text, len(text))))
+    prepare_data.main(["b_char", f"--input={tmp_path / 'b.txt'}", f"--data_dir={tmp_path}"])
+    before = load_checkpoint(tmp_path / "out" / "best.pt")
+    out = run(init_from="resume", max_iters=15, eval_interval=1, dataset="b_char",
+              data_dir=tmp_path)[1]
+    assert "from here on it trains on 'b_char', and no longer on 'tiny_char'" in out
+    assert "prepared anew" not in out and "the best starts anew" in out
+    best = load_checkpoint(tmp_path / "out" / "best.pt")
+    on_b = [record["val_loss"] for record in records(tmp_path / "out")[1:]
+            if record["step"] >= 12 and "val_loss" in record]
+    assert best["best_val_loss"] == min(on_b) > before["best_val_loss"]
+    assert f"best val loss {min(on_b):.4f}" in out
+    kept = load_checkpoint(tmp_path / "out" / f"best-{before['step']}.pt")
+    assert kept["best_val_loss"] == before["best_val_loss"]
+
+
+@pytest.mark.parametrize("change", [dict(eval_iters=3), dict(dtype="bfloat16")])
+def test_a_best_loss_counts_for_its_windows_and_its_dtype(run, trained, tmp_path, change):
+    shutil.copytree(trained, tmp_path / "out")
+    assert "the best starts anew" not in run(init_from="resume", max_iters=13)[1]
+    assert "the best starts anew" in run(init_from="resume", max_iters=14, **change)[1]
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(run, tmp_path):
+    run("a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    run("a", max_iters=3)
+    before = contents(tmp_path / "a")
+    run("b", init_from="resume", max_iters=14)
+    assert contents(tmp_path / "a") == before
+    assert load_checkpoint(tmp_path / "b" / "last.pt")["step"] == 14
+
+
+def test_a_run_in_float16_can_leave_it_and_come_back(run, tmp_path):
+    for step, dtype in ((4, "float16"), (6, "float32"), (8, "float16"), (10, "bfloat16"),
+                        (12, "float16")):
+        origin = {} if step == 4 else {"init_from": "resume"}
+        assert run(max_iters=step, dtype=dtype, **origin)[0] == 0
+    lines = [record for record in comparable(tmp_path / "out") if "train_loss" in record]
+    assert len(lines) == 12 and lines[-1]["train_loss"] < lines[0]["train_loss"]
+
+
+def test_what_a_run_chose_it_keeps(run, tmp_path, monkeypatch):
+    """Whether to compile depends on the steps that are left, which are fewer after a resume."""
+    chosen = []
+
+    def pick_compile(setting, device, flops):
+        chosen.append(setting)
+        return False if setting == "auto" else setting
+    monkeypatch.setattr(train.machine, "pick_compile", pick_compile)
+    run(compile="auto", max_iters=4)
+    run(init_from="resume", max_iters=6)
+    assert chosen == ["auto", False]
+
+
+def test_auto_starts_where_there_is_no_run_and_goes_on_where_there_is_one(run, arguments, tmp_path,
+                                                                          at_step, capsys):
+    run("straight")
+    again = [*arguments("parts"), "--init_from=auto"]
+    at_step(4, send(signal.SIGTERM))
+    for status in (143, 0):
+        assert ending_of(train.main, again, capsys)[0] == status
+    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
+
+
+def test_a_run_of_before_a_setting_existed_goes_on(run, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
+    # Version 2 had neither of these
+    del checkpoint["config"]["patience"], checkpoint["measured_on"], checkpoint["best_step"]
+    save(checkpoint, tmp_path / "out" / "last.pt")
+    assert run(init_from="resume", max_iters=13)[0] == 0
 
 
 # ---- what cannot be resumed ----------------------------------------------------------------------
