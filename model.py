@@ -441,8 +441,20 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop
             return
 
 
-def generate(model, idx, max_new_tokens, **options):
-    """idx (B, T) with up to max_new_tokens more in each row; the options are stream's."""
+def generate(model, idx, max_new_tokens=100, **options):
+    """
+    idx (B, T) with up to max_new_tokens more in each row; the options are stream's. In place of idx
+    a model that load_model() made takes a text, and the text comes back with its continuation.
+    """
+    if isinstance(idx, str):
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            raise TypeError("a text needs model.tokenizer, as load_model() sets it in "
+                            "nanodva/weights.py; without it give token ids, a tensor (B, T)")
+        ids = torch.tensor([tokenizer.encode(idx)], device=model.lm_head.weight.device)
+        options = {"num_tokens": tokenizer.vocab_size} | options
+        [row, *_] = generate(model, ids, max_new_tokens, **options).tolist()
+        return tokenizer.decode(row).decode(errors="replace")
     rows = idx.repeat_interleave(options.get("num_samples", 1), dim=0)
     return torch.cat([rows, *stream(model, idx, max_new_tokens, **options)], dim=1)
 

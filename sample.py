@@ -40,6 +40,7 @@ class SampleConfig:
     temperature: float = 0.8        # 1: as the model says; lower: safer; 0: the most probable
     top_k: int = 200                # draw from the k most probable tokens; 0: from all
     top_p: float = 1.0              # nucleus sampling: draw from the most probable share; 1: off
+    stop: str = ""                  # a text that ends each sample, such as \n\n; empty: none
     stop_token: int = -1            # token id that ends a text; -1: none
     seed: int = 1337                # the same seed gives the same texts
     device: str = "auto"            # auto (cuda, else mps, else cpu), or cpu, cuda, cuda:1, mps
@@ -63,14 +64,18 @@ def read_prompt(start, tokenizer):
         alphabet = tokenizer.spec["alphabet"]
         return next((c for c in "\n " if c in alphabet), alphabet[0])
     if start != "-" and not start.startswith("FILE:"):
-        # A shell cannot easily write a line end. Before a letter it is a word such as \nabla.
-        return re.sub(r"\\n(?![A-Za-z])", "\n", start)
+        return line_ends(start)
     name = "standard input" if start == "-" else start.removeprefix("FILE:")
     try:
         data = sys.stdin.buffer.read() if start == "-" else Path(name).read_bytes()
     except OSError as error:
         fail(f"cannot read the prompt {name}: {error.strerror}")
     return decode_text(data, f"the prompt {name}")
+
+
+def line_ends(text):
+    """The text with line ends for \\n, which a shell cannot easily write, but not in \\nabla."""
+    return re.sub(r"\\n(?![A-Za-z])", "\n", text)
 
 
 def find_tokenizer(weights, cfg):
@@ -135,7 +140,7 @@ def write(model, tokenizer, prompt, ids, count, cfg, device, live):
     """
     # A token may end inside a character, whose rest comes with the next one
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(count)]
-    texts, ended = [prompt] * count, [False] * count
+    texts, ended, stop = [prompt] * count, [False] * count, line_ends(cfg.stop)
     if live:
         print(prompt, end="", flush=True)
     try:
@@ -146,10 +151,16 @@ def write(model, tokenizer, prompt, ids, count, cfg, device, live):
                 if ended[row]:
                     continue
                 text = decoders[row].decode(tokenizer.decode([token]))
+                place = (texts[row] + text).find(stop, len(prompt)) if stop else -1
+                if place >= 0:
+                    # The last token may hold more than the end of the stop text
+                    text = text[:place + len(stop) - len(texts[row])]
+                ended[row] = token == cfg.stop_token or place >= 0
                 texts[row] += text
-                ended[row] = token == cfg.stop_token
                 if row == 0 and live:
                     print(text, end="", flush=True)
+            if all(ended):
+                break
     except FloatingPointError as error:
         fail(error)
     finally:

@@ -1,10 +1,11 @@
 """tools/convert.py: our weights in other programs' formats, with transformers as the oracle."""
+import re
 import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import KINDS, tokens
+from conftest import KINDS, ROOT, tokens
 from safetensors.torch import load_file
 
 from model import GPT, ModelConfig, generate
@@ -139,6 +140,18 @@ def test_what_transformers_could_get_wrong_of_a_run_that_brings_its_model(tmp_pa
     with pytest.raises(ValueError, match="padding before a text"):
         theirs.generate(idx, attention_mask=mask, max_new_tokens=2)
     assert torch.equal(theirs(idx, attention_mask=mask.flip(1)).logits, theirs(idx).logits)
+
+
+def test_the_pages_lines_for_transformers_run(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "interop.md").read_text()
+    [code] = re.findall(r"```python\n(from transformers.*?)```", text, re.DOTALL)
+    make_run(tmp_path / "out", block="dva", bank_layers=1)
+    monkeypatch.chdir(tmp_path)
+    convert.main(["out", "--dest=demo-hf"])
+    capsys.readouterr()
+    exec(code, {})
+    out = capsys.readouterr().out
+    assert out.startswith("ROMEO:") and len(out) == len("ROMEO:\n") + 200
 
 
 @pytest.mark.parametrize("alphabet", ["\n !':EMORabcet", "\t\n\r \xa0e\u0301é\u2003漢\U0001f642"])

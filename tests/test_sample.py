@@ -1,6 +1,7 @@
 """Sampling: prompts of every kind, good and bad, and texts that follow from their seed."""
 import codecs
 import io
+import re
 import sys
 from dataclasses import asdict
 
@@ -68,6 +69,23 @@ def test_a_text_ends_with_the_stop_token(texts, alphabet):
     end = whole.index(stop, 2)
     found = texts(temperature=1, max_new_tokens=200, stop_token=alphabet.index(stop))
     assert found == [whole[:end + 1]]
+
+
+def test_a_text_ends_with_the_stop_text_wherever_tokens_end(tmp_path, texts):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=1000, n_layer=1, n_head=1, n_embd=8, block_size=16))
+    save({"format": FORMAT, "model": model.state_dict(), "model_config": asdict(model.config),
+          "tokenizer": {"kind": "gpt2:1000"}}, tmp_path / "best.pt")
+    settings = dict(out_dir=tmp_path, num_samples=4, temperature=2, max_new_tokens=60, top_k=0,
+                    start="one stop, and")
+    # Letters of two tokens, of which the second goes on
+    stop = re.search(r"[a-z]([a-z]{3})", texts(**settings)[2][13:])[1]
+    for text in (stop, "s", "\\n", "no such text"):
+        whole = texts(**settings)
+        ends = [one.find(text.replace("\\n", "\n"), 13) for one in whole]
+        length = len(text.replace("\\n", "\n"))
+        assert texts(**settings, stop=text) == [
+            one if end < 0 else one[:end + length] for one, end in zip(whole, ends, strict=True)]
 
 
 def test_texts_made_together_end_each_at_its_own_place(texts, alphabet):

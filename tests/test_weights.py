@@ -1,5 +1,6 @@
 """Weights from the world of GPT-2 and nanoGPT, with transformers as the oracle."""
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -444,6 +445,33 @@ def test_a_mistake_in_a_readers_block_keeps_its_traceback(run, tmp_path, monkeyp
         assert caught.value is error
 
 
+def test_a_text_in_gives_a_text_out(run, tmp_path, capsys):
+    run(block="dva", max_iters=2)
+    model = load_model(tmp_path / "out")
+    argv = command_line(dict(out_dir=tmp_path / "out", start="ab", num_samples=1, temperature=0,
+                             max_new_tokens=40, device="cpu", dtype="float32"))
+    _, out = ending_of(sample.main, argv, capsys)
+    assert generate(model, "ab", 40, temperature=0) == out.removesuffix("\n---------------\n")
+    with pytest.raises(TypeError, match="give token ids"):
+        generate(GPT(model.config), "ab")
+
+
+def test_the_pages_lines_of_python_do_what_they_say(run, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "interop.md").read_text()
+    code, transformers_code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace("ROMEO:", "abc")
+    run("out-demo", block="dva", rotary=True, max_iters=2, value_norm=False)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert capsys.readouterr().out.startswith("abc")
+    # What the block adds is W_o of the gated, weighted sum of the values
+    attn, x = names["attn"], names["x"]
+    mixed = names["strengths"] @ attn.c_v(x) * names["gates"]
+    ids = torch.tensor([names["model"].tokenizer.encode("abc")])
+    torch.testing.assert_close(attn.c_proj(mixed), attn(x[None], ids)[0], atol=1e-6, rtol=1e-4)
+
+
 def test_a_run_starts_from_another_ones_weights_at_step_0(run, trained, tmp_path):
     _, out = run("tuned", init_from=trained, max_iters=2, lr_decay_iters=2, learning_rate=1e-4,
                  min_lr=1e-5, dropout=0.0)
@@ -452,6 +480,28 @@ def test_a_run_starts_from_another_ones_weights_at_step_0(run, trained, tmp_path
     assert f"starting from the weights of {trained}" in out
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[0]["val_loss"] == pytest.approx(best, abs=1e-6)
+
+
+def test_training_goes_on_with_the_tokens_of_the_weights(tmp_path, data_dir, portuguese, capsys):
+    text = (data_dir / "tiny.txt").read_text()
+    (tmp_path / "text.txt").write_text(text * 2)
+    for kind in ("gpt2", "gpt2:50250"):
+        prepare_data.main([kind.replace(":", "-"), f"--input={tmp_path / 'text.txt'}",
+                           f"--tokenizer={kind}", f"--data_dir={tmp_path}"])
+    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50257).save_pretrained(tmp_path / "theirs")
+    argv = command_line(dict(init_from=tmp_path / "theirs", data_dir=tmp_path, block_size=16,
+                             eval_only=True, eval_iters=1, batch_size=2, device="cpu",
+                             dtype="float32", out_dir=tmp_path / "out"))
+    # What is only assumed gives way to a data set whose tokens fit the table
+    for dataset in ("gpt2", "gpt2-50250"):
+        _, out = ending_of(train.main, [*argv, f"--dataset={dataset}"], capsys)
+        assert "rows are taken to be those of GPT-2's" in out and "val loss" in out
+    with refused("another tokenizer"):
+        train.main([*argv, "--dataset=tiny_char", f"--data_dir={data_dir}"])
+    # But the folder's own tokens do not
+    save_tokenizer(portuguese, tmp_path / "theirs", "tokenizer.json")
+    with refused("another tokenizer"):
+        train.main([*argv, "--dataset=gpt2"])
 
 
 def test_gpt2_with_another_block_keeps_embeddings_positions_and_final_norm(run, tmp_path, data_dir):
