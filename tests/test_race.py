@@ -174,8 +174,10 @@ def test_what_is_still_to_do_is_told_first_and_never_grows_unannounced(argv, her
                                                                        capsys):
     # The first rates are too low, so that the sweeps have to go on
     monkeypatch.setattr(race, "carry_out", invented(0.001, 100))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     race.main(argv(lrs="0.0001,0.0002", seeds=3))
     lines = capsys.readouterr().out.splitlines()
+    assert "pip install matplotlib" in lines[-1]
     assert lines[0] == "gpt2,dva+bank: timing 2 steps of each"
     # Twice two rates and three seeds, and two more rates of the bank
     assert lines[1].startswith("the plan: 2 contenders, 3 seeds; runs to go: at least 12, until")

@@ -32,7 +32,7 @@ def test_intervals_are_those_of_students_t():
     assert report.compare([1.0, math.inf], [1.0, 1.0])["verdict"] == "broken"
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30])
+@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 10])
 def test_the_quantiles_leave_two_and_a_half_percent_above_them(freedom):
     density = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
     t = np.linspace(0, report.STUDENT[freedom - 1], 200001)

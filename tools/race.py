@@ -53,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
 from nanodva.checkpoints import load_checkpoint, only_writer
-from nanodva.errors import fail, replacing, run_script
+from nanodva.errors import UserError, fail, replacing, run_script
 from nanodva.machine import Stop, pick_compile, pick_device, pick_dtype
 from nanodva.settings import build, change, check, read_settings
 from nanodva.tokenizer import Tokenizer
@@ -78,9 +78,9 @@ CODE = ("model.py", "train.py", "nanodva/optimizers.py", "nanodva/machine.py",
         "nanodva/weights.py", "nanodva/settings.py", "tools/race.py")
 # A sweep ends with so many rates, even if the best is still at an end
 MOST_RATES = 10
-# Runs that --minutes would make shorter than this many steps show nothing
+# With --minutes, runs of fewer steps would show nothing
 LEAST_STEPS = 100
-# The time to evaluate a token, of the time to train on it: a third, and something for small batches
+# The time to evaluate a token as a share of the time to train on it: a third, and a little more
 EVALUATION = 0.4
 
 
@@ -150,7 +150,7 @@ def halve(data, block_size):
 
 
 def conditions_of(race, data, device):
-    """What the numbers of a race follow from beside its settings, as a dict of text and numbers."""
+    """What the numbers of a race follow from in addition to its settings, as a dict."""
     meta, ids = data["meta"], data["test"]
     tokenizer = Tokenizer(meta["tokenizer"])
     # End-of-text is a token, and no text. Characters have none.
@@ -175,7 +175,7 @@ def enter(race, given, meta, conditions, device):
     settings = {"vocab_size": train.table_rows(meta)} | given | {
         "overwrite": True, "out_dir": str(RUNS / digest), "eval_train": False,
         "log_interval": 100, "always_save_checkpoint": False,
-        # More batches than there are: all windows of a split
+        # More batches than a split has, so that all of its windows are evaluated
         "eval_iters": meta["tokens"]["val"]}
     names = race.contenders.split(",")
     first = contender(names[0], settings)
@@ -209,7 +209,7 @@ def set_lengths(contenders, race, times, steps):
     milliseconds of each timed step}.
     """
     first, lengths = next(iter(contenders)), {}
-    # With --minutes, evaluations would take most of the time
+    # With --minutes, more evaluations would take most of the time
     evaluations = 3 if race.minutes else race.max_iters / race.eval_interval
     shorter = steps / contenders[first].max_iters
     for name, cfg in contenders.items():
@@ -369,8 +369,8 @@ def tune(name, cfg, race):
 
 def seeds_of(best, cfg, race):
     """
-    The runs that are reported, at the rates of a contender's best run. The seed that chose these
-    is not among them: its luck is in the choice.
+    The runs that are reported, at the rates of a contender's best run. The seed that chose the
+    rates is not among them, because they suit it by more than they suit others.
     """
     return [run_of(cfg, best.learning_rate, best.bank_lr, race.seed + 1 + i)
             for i in range(race.seeds)]
@@ -402,7 +402,7 @@ def start_worker(threads):
 
 
 def end_with_parent():
-    """Wait until the race is no more, even by a kill, and end."""
+    """Wait until the race has ended or was killed, and end this process, too."""
     wait_for_any([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
@@ -424,7 +424,8 @@ def run_all(contenders, race, times, stop, deadline):
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(race.jobs, spawn, start_worker, (threads,)) as pool:
         try:
-            # Ctrl-C goes to all processes of a terminal. A worker ignores it except in its runs.
+            # Ctrl-C goes to all processes of a terminal. A worker, which starts here, ignores it
+            # except while it trains: then it saves its state first.
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)
             pool.submit(os.getpid)
             signal.signal(signal.SIGINT, before)
@@ -495,8 +496,8 @@ def facts_of(contenders, race, before, after):
 
 def claim_folder(folder, description, overwrite):
     """
-    What race.json in the folder keeps of the race that `description` is of, if it was begun.
-    Raises UserError where the folder holds another race, unless that may go.
+    What race.json in the folder holds about this race if it was begun before; `description` tells
+    which race it is. Raises UserError where the folder holds another one, unless that may go.
     """
     files = [folder / name for name in ("race.json", "results.json", "table.md", "race.svg")]
     if any(file.exists() for file in files):
@@ -582,7 +583,11 @@ def main(argv=None):
         with replacing(folder / "table.md") as file:
             file.write(text.encode())
         print(f"{text}\nall is in {folder}/")
-        draw_race(results, split(race.highlight), folder / "race.svg")
+        try:
+            draw_race(results, split(race.highlight), folder / "race.svg")
+        except UserError as error:
+            # Without matplotlib there is no picture, but all figures are there
+            print(error)
 
 
 if __name__ == "__main__":
