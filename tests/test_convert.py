@@ -18,12 +18,14 @@ from tools import convert
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def modules(tmp_path, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def code_folder(tmp_path_factory):
     """transformers copies a folder's code before it runs it: not into the user's own cache."""
-    cache = str(tmp_path / "code")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-    monkeypatch.setattr(sys, "path", sys.path[:])
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("code"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        patch.setattr(sys, "path", sys.path[:])
+        yield
 
 
 def make_run(folder, tokenizer=None, **settings):
@@ -112,7 +114,8 @@ def test_a_run_that_gpt2_cannot_express_brings_its_model(tmp_path, settings):
     assert theirs.generate(idx, max_new_tokens=9, do_sample=True, num_beams=2).shape == (2, 73)
     # What transformers saves is whole, and comes back as the first folder does
     theirs.save_pretrained(tmp_path / "again")
-    AutoTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    tokenizer.save_pretrained(tmp_path / "again")
     for name in ("hf", "again"):
         back = load_model(tmp_path / name)
         assert torch.equal(back(idx[:, :-1], targets=idx[:, 1:])[0], ours)
