@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from model import explicit_attention
 from nanodva.errors import UserError
 from tools import bench
 
@@ -27,7 +27,7 @@ def parts_of(folder, *argv):
 def test_it_times_every_contender_and_prints_what_it_writes(tmp_path, capsys):
     parts = dict(parts_of(tmp_path, "--contenders=gpt2,dva:value_dim=32,dva+bank"))
     printed = capsys.readouterr().out
-    assert list(parts) == ["train", "sample", "data"]
+    assert list(parts) == ["train", "sample"]
     train, sample = parts["train"], parts["sample"]
     assert [row["training"] for row in train] == ["gpt2", "dva:value_dim=32", "dva+bank"]
     for row in train:
@@ -40,43 +40,119 @@ def test_it_times_every_contender_and_prints_what_it_writes(tmp_path, capsys):
     # values; and a token id of 8 bytes
     held = [row["cache bytes per token"] for row in sample]
     assert held == [3 * 2 * 16 * 4 + 8, 3 * (4 + 32) * 4 + 8, (3 * 4 + 2 * 16) * 4 + 8]
-    assert all(row["tokens/s"] > 0 and row["tokens/s without cache"] > 0 for row in sample)
-    assert 0 < parts["data"][0]["data loading, ms per batch"] < 100
+    assert all(row["tokens/s"] > 0 and row["tokens/s of 2 texts"] > 0 for row in sample)
 
 
 def test_transformers_model_of_the_same_shape_writes_in_turn(tmp_path):
-    [(part, [row])] = parts_of(tmp_path, "--what=transformers", "--contenders=gpt2")
+    [(part, [row])] = parts_of(tmp_path, "--what=transformers")
     assert part == "transformers" and row["dtype"] == "float32"
     assert min(row["tokens/s"], row["transformers' tokens/s"], row["ratio of times"]) > 0
 
 
-def test_attention_is_timed_in_all_its_forms(tmp_path):
-    [(part, rows)] = parts_of(tmp_path, "--what=attention", "--contenders=gpt2,dva,dva:qk_dim=16")
-    assert part == "attention" and all(row["ms"] > 0 for row in rows)
-    forms = [(row["attention"], row["heads"], row["D"], row["M"]) for row in rows]
-    assert forms[0] == ("gpt2's heads, fused", 2, 8, 8)
-    assert ("value in pieces, fused", 1, 4, 16) in forms and ("fused", 1, 16, 16) in forms
-    # There is nothing to cut where the value is as narrow as the key
-    assert ("value in pieces, fused", 1, 16, 16) not in forms and len(forms) == 8
+def test_attention_is_timed_in_each_way_and_one_that_fails_says_why(tmp_path, monkeypatch, capsys):
+    def no_kernel(q, k, v, width):
+        raise RuntimeError("No available kernel.\nThis line is left out.")
+
+    monkeypatch.setattr(bench, "attend_in_pieces", no_kernel)
+    [(part, rows)] = parts_of(tmp_path, "--what=attention", "--value_dim=256")
+    found = {row["attention"]: row["ms"] for row in rows}
+    assert list(found) == ["gpt2, 2 x 8", "4 x 64", "2 x 128", "1 x 256",
+                           "2 x (4, 128), not padded", "explicit, 8 rows", "explicit, 256 rows",
+                           "explicit, 512 rows"]
+    for width, ms in zip((64, 128, 256), list(found.values())[1:4], strict=True):
+        assert ms == "No available kernel.", width
+    assert all(ms > 0 for name, ms in found.items() if " x " not in name or "," in name)
+    assert "| 2 x 128 | float32 | False | No available kernel. |" in capsys.readouterr().out
 
 
-def test_all_forms_of_attention_give_the_same_numbers():
+def test_all_ways_of_dvas_attention_give_the_same_numbers():
+    ways = bench.ways_of_attention(bench.BenchConfig(block_size=9, qk_dim=32, value_dim=256))
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 1, 9, 4), torch.randn(2, 1, 9, 4), torch.randn(2, 1, 9, 12)
-    wanted = bench.fused(q, k, v)
-    for form in (bench.explicit_in_one, bench.fused_in_pieces, explicit_attention):
-        assert (form(q, k, v) - wanted).abs().max() < 1e-5
+    q, k, v = (torch.randn(2, 1, 9, width, dtype=torch.float64) for width in (32, 32, 256))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for name, (function, *widths) in ways.items():
+        if not name.startswith("gpt2"):
+            assert widths == [1, 32, 256]
+            torch.testing.assert_close(function(q, k, v), wanted, msg=name)
 
 
-def test_the_gpu_table_has_both_shapes_and_all_parts(tmp_path):
-    # What the user gives comes before what the table would take
-    parts = parts_of(tmp_path, "--what=gpu", "--rounds=1")
-    names = [name for name, _ in parts]
-    assert names == ["attention"] * 2 + ["sample", "train"] * 2 + ["train"] * 2
-    names = [row["training"] for row in parts[3][1]]
-    assert names == ["gpt2", "gpt2:rotary=True", "dva", "dva:qk_dim=768",
-                     "gpt2+bank", "gpt2+bank:rotary=True", "dva+bank", "dva+bank:qk_dim=768"]
+def test_a_profile_accounts_for_the_whole_step(tmp_path):
+    [(part, rows)] = parts_of(tmp_path, "--what=profile", "--contenders=gpt2,dva")
+    assert part == "profile" and [row["profile"] for row in rows] == ["gpt2", "dva"]
+    for row in rows:
+        *parts, rest = list(row.values())[4:]
+        assert len(parts) == 5 and min(parts) > 0
+        assert rest == pytest.approx(max(0, row["ms per step"] - sum(parts)))
 
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_operations_count_for_the_part_of_the_step_that_they_are(monkeypatch, compiled):
+    cfg = bench.contender(f"dva:dtype=float32:compile={compiled}",
+                          dict(n_layer=2, n_embd=16, block_size=8, vocab_size=1999))
+    if compiled:
+        monkeypatch.setattr(torch._inductor.config.cpp, "enable_kernel_profile", True)
+    step = bench.training_step(cfg, torch.device("cpu"))
+    step()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        step()
+    found = {}
+    for event in profiler.events():
+        name = event.name.removeprefix("aten::")
+        found.setdefault(bench.part_of_step(event, 1999), set()).add(name)
+    assert {"mm", "embedding_dense_backward"} <= found["head and loss"] or compiled
+    assert {"mm", "bmm"} & found["head and loss"] == {"mm"}
+    assert "mm" in found["products"] and not {"mm", "bmm"} & found["norms, gate, sums"]
+    assert {"_fused_adamw_", "_foreach_norm"} <= found["optimizer"]
+    if compiled:
+        kernels = {part: [name for name in names if "cpp_fused" in name]
+                   for part, names in found.items()}
+        assert any("softmax" in name for name in kernels["attention"])
+        assert any("gather" in name for name in kernels["head and loss"])
+        assert any("layer_norm" in name for name in kernels["norms, gate, sums"])
+        assert kernels.get("", []) == []
+    else:
+        assert {"bmm", "_softmax", "_softmax_backward_data"} <= found["attention"]
+        assert {"native_layer_norm", "linalg_vector_norm"} <= found["norms, gate, sums"]
+        assert "HeadLoss" in found[""]
+
+
+# ---- a GPU's first minutes -----------------------------------------------------------------------
+
+def test_all_that_a_gpu_is_asked_for_is_accepted():
+    for part in bench.GPU_PARTS:
+        given = bench.read_settings(bench.BenchConfig, [*bench.GPU_SETTINGS, *part])
+        cfg = bench.build(bench.BenchConfig, given)
+        assert cfg.what in bench.PARTS and cfg.batch_size == 12
+        for text in cfg.contenders.split(","):
+            assert bench.contender(text, given).block_size == 1024
+
+
+def test_one_file_gathers_what_a_gpu_is_asked_for_whatever_fails(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(bench, "GPU_PARTS", [
+        ["--what=train", "--contenders=dva"], ["--what=train", "--contenders=dva:n_embd=0"],
+        ["--what=attention"]])
+    parts = parts_of(tmp_path, "--what=gpu", "--rounds=1", "--minutes=9")
+    assert [name for name, _ in parts] == ["train", "attention"]
+    # What the user gives comes before what a GPU would be asked for
+    assert parts[0][1][0]["dtype"] == "float32" and len(parts[0][1][0]["steps_ms"]) == 1
+    report = json.loads((tmp_path / "bench.json").read_text())
+    outcomes = [outcome["outcome"] for outcome in report["outcomes"]]
+    assert outcomes == ["done", "failed, exit status 2", "done"]
+    printed = capfd.readouterr()
+    assert "n_embd=0" in printed.err and "| --what=attention | done |" in printed.out
+
+
+@pytest.mark.parametrize("minutes, outcome", [("0", "left out: the minutes are over"),
+                                              ("0.01", "stopped: it took too long")])
+def test_a_gpu_is_kept_no_longer_than_it_may(tmp_path, monkeypatch, minutes, outcome):
+    monkeypatch.chdir(tmp_path)
+    bench.main([*SHAPE, "--what=gpu", f"--minutes={minutes}"])
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["outcomes"][0]["outcome"] == outcome
+    assert len(report["outcomes"]) == len(bench.GPU_PARTS) and report["parts"] == []
+
+
+# ---- a step and its contenders -------------------------------------------------------------------
 
 def test_a_step_is_one_of_training():
     cfg = bench.contender("dva+bank:optimizer=muon:dtype=float32:compile=False:batch_size=4",
@@ -96,13 +172,12 @@ def test_torch_compile_fails_rather_than_give_up_in_silence():
 
 
 @pytest.mark.parametrize("argument, message", [
-    ("--contenders=gpt2+blank", "behind the + stands bank"),
+    ("--contenders=gpt2+blank", "only bank can follow the +"),
     ("--contenders=gtp2", "choose from gpt2"),
     ("--contenders=dva:qk=3", "unknown setting 'qk'"),
     ("--contenders=dva:", "then :setting=value"),
     ("--dtypes=int8", "dtypes: 'int8' is none of float32, bfloat16, float16"),
     ("--what=all", "what: 'all' is none of"),
-    ("--what=transformers --contenders=dva", "the first contender is dva"),
     ("--what=gpu,train", "gpu stands alone"),
     ("--block=dva", "block on the command line: this tool decides it"),
     ("--rounds=0", "rounds=0: it must be at least 1")])

@@ -1,67 +1,74 @@
 """
-Time training steps, sampling, attention and data loading, at any size.
+Time training steps, attention and sampling at any size, and see where a step's time goes.
 
     python -m tools.bench                                         GPT-2's 124M shape, batch 1
     python -m tools.bench --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --vocab_size=65
     python -m tools.bench --what=train,sample --contenders=gpt2,dva:qk_dim=768,dva+bank
-    python -m tools.bench --what=transformers --contenders=gpt2   sampling, beside transformers'
-    python -m tools.bench --what=gpu --json=gpu.json              all that a GPU is asked for
+    python -m tools.bench --what=profile --contenders=gpt2,dva    products, attention, head ...
+    python -m tools.bench --what=attention                        ways to compute one layer's
+    python -m tools.bench --what=transformers                     sampling, in turn with theirs
+    python -m tools.bench --what=gpu --minutes=10                 all that a GPU is asked for
 
 A contender is a block, perhaps with +bank (a bank in the last third of its layers), perhaps with
 settings of train.py: dva+bank:qk_dim=32:optimizer=muon. Figures are medians, and ratios are to the
 first contender. On a CPU, whose speed drifts, contenders take turns step by step; on a GPU, whose
-memory is short, each is gone before the next one comes.
+memory is short, each runs alone, and its row tells the most memory that it held.
+
+--what=gpu is for a GPU's first ten minutes: 124M, batches of 12, bfloat16; the most important part
+first. Each part is a process of its own, so that one which fails, hangs or runs out of memory costs
+itself alone. What no longer fits into the minutes is left out.
 """
 import gc
 import importlib.util
 import json
 import math
 import platform
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 from torch.nn.utils import clip_grad_norm_
+from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 # So that python tools/bench.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train
-from model import Cache, ModelConfig, explicit_attention, stream
-from nanodva.errors import fail, run_script
+from model import Cache, ModelConfig, attend, attend_in_pieces, explicit_attention, stream
+from nanodva.errors import fail, replacing, run_script
 from nanodva.machine import DTYPES, autocast, pick_device
 from nanodva.optimizers import build_optimizers
 from nanodva.settings import build, change, check, read_settings
 from nanodva.weights import build_model
-from train import get_batch
+from train import TrainConfig
 
-PARTS = ("train", "sample", "data", "attention", "transformers")
 # The settings that a contender has from this tool, unless it names its own
 SHARED = ("batch_size", "gradient_accumulation_steps", "optimizer")
 # Steps before the timed ones, in which memory is found and kernels are compiled
 WARM_UP = 2
-# What --what=gpu runs: these parts, first at GPT-2's 124M shape, then at that of nanoGPT's preset
-# for characters
-GPU_PARTS = [dict(what="attention"), dict(what="sample,train", compiles="False"),
-             dict(what="train", compiles="True")]
-GPU_CONTENDERS = ("gpt2,gpt2:rotary=True,dva,dva:qk_dim={C},"
-                  "gpt2+bank,gpt2+bank:rotary=True,dva+bank,dva+bank:qk_dim={C}")
-GPU_SHAPES = [dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304,
-                   batch_size=12, contenders=GPU_CONTENDERS.format(C=768)),
-              dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65,
-                   batch_size=64, contenders=GPU_CONTENDERS.format(C=384))]
+# What --what=gpu runs, in this order
+GPU_SETTINGS = ["--batch_size=12", "--dtypes=bfloat16", "--rounds=10"]
+GPU_PARTS = [["--what=train", "--compiles=True", "--contenders=gpt2,dva"],
+             ["--what=attention"],
+             ["--what=profile", "--compiles=True", "--contenders=gpt2,dva"],
+             ["--what=train", "--compiles=False", "--contenders=gpt2,dva"],
+             ["--what=train", "--compiles=True", "--contenders=gpt2:rotary=True,dva+bank"],
+             ["--what=sample", "--contenders=gpt2,dva,dva+bank"]]
 
 
 @dataclass
 class BenchConfig(ModelConfig):
     contenders: str = "gpt2,dva:qk_dim=768,dva,gpt2+bank,dva+bank"   # the first is the reference
-    what: str = "train,sample,data"          # these, attention, transformers; or gpu alone
+    what: str = "train,sample"               # these, profile, attention, transformers; or gpu alone
     batch_size: int = 1                      # sequences per micro-batch
     gradient_accumulation_steps: int = 1     # micro-batches per step
     optimizer: str = "adamw"                 # adamw or muon
@@ -69,14 +76,15 @@ class BenchConfig(ModelConfig):
     compiles: str = "False,True"             # without torch.compile and with it
     rounds: int = 5                          # timed steps of each, after two to warm up
     max_new_tokens: int = 512                # sampled in a timing
-    num_samples: int = 8                     # texts in a batch, beside one alone
+    num_samples: int = 8                     # texts in a batch, in addition to one alone
+    minutes: float = 10.0                    # gpu: the time that it may take
     device: str = "auto"                     # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1
-    json: str = ""                           # write all figures to this file
+    json: str = ""                           # write all figures to this file; gpu: to gpu.json
 
     def __post_init__(self):
         super().__post_init__()
         check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, rounds=1,
-                               max_new_tokens=2, num_samples=1),
+                               max_new_tokens=2, num_samples=1, minutes=0),
               choices=dict(optimizer=["adamw", "muon"]))
         lists = dict(what=[*PARTS, "gpu"], dtypes=DTYPES, compiles=["False", "True"])
         for name, options in lists.items():
@@ -85,6 +93,11 @@ class BenchConfig(ModelConfig):
                     fail(f"{name}: {part!r} is none of {', '.join(options)}")
         if "gpu" in self.what and self.what != "gpu":
             fail(f"what={self.what!r}: gpu stands alone, it has parts of its own")
+
+    def ways(self):
+        """The pairs (dtype, whether to compile) to time."""
+        return [(dtype, compiled == "True") for dtype in self.dtypes.split(",")
+                for compiled in self.compiles.split(",")]
 
 
 # ---- contenders --------------------------------------------------------------------------------
@@ -96,7 +109,7 @@ def own_settings(text):
         if "=" not in pair:
             fail(f"contender {text!r}: it is a block, then +bank or nothing, then :setting=value "
                  f"as often as you like")
-    own = read_settings(train.TrainConfig, [f"--{pair}" for pair in pairs])
+    own = read_settings(TrainConfig, [f"--{pair}" for pair in pairs])
     if "block" in own:
         fail(f"contender {text!r}: its block stands in front, without 'block='")
     return dict(own)
@@ -111,12 +124,12 @@ def contender(text, settings):
     own = own_settings(text)
     block, plus, bank = text.partition(":")[0].partition("+")
     if plus and bank != "bank":
-        fail(f"contender {text!r}: behind the + stands bank")
+        fail(f"contender {text!r}: only bank can follow the +")
     settings = settings | own | {"block": block}
     if plus:
         n_layer = settings.get("n_layer", ModelConfig.n_layer)
         settings |= {"bank_layers": n_layer - 2 * n_layer // 3} | own
-    cfg = build(train.TrainConfig, settings)
+    cfg = build(TrainConfig, settings)
     # On the meta device a block says at no cost what it refuses
     with torch.device("meta"):
         build_model(cfg)
@@ -140,6 +153,22 @@ def synchronize(device):
         torch.cuda.synchronize(device)
     if device.type == "mps":
         torch.mps.synchronize()
+
+
+def peak_memory(device):
+    """{"peak MB": the most memory that tensors held since the last call}; nothing but on CUDA."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak MB": round(peak / 1e6)}
+
+
+def release():
+    """Free the memory of models and kernels that are no longer used."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def compile_or_fail():
@@ -176,22 +205,22 @@ def training_step(cfg, device):
     optimizers = build_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     forward = torch.compile(model, dynamic=False) if cfg.compile else model
-    shape = (cfg.batch_size, cfg.block_size + 1)
-    tokens = torch.randint(cfg.vocab_size, shape, device=device)
+    tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()     # (B, T)
 
     def step():
         for _ in range(cfg.gradient_accumulation_steps):
             with autocast(device, cfg.dtype):
-                _, loss = forward(x, y)
+                loss = forward(x, y, return_logits=False)[1]
             scaler.scale(loss / cfg.gradient_accumulation_steps).backward()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        for optimizer in optimizers:
-            optimizer.step()
-        scaler.update()
-        model.zero_grad()
+        with record_function("optimizer"):                             # the profile's name for it
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            for optimizer in optimizers:
+                optimizer.step()
+            scaler.update()
+            model.zero_grad()
         return loss.item()
 
     return step
@@ -200,72 +229,182 @@ def training_step(cfg, device):
 def time_steps(contenders, device, rounds):
     """
     {name: milliseconds of each of `rounds` training steps} of contenders {name: TrainConfig},
-    whose dtype and compile are decided. Raises RuntimeError where one does not fit into memory.
+    whose dtype and compile are decided: in turn, but on a GPU one contender after another. Raises
+    RuntimeError where one does not fit into memory.
     """
     compile_or_fail()
-    if device.type != "cuda":
-        return take_turns(contenders, device, rounds)
-    times = {}
-    for name, cfg in contenders.items():
-        times |= take_turns({name: cfg}, device, rounds)
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-    return times
-
-
-def take_turns(contenders, device, rounds):
-    """time_steps() with all contenders in memory together, step by step."""
+    if device.type == "cuda" and len(contenders) > 1:
+        return {name: time_steps({name: cfg}, device, rounds)[name]
+                for name, cfg in contenders.items()}
     steps = {name: training_step(cfg, device) for name, cfg in contenders.items()}
     times = {name: [] for name in contenders}
     for turn in tqdm(range(WARM_UP + rounds), "timing", leave=False, delay=2, disable=None):
-        for name, step in steps.items():
-            ms = timed(device, step)
+        for name in contenders:
+            ms = timed(device, steps[name])
             if turn >= WARM_UP:
                 times[name].append(round(ms, 4))
+    if device.type == "cuda":
+        del steps
+        release()
     return times
 
 
-# ---- the parts ---------------------------------------------------------------------------------
+# ---- the parts: each yields rows {heading: value} ----------------------------------------------
 
 def bench_training(contenders, cfg, device):
-    """Rows of figures, one for each contender, dtype and way to run."""
-    rows = []
-    for dtype in cfg.dtypes.split(","):
-        for compiled in cfg.compiles.split(","):
-            group = {name: change(entry, dtype=dtype, compile=compiled == "True")
-                     for name, entry in contenders.items()}
-            times = time_steps(group, device, cfg.rounds)
-            first_ms = statistics.median(next(iter(times.values())))
-            for name, entry in group.items():
-                rows.append(training_row(name, entry, times[name], first_ms))
-    return rows
+    """Step times, one row for each contender, dtype and way to run."""
+    for dtype, compiled in cfg.ways():
+        group = {name: change(entry, dtype=dtype, compile=compiled)
+                 for name, entry in contenders.items()}
+        times = {} if device.type == "cuda" else time_steps(group, device, cfg.rounds)
+        first_ms = None
+        for name, entry in group.items():
+            peak_memory(device)
+            times = times if name in times else time_steps({name: entry}, device, cfg.rounds)
+            ms = statistics.median(times[name])
+            first_ms = first_ms or ms
+            with torch.device("meta"):
+                model = build_model(entry)
+            tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.block_size
+            flops = model.flops_per_token()
+            yield {"training": name, "dtype": dtype, "compile": compiled,
+                   "parameters": model.num_params(), "FLOPs per token": flops, "ms per step": ms,
+                   "ratio to the first": ms / first_ms, "tokens/s": tokens / ms * 1e3,
+                   "GFLOP/s": tokens * flops / ms / 1e6, **peak_memory(device),
+                   "steps_ms": times[name]}
 
 
-def training_row(name, entry, steps_ms, first_ms):
-    """The figures of a contender whose steps took steps_ms; the first one's took first_ms."""
-    with torch.device("meta"):
-        model = build_model(entry)
-    tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.block_size
-    ms, flops = statistics.median(steps_ms), model.flops_per_token()
-    return {"training": name, "dtype": entry.dtype, "compile": entry.compile,
-            "parameters": model.num_params(), "FLOPs per token": flops, "ms per step": ms,
-            "ratio to the first": ms / first_ms, "tokens/s": tokens / ms * 1e3,
-            "GFLOP/s": tokens * flops / ms / 1e6, "steps_ms": steps_ms}
+# Which part of a step an operation belongs to, by its name; the first that fits counts. A kernel
+# that torch.compile made is named after all the operations that it does.
+PARTS_OF_A_STEP = {"head and loss": r"log_softmax|logsumexp|gather|scatter|nll_loss|embedding",
+                   "attention": r"attention|softmax|bmm",
+                   "products": r"aten::(mm|addmm|linear)|mkl",
+                   "norms, gate, sums": r"aten::|fused"}
+
+
+def bench_profile(contenders, cfg, device):
+    """
+    Where the milliseconds of a training step go: the device's time in the operations of each part
+    of the step, and the rest, in which the device waits for launches and for Python.
+    """
+    compile_or_fail()
+    activities, time_of = [ProfilerActivity.CPU], "self_cpu_time_total"
+    if device.type == "cuda":
+        activities, time_of = [*activities, ProfilerActivity.CUDA], "self_device_time_total"
+    for dtype, compiled in cfg.ways():
+        if compiled:
+            # Let the kernels that are made for a CPU be named, too
+            torch._inductor.config.cpp.enable_kernel_profile = True
+        for name, entry in contenders.items():
+            step = training_step(change(entry, dtype=dtype, compile=compiled), device)
+            ms = [timed(device, step) for _ in range(WARM_UP + cfg.rounds)][WARM_UP:]
+            with profile(activities=activities, record_shapes=True) as profiler:
+                for _ in range(cfg.rounds):
+                    step()
+            parts = dict.fromkeys([*PARTS_OF_A_STEP, "optimizer", ""], 0.0)
+            for event in profiler.events():
+                parts[part_of_step(event, entry.vocab_size)] += getattr(event, time_of)
+            parts = {part: us / 1e3 / cfg.rounds for part, us in parts.items() if part}
+            rest = max(0.0, statistics.median(ms) - sum(parts.values()))
+            yield {"profile": name, "dtype": dtype, "compile": compiled,
+                   "ms per step": statistics.median(ms), **parts, "launches, waiting": rest}
+            del step
+            release()
+
+
+def part_of_step(event, vocab_size):
+    """The part of a step that a profiler's event belongs to; "" for none of them."""
+    # A kernel counts for the operation that launched it, since that one tells its shapes
+    if event.device_type != DeviceType.CPU:
+        return ""
+    caller = event.cpu_parent
+    while caller is not None:
+        if caller.name == "optimizer":
+            return "optimizer"
+        caller = caller.cpu_parent
+    fitting = [part for part, names in PARTS_OF_A_STEP.items() if re.search(names, event.name)]
+    if fitting and any(vocab_size in shape for shape in event.input_shapes if shape):
+        return "head and loss"
+    return fitting[0] if fitting else ""
+
+
+def bench_attention(contenders, cfg, device):
+    """
+    Milliseconds of one layer's attention, forward and backward, in each way to compute it. A way
+    that fails says why in its row.
+    """
+    for dtype, compiled in cfg.ways():
+        for name, (function, heads, *widths) in ways_of_attention(cfg).items():
+            row = {"attention": name, "dtype": dtype, "compile": compiled}
+            peak_memory(device)
+            try:
+                row["ms"] = attention_ms(function, heads, *widths, dtype, compiled, cfg, device)
+            except RuntimeError as error:
+                row["ms"] = str(error).strip().partition("\n")[0]
+            yield row | peak_memory(device)
+
+
+def ways_of_attention(cfg):
+    """
+    {name: (function, heads, widths of all their queries, of all their values)}: gpt2's heads; then
+    dva's one head, its value in pieces (pieces x their width) or the softmax written out for so
+    many rows at a time.
+    """
+    H, C, D, M = cfg.n_head, cfg.n_embd, cfg.qk_dim, cfg.value_dim
+    ways = {f"gpt2, {H} x {C // H}": (attend, H, C, C)}
+    for width in (64, 128, 256):
+        if M % width == 0 and D <= width:
+            ways[f"{M // width} x {width}"] = (partial(attend_in_pieces, width=width), 1, D, M)
+    if M % 128 == 0:
+        ways[f"{M // 128} x ({D}, 128), not padded"] = (unpadded_pieces, 1, D, M)
+    for rows in sorted({256, 512, cfg.block_size}):
+        ways[f"explicit, {rows} rows"] = (partial(explicit_attention, rows=rows), 1, D, M)
+    return ways
+
+
+def attention_ms(function, heads, qk_width, value_width, dtype, compiled, cfg, device):
+    """Median milliseconds of a forward and backward pass of function(q, k, v), as in training."""
+    # Launches overlap with the work before them, as they do in a step of many layers
+    calls = 50 if device.type == "cuda" else 1
+    q, k, v = inputs = [torch.randn(cfg.batch_size, cfg.block_size, width, device=device,
+                                    dtype=getattr(torch, dtype), requires_grad=True)
+                        for width in (qk_width, qk_width, value_width)]
+    upstream = torch.randn_like(v)
+
+    def layer(*inputs):
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in inputs)
+        return function(q, k, v).transpose(1, 2).flatten(2)
+
+    forward = torch.compile(layer, dynamic=False) if compiled else layer
+
+    def both_ways():
+        for _ in range(calls):
+            with autocast(device, dtype):
+                y = forward(*inputs)
+            torch.autograd.grad(y, inputs, upstream)
+
+    times = [timed(device, both_ways) for _ in range(WARM_UP + cfg.rounds)]
+    return statistics.median(times[WARM_UP:]) / calls
+
+
+def unpadded_pieces(q, k, v, width=128):
+    """attend_in_pieces() for one head with queries and keys as they are: cuDNN takes such pairs."""
+    v = v[:, 0].unflatten(-1, (-1, width)).transpose(1, 2)             # (B, pieces, T, width)
+    q, k = (x.expand(-1, v.size(1), -1, -1) for x in (q, k))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return y.transpose(1, 2).flatten(2)[:, None]
 
 
 @torch.no_grad()
 def bench_sampling(contenders, cfg, device):
     """
-    Rows of tokens per second for one text, for num_samples at once, and without a cache, and of
-    the bytes that the cache holds for each token; one for each contender and dtype.
+    Tokens per second for one text and for num_samples at once, and the bytes that the KV cache
+    holds for each token, one row for each contender and dtype.
     """
-    rows = []
     for name, entry in contenders.items():
         torch.manual_seed(0)
         model = build_model(entry).to(device).eval()
-        size = entry.block_size
-        length = min(cfg.max_new_tokens, size)
+        length = min(cfg.max_new_tokens, entry.block_size)
 
         def sample(count, length, model=model):
             start = torch.zeros(count, 1, dtype=torch.long, device=device)
@@ -278,40 +417,28 @@ def bench_sampling(contenders, cfg, device):
             timed(device, sample, 1, min(length, 8))                   # warms up
             one_ms = timed(device, sample, 1, length) / length
             many_ms = timed(device, sample, cfg.num_samples, length) / length
-            # Without the cache a token costs a window as long as the text is by then. Eight
-            # lengths stand for all.
-            idx = torch.zeros(1, size, dtype=torch.long, device=device)
-            ends = np.linspace(1, length, 8).astype(int)
-            uncached_ms = [timed(device, model, idx[:, :end]) for end in ends]
-            cache = Cache(size)
-            model(idx[:, :2], cache=cache)
-            held = [*cache.keys.values(), *cache.values.values()]      # each (B, H, size, width)
-            held_bytes = sum(x[0, :, 0].nbytes for x in held) + cache.ids[0, :1].nbytes
-            rows.append({"sampling": name, "dtype": dtype, "tokens/s": 1e3 / one_ms,
-                         f"tokens/s of {cfg.num_samples} texts": cfg.num_samples * 1e3 / many_ms,
-                         "tokens/s without cache": 1e3 / statistics.fmean(uncached_ms),
-                         "cache bytes per token": held_bytes})
-    return rows
+            cache = Cache(2)
+            model(torch.zeros(1, 2, dtype=torch.long, device=device), cache=cache)
+            held = [*cache.keys.values(), *cache.values.values(), cache.ids]
+            yield {"sampling": name, "dtype": dtype, "tokens/s": 1e3 / one_ms,
+                   f"tokens/s of {cfg.num_samples} texts": cfg.num_samples * 1e3 / many_ms,
+                   "cache bytes per token": sum(x.nbytes for x in held) // 2}
 
 
 @torch.no_grad()
 def bench_transformers(contenders, cfg, device):
     """
-    Rows of tokens per second of the first contender, a gpt2, and of Hugging Face's model of its
-    shape, each writing one text with its own cache, greedily, in turn; one row for each dtype.
+    Tokens per second of GPT-2 and of Hugging Face's model of the same shape, each writing one text
+    with its own cache, greedily, in turn; one row for each dtype.
     """
     if not importlib.util.find_spec("transformers"):
         fail("what=transformers needs the package transformers:  pip install transformers")
     from transformers import GPT2Config, GPT2LMHeadModel
-    name, entry = next(iter(contenders.items()))
-    if entry.block != "gpt2" or entry.bank_layers:
-        fail(f"what=transformers: the first contender is {name}, and transformers has gpt2 alone")
-    shape = {key: getattr(entry, key) for key in ("n_layer", "n_head", "n_embd")}
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=entry.vocab_size, eos_token_id=None,
-                                        n_positions=entry.block_size, **shape))
-    ours = build_model(entry)
+    shape = {key: getattr(cfg, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=cfg.block_size, eos_token_id=None, **shape))
+    ours = build_model(cfg)
     start = torch.zeros(1, 1, dtype=torch.long, device=device)
-    length = min(cfg.max_new_tokens, entry.block_size - 1)
+    length = min(cfg.max_new_tokens, cfg.block_size - 1)
 
     def write():
         for _ in stream(ours, start, length, temperature=0):
@@ -321,92 +448,21 @@ def bench_transformers(contenders, cfg, device):
         theirs.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=length,
                         do_sample=False, pad_token_id=0)
 
-    rows = []
     for dtype in cfg.dtypes.split(","):
         for model in (ours, theirs):
             model.to(device, getattr(torch, dtype)).eval()
         ms = [(timed(device, write), timed(device, write_theirs)) for _ in range(cfg.rounds + 1)]
         ours_ms, theirs_ms = (statistics.median(times) for times in zip(*ms[1:], strict=True))
-        ratio = statistics.median(mine / other for mine, other in ms[1:])
-        rows.append({"sampling": name, "dtype": dtype, "tokens/s": length * 1e3 / ours_ms,
-                     "transformers' tokens/s": length * 1e3 / theirs_ms, "ratio of times": ratio})
-    return rows
+        yield {"sampling": "gpt2", "dtype": dtype, "tokens/s": length * 1e3 / ours_ms,
+               "transformers' tokens/s": length * 1e3 / theirs_ms,
+               "ratio of times": statistics.median(mine / other for mine, other in ms[1:])}
 
 
-def bench_attention(contenders, cfg, device):
-    """
-    Rows of milliseconds, forward and backward, for each way to compute the attention of one layer
-    on random queries, keys and values: each pair of widths D and M among the contenders, each
-    dtype, with torch.compile and without. A way that fails says why in its row.
-    """
-    compile_or_fail()
-    widths = {(entry.qk_dim, entry.value_dim) for entry in contenders.values()}
-    B, T, H, C = cfg.batch_size, cfg.block_size, cfg.n_head, cfg.n_embd
-    cases = [("gpt2's heads, fused", fused, H, C // H, C // H)]
-    for D, M in sorted(widths):
-        cases += [("fused", fused, 1, D, M), ("explicit, in blocks", explicit_attention, 1, D, M),
-                  ("explicit, one block", explicit_in_one, 1, D, M)]
-        if M % D == 0 and M > D:
-            cases += [("value in pieces, fused", fused_in_pieces, 1, D, M)]
-    rows = []
-    for dtype in cfg.dtypes.split(","):
-        for compiled in cfg.compiles.split(","):
-            for name, function, heads, D, M in cases:
-                row = {"attention": name, "heads": heads, "D": D, "M": M, "dtype": dtype,
-                       "compile": compiled == "True"}
-                q, k, v = (torch.randn(B, heads, T, width, device=device, requires_grad=True,
-                                       dtype=getattr(torch, dtype)) for width in (D, D, M))
-                if row["compile"]:
-                    function = torch.compile(function, dynamic=False)
-                try:
-                    row["ms"] = time_attention(function, q, k, v, device, cfg.rounds)
-                except RuntimeError as error:
-                    row["ms"] = str(error).strip().partition("\n")[0]
-                rows.append(row)
-    return rows
+PARTS = {"train": bench_training, "profile": bench_profile, "attention": bench_attention,
+         "sample": bench_sampling, "transformers": bench_transformers}
 
 
-def time_attention(function, q, k, v, device, rounds):
-    """Median milliseconds of a forward and backward pass of function(q, k, v)."""
-    upstream = torch.randn_like(v)
-
-    def both_ways():
-        torch.autograd.grad(function(q, k, v), (q, k, v), upstream)
-
-    return statistics.median([timed(device, both_ways) for _ in range(WARM_UP + rounds)][WARM_UP:])
-
-
-def fused(q, k, v):
-    """torch's kernel, whichever it chooses: q, k (B, H, T, D), v (B, H, T, M) -> (B, H, T, M)"""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def explicit_in_one(q, k, v):
-    """The textbook's way with the whole (T, T) matrix at once."""
-    return explicit_attention(q, k, v, rows=q.size(-2))
-
-
-def fused_in_pieces(q, k, v):
-    """
-    One head as M / D heads that share their query and key, each with D of the value's channels:
-    so torch's kernel for equal widths applies. The softmax is computed M / D times.
-    """
-    pieces = v.size(-1) // q.size(-1)
-    v = v.squeeze(1).unflatten(-1, (pieces, -1)).transpose(1, 2)       # (B, M / D, T, D)
-    y = fused(q.expand(-1, pieces, -1, -1), k.expand(-1, pieces, -1, -1), v)
-    return y.transpose(1, 2).flatten(2).unsqueeze(1)                   # (B, 1, T, M)
-
-
-def bench_data(contenders, cfg, device):
-    """One row: milliseconds to fetch the first contender's batch from a million tokens."""
-    entry = next(iter(contenders.values()))
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(entry.vocab_size, size=10**6).astype(np.uint32)
-    times = [timed(device, get_batch, tokens, entry, step, 0, device) for step in range(100)]
-    return [{"data loading, ms per batch": statistics.median(times)}]
-
-
-# ---- what is printed ---------------------------------------------------------------------------
+# ---- what is printed and written ---------------------------------------------------------------
 
 def markdown(rows):
     """A table in Markdown of rows {heading: value}, without the lists among the values."""
@@ -426,33 +482,63 @@ def readable(value):
     return str(value)
 
 
+def write_json(report, path):
+    with replacing(path) as file:
+        file.write(json.dumps(report, indent=1).encode())
+
+
+def run_gpu_parts(cfg, given):
+    """
+    Run GPU_PARTS with the user's own settings, `given`, each for a third of the minutes at most,
+    and gather their figures in one file, which is written after each.
+    """
+    path, end = Path(cfg.json or "gpu.json"), time.monotonic() + 60 * cfg.minutes
+    own = [f"--{name}={value}" for name, value in given.items() if name not in ("what", "json")]
+    report = {"parts": [], "outcomes": []}
+    for part in GPU_PARTS:
+        seconds = min(end - time.monotonic(), 20 * cfg.minutes)
+        outcome = {"part": " ".join(part), "outcome": "left out: the minutes are over"}
+        print(f"\n{outcome['part']}, for {max(0, seconds):.0f} s at most", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            figures = Path(folder, "figures.json")
+            command = [sys.executable, __file__, *GPU_SETTINGS, *part, *own, f"--json={figures}"]
+            try:
+                if seconds > 0:
+                    status = subprocess.run(command, timeout=seconds).returncode
+                    outcome["outcome"] = f"failed, exit status {status}" if status else "done"
+            except subprocess.TimeoutExpired:
+                outcome["outcome"] = "stopped: it took too long"
+            if figures.exists():
+                found = json.loads(figures.read_bytes())
+                report |= found | {"parts": report["parts"] + found["parts"]}
+        report["outcomes"].append(outcome)
+        write_json(report, path)
+    print(f"\n{markdown(report['outcomes'])}\nall is in {path}")
+
+
 def main(argv=None):
     given = read_settings(BenchConfig, argv, without=("block",))
     cfg = build(BenchConfig, given)
-    device = pick_device(cfg.device)
-    torch.set_float32_matmul_precision("high")
-    jobs = [given]
     if cfg.what == "gpu":
-        own = {name: value for name, value in given.items() if name != "what"}
-        jobs = [{"dtypes": "bfloat16", "rounds": 10} | shape | part | own
-                for part in GPU_PARTS for shape in GPU_SHAPES]
-    results = {"machine": machine_name(device), "device": str(device), "torch": torch.__version__,
-               "threads": torch.get_num_threads(), "parts": []}
-    print(f"{results['machine']}, torch {torch.__version__}")
-    parts = {"train": bench_training, "sample": bench_sampling, "data": bench_data,
-             "attention": bench_attention, "transformers": bench_transformers}
-    for settings in jobs:
-        cfg = build(BenchConfig, settings)
-        # A contender's defaults are those of this tool, and then those of train.py
-        own = {name: getattr(cfg, name) for name in SHARED} | settings
-        contenders = {text: contender(text, own) for text in cfg.contenders.split(",")}
-        for part in cfg.what.split(","):
-            rows = parts[part](contenders, cfg, device)
-            print(f"\n{markdown(rows)}", flush=True)
-            results["parts"].append({"part": part, "settings": asdict(cfg), "rows": rows})
+        run_gpu_parts(cfg, given)
+        return
+    device = pick_device(cfg.device)
+    compile_or_fail()
+    # A contender's defaults are those of this tool, and then those of train.py
+    own = {name: getattr(cfg, name) for name in SHARED} | given
+    contenders = {text: contender(text, own) for text in cfg.contenders.split(",")}
+    report = {"machine": machine_name(device), "device": str(device), "torch": torch.__version__,
+              "threads": torch.get_num_threads(), "parts": []}
+    print(f"{report['machine']}, torch {torch.__version__}")
+    for part in cfg.what.split(","):
+        rows = []
+        report["parts"].append({"part": part, "settings": asdict(cfg), "rows": rows})
+        for row in PARTS[part](contenders, cfg, device):
+            rows.append(row)
+            lines = markdown([row]).splitlines()
+            print("\n".join(lines[2:] if len(rows) > 1 else ["", *lines]), flush=True)
             if cfg.json:
-                # After each part, so that what a kill cuts off is one part and not all
-                Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
+                write_json(report, cfg.json)
 
 
 if __name__ == "__main__":
