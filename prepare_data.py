@@ -5,112 +5,171 @@ Text -> data/NAME/{train.bin, val.bin, meta.json}: token ids that train.py maps 
     python prepare_data.py plays_char                        38 whole plays, offline (plays: BPE)
     python prepare_data.py openwebtext --max_tokens=100e6    the start of it, or all 9 B tokens
     python prepare_data.py mine --input=notes.txt            one text, split 90/10
-    python prepare_data.py mine --input='corpus/*.jsonl.gz'  documents: .txt .jsonl .parquet
+    python prepare_data.py mine --input='corpus/*.jsonl.gz'  documents: .txt .csv .json .parquet
     python prepare_data.py mine --input=hf:REPO@REVISION     a data set of the Hugging Face hub
     python prepare_data.py mine --check                      is data/mine as meta.json says?
+    python prepare_data.py mine --adopt                      make meta.json for nanoGPT's .bin files
 
-The input is a file, a folder or a glob, or several with commas between them. A finished data set
-stays as it is until the new one is complete. The same input always gives the same bytes.
+The input is a file, a folder or a glob, or several with commas between them; docs/texts.md says
+what is read, and how. A finished data set stays as it is until the new one is complete. The same
+input always gives the same bytes.
 """
-import json
+import math
 import os
 import re
 import shlex
 import shutil
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from nanodva.dataset import SPLITS, adopt, read_meta, write_meta
 from nanodva.errors import fail, replacing, run_script
+from nanodva.readers import (
+    END_LINE,
+    PIECE,
+    READERS,
+    characters,
+    kind_of,
+    open_text,
+    read_csv,
+    read_parquet,
+    read_plain,
+    read_texts,
+    read_tsv,
+    reader_of,
+)
 from nanodva.settings import check, load_settings
-from nanodva.sources import file_type, find_sources, plain, read_texts, sha256
+from nanodva.sources import BUILT_IN, counted, find_sources, local_path, plain, sha256
 from nanodva.tokenizer import Tokenizer, bpe_size
 
-BUILT_IN = ("shakespeare_char", "shakespeare", "plays_char", "plays", "openwebtext")
 OPENWEBTEXT = "hf:Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c"
 OPENWEBTEXT_TOKENS = 9.1e9
 # The validation split of the plays: a comedy, a history and two tragedies, 9.6 % of the text.
 VAL_PLAYS = ("twelfth-night", "henry-v", "julius-caesar", "macbeth")
-SPLITS = ("train", "val")
-# About how many characters a thread encodes at a time, which bounds the memory.
-PIECE = 2**20
+# Up to so many documents the split is looked at when it is done, see balance().
+FEW = 10_000
 
 
 @dataclass
 class PrepareConfig:
     name: str = ""             # a built-in data set, or a name of your own (the first argument)
-    input: str = ""            # files, folders, globs (commas between), or hf:REPO[@REVISION]
+    input: str = ""            # files, folders, globs, or hf:REPO[:CONFIGURATION][@REVISION]
     tokenizer: str = ""        # char, gpt2 or gpt2:N; by default char where NAME ends in _char
-    column: str = "text"       # where .jsonl, .parquet and hub data sets hold the text
+    column: str = "text"       # the one that holds the text in .csv, .tsv, .json(l), .parquet
+    separator: str = ""        # stands between documents of a .txt; default: <|endoftext|> lines
+    encoding: str = ""         # of text files; by default UTF-8, or what a byte-order mark says
     val_fraction: float = 0.0  # share of val; by default 0.1, for openwebtext nanoGPT's 0.0005
-    max_tokens: int = 0        # stop behind the document that reaches it; 0 takes everything
+    max_tokens: int = 0        # stop after the document that reaches it; 0 takes everything
     num_proc: int = 0          # threads that encode; by default the number of cores
     check: bool = False        # prepare nothing: verify sizes, sha256 and ids of what is there
+    adopt: bool = False        # prepare nothing: describe nanoGPT's train.bin, val.bin, meta.pkl
     data_dir: str = "data"     # where data sets live
 
     def __post_init__(self):
         self.tokenizer = self.tokenizer or ("char" if self.name.endswith("_char") else "gpt2")
         self.val_fraction = self.val_fraction or (0.0005 if self.name == "openwebtext" else 0.1)
         self.num_proc = self.num_proc or os.cpu_count()
-        sets = f"there are {', '.join(BUILT_IN)}, or a name of your own with --input=PATH"
+        self.separator = self.separator.replace("\\n", "\n").replace("\\t", "\t")
+        sets = f"choose from {', '.join(BUILT_IN)}, or a name of your own with --input=PATH"
         if not self.name:
             fail(f"which data set? python prepare_data.py NAME: {sets}")
+        if os.path.exists(self.name) and not (self.input or self.check or self.adopt
+                                              or self.name in BUILT_IN):
+            fail(f"name={self.name!r}: did you mean  python prepare_data.py "
+                 f"{shlex.quote(Path(self.name).stem)} --input={shlex.quote(self.name)} ?")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
-            fail(f"name={self.name!r}: use letters, digits, '-', '_' and '.' only, "
-                             "and begin with a letter or a digit")
+            fail(f"name={self.name!r}: use letters, digits, '-', '_' and '.' only, and begin with "
+                 "a letter or a digit; the folder it goes to is --data_dir")
         if self.name == "openwebtext" and not self.input:
             self.input = OPENWEBTEXT
-        if self.name not in BUILT_IN and not self.input and not self.check:
+        if not (self.name in BUILT_IN or self.input or self.check or self.adopt):
             fail(f"name={self.name!r}: {sets}")
         if self.tokenizer != "char" and bpe_size(self.tokenizer) == bpe_size("gpt2"):
             self.tokenizer = "gpt2"
         if not 0 < self.val_fraction < 1:
             fail(f"val_fraction={self.val_fraction}: it must lie between 0 and 1")
         check(self, least={"max_tokens": 0, "num_proc": 1})
+        try:
+            "".encode(self.encoding or "utf-8")
+        except LookupError:
+            fail(f"encoding={self.encoding!r}: Python knows latin-1, cp1252, utf-16 and many more, "
+                 "but not this one")
+        self.is_plays = self.name in ("plays", "plays_char") and not self.input
 
 
 # ---- what belongs to train, and what to val ------------------------------------------------------
 
-def read_single_text(sources, config):
-    """Yield the pieces of one text with their split: (text, "train"), ..., (text, "val"), ..."""
-    [text] = read_texts(sources[0], config.column)
-    if config.max_tokens and config.tokenizer == "char":
-        text = text[:config.max_tokens]
-    elif config.max_tokens:
-        tokenizer = Tokenizer({"kind": config.tokenizer})
-        ids = tokenizer.encode_array(text)[:config.max_tokens]
-        # The last token may end inside a character.
-        text = tokenizer.decode(ids).decode(errors="ignore")
-    boundary = int(len(text) * (1 - config.val_fraction))
-    for part, split in [(text[:boundary], "train"), (text[boundary:], "val")]:
-        start = 0
-        while start < len(part):
-            # GPT-2's pattern never joins a character to a space behind it, so that cutting there
-            # changes no token.
-            space = re.compile(r"(?<=\S)[ \n]").search(part, start + PIECE)
-            end = space.start() if space else len(part)
-            yield part[start:end], split
-            start = end
+def measure(source, config, watch):
+    """
+    (length, characters, is_separated) of one text, as far as max_tokens: its number of characters,
+    the set of them if these are the tokens, and whether lines separate documents in it.
+    """
+    length, alphabet, is_separated, before = 0, set(), False, ""
+    is_char, left = config.tokenizer == "char", config.max_tokens or math.inf
+    tokenizer = Tokenizer({"kind": config.tokenizer}) if left < math.inf and not is_char else None
+    with open_text(source, config, watch) as file:
+        for text in whole_words(characters(file, left if is_char else math.inf)):
+            is_separated = is_separated or END_LINE in before + text
+            before = text[-len(END_LINE):]
+            if is_char:
+                alphabet.update(text)
+            if tokenizer:
+                ids = tokenizer.encode_array(text)[:left]
+                left -= len(ids)
+                # The last token may end inside a character.
+                text = tokenizer.decode(ids).decode(errors="ignore")
+            length += len(text)
+            if left == 0:
+                break
+    return length, alphabet, is_separated and not is_char
 
 
-def read_documents(sources, config):
+def read_single_text(source, config, length, watch):
+    """Yield the first `length` characters of one text in pieces: (text, "train"), (text, "val")."""
+    boundary = int(length * (1 - config.val_fraction))
+    with open_text(source, config, watch) as file:
+        for count, split in [(boundary, "train"), (length - boundary, "val")]:
+            for text in whole_words(characters(file, count)):
+                yield text, split
+
+
+def whole_words(pieces):
+    """The text in pieces, cut only where it changes no token: GPT-2's end before a space."""
+    held = []
+    for piece in pieces:
+        last = re.match(r".*\S(?=[ \n])", piece, re.DOTALL)
+        if last:
+            yield "".join([*held, last[0]])
+            held, piece = [], piece[last.end():]
+        held.append(piece)
+    if any(held):
+        yield "".join(held)
+
+
+def read_documents(sources, config, watch):
     """Yield each document with its split: (text, "train") or (text, "val")."""
     import xxhash
+    is_char = config.tokenizer == "char"
+    separator = config.separator or ("" if is_char else END_LINE)
+    # Characters have no end-of-text. What stands between documents in a file stays there.
+    kept = {read_plain: config.separator, read_csv: "\n", read_tsv: "\n"} if is_char else {}
     for source in sources:
-        for text in read_texts(source, config.column):
-            if config.name in ("plays", "plays_char") and not config.input:
+        ending = kept.get(reader_of(source), "")
+        for text in read_texts(local_path(source), config, watch, separator):
+            if config.is_plays:
                 text = plain(text)
                 in_val = Path(source).stem in VAL_PLAYS
             else:
                 # A hash rather than a random number: duplicates never stand in both splits.
                 in_val = xxhash.xxh3_64_intdigest(text.encode()) < config.val_fraction * 2**64
-            yield text, "val" if in_val else "train"
+            yield text + ending, "val" if in_val else "train"
 
 
 def find_alphabet(documents, max_tokens):
@@ -124,12 +183,127 @@ def find_alphabet(documents, max_tokens):
     return "".join(sorted(alphabet))
 
 
+# ---- making a data set ---------------------------------------------------------------------------
+
+def prepare(config, folder, partial):
+    """Make the data set in the folder `partial`, and move it to `folder` when it is complete."""
+    if config.input == OPENWEBTEXT:
+        check_space(partial, min(config.max_tokens or OPENWEBTEXT_TOKENS, OPENWEBTEXT_TOKENS))
+    sources, skipped = find_sources(config, folder)
+    check_readers(config, sources, skipped)
+    is_single = reader_of(sources[0]) is read_plain and not config.separator and \
+        len(sources) == 1 and not sources[0].startswith("hf:")
+    is_char, alphabet = config.tokenizer == "char", None
+    with progress_of(config, sources, passes=2 if is_char or is_single else 1) as progress:
+        # A single text is read twice, since its length says where to split it.
+        if is_single:
+            length, alphabet, is_separated = measure(sources[0], config, progress.update)
+            is_single = not is_separated
+
+        def read():
+            if is_single:
+                return read_single_text(sources[0], config, length, progress.update)
+            return read_documents(sources, config, progress.update)
+
+        # So is every text for its characters: their ids follow from the whole alphabet.
+        if is_char and not is_single:
+            alphabet = find_alphabet(read(), config.max_tokens)
+        spec = {"kind": "char", "alphabet": "".join(sorted(alphabet))} if is_char else \
+            {"kind": config.tokenizer}
+        tokenizer = Tokenizer(spec)
+        # Each document ends with end-of-text; a single text, and characters, know no such token.
+        has_end = tokenizer.end_of_text is not None and not is_single
+        end = np.array([tokenizer.end_of_text] if has_end else [], dtype=np.uint32)
+        encoded = encode_all(read(), tokenizer.spec, config.num_proc, end)
+        limit = math.inf if is_single else config.max_tokens or math.inf
+        dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
+        tokens, sizes, count, documents = write_ids(encoded, partial, dtype, limit)
+
+    if config.separator and count <= len(sources):
+        fail(f"--separator={config.separator!r} does not occur in {' '.join(sources[:3])}")
+    share = tokens["val"] / max(1, sum(tokens.values()))
+    is_near = config.val_fraction / 2 <= share <= 2 * config.val_fraction and share < 1
+    if not (is_near or is_single or config.is_plays or count > FEW):
+        partial, tokens, sizes = balance(partial, dtype, documents, config.val_fraction, tokenizer,
+                                         end)
+    if 0 in tokens.values():
+        fail(f"{config.name}: {tokens['train']:,} tokens for train and {tokens['val']:,} for val, "
+             "but neither may be empty: give more text, or another --val_fraction than "
+             f"{config.val_fraction}")
+    source = describe(config.name, sources) | ({} if is_single else {"documents": count})
+    write_meta(partial, tokenizer, dtype, tokens, sizes, source)
+    # There is no data set without its meta.json. It goes first and comes last, so that nobody
+    # reads a mixture of the old set and the new one.
+    (folder / "meta.json").unlink(missing_ok=True)
+    for name in ("train.bin", "val.bin", "meta.json"):
+        os.replace(partial / name, folder / name)
+
+
+def check_readers(config, sources, skipped):
+    """Say what is read. Raise UserError for a setting that none of the sources needs."""
+    readers = {reader_of(source) for source in sources}
+    needed = {"column": readers != {read_plain}, "separator": read_plain in readers,
+              "encoding": readers != {read_parquet}}
+    for name, is_needed in needed.items():
+        value = getattr(config, name)
+        if not is_needed and value != getattr(PrepareConfig, name):
+            fail(f"--{name}={value!r} means nothing for {sources[0]}: leave it out")
+    if config.input:
+        kinds = [kind_of(source)[0] for source in sources]
+        labels = [kind if kind in READERS else f"{kind or 'file without a suffix'} as plain text"
+                  for kind in kinds]
+        print(f"reading {counted(labels)}" + (f"; skipped {counted(skipped)}" if skipped else ""))
+
+
+def progress_of(config, sources, passes):
+    """A bar that counts the bytes read from the sources, where there is somebody to see it."""
+    from tqdm import tqdm
+    size = sum(os.path.getsize(path) for path in sources if not path.startswith("hf:"))
+    return tqdm(desc=config.name, total=None if config.max_tokens else size * passes or None,
+                unit="B", unit_scale=True, disable=None)
+
+
+def describe(name, sources):
+    """What meta.json says about the sources."""
+    names = [source if source.startswith("hf:") else os.path.basename(source) for source in sources]
+    source = {"name": name, "files": [names[0], "...", names[-1]] if len(names) > 100 else names}
+    if len(sources) == 1 and not sources[0].startswith("hf:"):
+        source["sha256"] = sha256(sources[0])
+    return source
+
+
+def check_space(folder, tokens):
+    """Raise UserError where the disk that folder is on has no room for the tokens."""
+    need, free = 2 * tokens / 1e9, shutil.disk_usage(folder).free / 1e9
+    if free < need:
+        fail(f"{folder} needs {need:.1f} GB and {free:.1f} GB are free: try --max_tokens=100e6, "
+             "or --data_dir on another disk")
+
+
+@contextmanager
+def partial_folder(folder):
+    """A new folder folder/partial, removed at the end, and with it the folders left empty."""
+    partial = folder / "partial"
+    # A killed run may have left one.
+    shutil.rmtree(partial, ignore_errors=True)
+    created = [parent for parent in partial.parents if not parent.exists()]
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in created:
+            # A folder that holds a data set by now is not empty, and stays.
+            with suppress(OSError):
+                parent.rmdir()
+
+
 # ---- encoding and writing ------------------------------------------------------------------------
 
 def encode_all(documents, spec, num_proc, end):
     """
-    Yield (ids, split, number of bytes) for each (text, split), in order; the array `end` stands
-    behind the ids of each. The work is done by threads: tiktoken runs outside Python's global lock.
+    Yield (ids, split, number of bytes) for each (text, split), in order; the array `end` follows
+    the ids of each. The work is done by threads: tiktoken runs outside Python's global lock.
     """
     thread = threading.local()
 
@@ -165,154 +339,104 @@ def batches_of(documents):
     yield batch
 
 
-def prepare(config, folder, partial):
-    """Make the data set in the folder `partial`, and move it to `folder` when it is complete."""
-    from tqdm import tqdm
-    if config.input == OPENWEBTEXT:
-        check_space(partial, min(config.max_tokens or OPENWEBTEXT_TOKENS, OPENWEBTEXT_TOKENS))
-    sources = find_sources(config.name, config.input, folder)
-    is_single = len(sources) == 1 and file_type(sources[0]) == "txt"
-    read = read_single_text if is_single else read_documents
-    spec = {"kind": config.tokenizer}
-    if config.tokenizer == "char":
-        # The text is read twice: the alphabet must be complete before the first id is written.
-        spec["alphabet"] = find_alphabet(read(sources, config), config.max_tokens)
-    tokenizer = Tokenizer(spec)
-    spec = tokenizer.spec
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-    # Each document ends with end-of-text; a single text, and characters, know no such token.
-    has_end = tokenizer.end_of_text is not None and not is_single
-    end = np.array([tokenizer.end_of_text] if has_end else [], dtype=np.uint32)
-
+def write_ids(encoded, folder, dtype, max_tokens):
+    """
+    Write train.bin and val.bin from what encode_all() yields, up to the document that reaches
+    max_tokens. Returns {split: tokens}, {split: bytes of text}, the number of documents, and a list
+    of (split, tokens, bytes) of the first ones.
+    """
     tokens, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-    progress = tqdm(desc=config.name, total=config.max_tokens or None, unit="tok", unit_scale=True,
-                    disable=None)
-    with progress, replacing(partial / "train.bin") as train, replacing(partial / "val.bin") as val:
+    count, documents = 0, []
+    with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
         files = {"train": train, "val": val}
-        for ids, split, size in encode_all(read(sources, config), spec, config.num_proc, end):
+        for ids, split, size in encoded:
             files[split].write(ids.astype(dtype))
             tokens[split] += len(ids)
             sizes[split] += size
-            progress.update(len(ids))
-            if 0 < config.max_tokens <= tokens["train"] + tokens["val"] and not is_single:
+            count += 1
+            if count <= FEW:
+                documents.append((split, len(ids), size))
+            if sum(tokens.values()) >= max_tokens:
                 break
-    if 0 in tokens.values():
-        fail(f"{config.name}: {tokens['train']:,} tokens for train and {tokens['val']:,} for val, "
-             "but neither may be empty: give more text, or another --val_fraction than "
-             f"{config.val_fraction}")
-
-    names = [source if source.startswith("hf:") else os.path.basename(source) for source in sources]
-    if len(names) > 100:
-        names = [names[0], "...", names[-1]]
-    meta = {"format": 1, "tokenizer": spec, "vocab_size": tokenizer.vocab_size,
-            "dtype": dtype.name, "tokens": tokens, "bytes": sizes,
-            "source": {"name": config.name, "files": names},
-            "sha256": {split: sha256(partial / f"{split}.bin") for split in SPLITS}}
-    if len(sources) == 1 and not sources[0].startswith("hf:"):
-        meta["source"]["sha256"] = sha256(sources[0])
-    with replacing(partial / "meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode())
-
-    # There is no data set without its meta.json. It goes first and comes last, so that nobody
-    # reads a mixture of the old set and the new one.
-    (folder / "meta.json").unlink(missing_ok=True)
-    for name in ("train.bin", "val.bin", "meta.json"):
-        os.replace(partial / name, folder / name)
+    return tokens, sizes, count, documents
 
 
-def check_space(folder, tokens):
-    """Raise UserError where the disk that folder is on has no room for the tokens."""
-    need, free = 2 * tokens / 1e9, shutil.disk_usage(folder).free / 1e9
-    if free < need:
-        fail(f"{folder} needs {need:.1f} GB and {free:.1f} GB are free: try --max_tokens=100e6, "
-             "or --data_dir on another disk")
-
-
-@contextmanager
-def partial_folder(folder):
-    """A new folder folder/partial, which is gone afterwards, as are folders that stay empty."""
-    partial = folder / "partial"
-    # A killed run may have left one.
-    shutil.rmtree(partial, ignore_errors=True)
-    created = [parent for parent in partial.parents if not parent.exists()]
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in created:
-            # A folder that holds a data set by now is not empty, and stays.
-            with suppress(OSError):
-                parent.rmdir()
-
-
-# ---- checking ------------------------------------------------------------------------------------
-
-def read_meta(folder, deep=False):
+def balance(partial, dtype, documents, val_fraction, tokenizer, end):
     """
-    The meta.json of a prepared data set as a dict. Raises UserError where a file is missing or has
-    another size than meta.json states; with `deep` also for another sha256 or an impossible id.
+    Split a small set anew, where the documents' hashes have left val empty or far from its share.
+
+    `documents` is the list of write_ids(). The documents of the lowest hashes go to val, and of the
+    one that would be too much only its last part. Equal documents are treated alike. Returns the
+    folder of the new .bin files, {split: tokens} and {split: bytes of text}.
     """
-    folder = Path(folder)
-    again = f"run python prepare_data.py {shlex.quote(folder.name)}"
-    if folder.name not in BUILT_IN:
-        again += " --input=PATH"
-    if str(folder.parent) != "data":
-        again += f" --data_dir={shlex.quote(str(folder.parent))}"
-    for name in ("train.bin", "val.bin", "meta.json"):
-        if not (folder / name).is_file():
-            fail(f"no {folder / name}: {again}")
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        check_files(folder, meta, deep)
-    except (ValueError, TypeError, KeyError) as error:
-        fail(f"{folder} is not what its meta.json describes ({type(error).__name__}: {error}): "
-             f"{again}")
-    return meta
-
-
-def check_files(folder, meta, deep):
-    """Raise ValueError, TypeError or KeyError where the files are not what meta describes."""
-    if meta["format"] != 1:
-        raise ValueError(f"its format is {meta['format']!r}, this program's is 1")
-    if "kind" not in meta["tokenizer"]:
-        raise ValueError("its tokenizer has no kind")
+    import xxhash
+    ids, parts, weights = {}, [], Counter()
     for split in SPLITS:
-        path, tokens, digest = folder / f"{split}.bin", meta["tokens"][split], meta["sha256"][split]
-        if not isinstance(meta["bytes"][split], int) or not isinstance(meta["vocab_size"], int):
-            raise ValueError("its bytes and its vocab_size must be whole numbers")
-        size = path.stat().st_size
-        if size != tokens * np.dtype(meta["dtype"]).itemsize:
-            raise ValueError(f"{path.name} has {size} bytes, not {tokens} tokens of "
-                             f"{meta['dtype']}")
-        if deep and sha256(path) != digest:
-            raise ValueError(f"{path.name} has another sha256")
-        if deep:
-            largest = np.memmap(path, meta["dtype"], "r").max()
-            if largest >= meta["vocab_size"]:
-                raise ValueError(f"{path.name} holds the id {largest}, vocab_size is "
-                                 f"{meta['vocab_size']}")
+        path = partial / f"{split}.bin"
+        ids[split] = np.memmap(path, dtype, "r") if path.stat().st_size else np.array([], dtype)
+    for split, length, _ in documents:
+        parts.append(ids[split][:length])
+        ids[split] = ids[split][length:]
+    hashes = [xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts]
+    for number, part in zip(hashes, parts, strict=True):
+        weights[number] += len(part)
+    wanted, share = val_fraction * weights.total(), {}
+    for number in sorted(weights):
+        share[number] = min(1, wanted / weights[number])
+        wanted -= share[number] * weights[number]
+
+    folder = partial / "balanced"
+    folder.mkdir()
+    tokens, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
+    with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
+        for part, number, (_, length, size) in zip(parts, hashes, documents, strict=True):
+            cut = length - round(share[number] * length)
+            head, tail, head_size = part[:cut], part[cut:], size if cut == length else 0
+            if 0 < cut < length:
+                head_size = len(tokenizer.decode(head.tolist()))
+                head = np.append(head, end)
+            for split, file, found, found_size in [("train", train, head, head_size),
+                                                   ("val", val, tail, size - head_size)]:
+                file.write(found.astype(dtype))
+                tokens[split] += len(found)
+                sizes[split] += found_size
+    return folder, tokens, sizes
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def name_in(argv):
+    """
+    The arguments with --name= before the first one without dashes. Raises UserError, with a guess
+    at what was meant, for a second one.
+    """
+    need_value = {f"--{field.name}" for field in fields(PrepareConfig) if field.type is not bool}
+    words = [position for position, word in enumerate(argv) if not word.startswith("-")
+             and (position == 0 or argv[position - 1] not in need_value)]
+    if len(words) > 1:
+        name, path = sorted((argv[position] for position in words[:2]), key=os.path.exists)
+        fail(f"{argv[words[1]]!r} is not a setting: did you mean  python prepare_data.py "
+             f"{shlex.quote(name)} --input={shlex.quote(path)} ?")
+    return [f"--name={word}" if [position] == words else word for position, word in enumerate(argv)]
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    # The first argument without dashes in front is the name.
-    for position, argument in enumerate(argv):
-        if not argument.startswith("-"):
-            argv[position] = f"--name={argument}"
-            break
-    config = load_settings(PrepareConfig, argv)
+    config = load_settings(PrepareConfig, name_in(sys.argv[1:] if argv is None else argv))
     folder = Path(config.data_dir) / config.name
     try:
-        if not config.check:
+        if config.adopt:
+            adopt(folder)
+        elif not config.check:
             with partial_folder(folder) as partial:
                 prepare(config, folder, partial)
         meta = read_meta(folder, deep=config.check)
     except OSError as error:
         fail(f"{error.filename or config.data_dir}: {error.strerror or error}")
     name = f"{folder} is sound" if config.check else folder
+    documents = meta.get("source", {}).get("documents")
     print(f"{name}: {meta['tokens']['train']:,} tokens for train, {meta['tokens']['val']:,} for "
-          f"val; {meta['dtype']}, vocabulary {meta['vocab_size']:,}")
+          f"val; {f'{documents:,} documents; ' if documents else ''}{meta['dtype']}, vocabulary "
+          f"{meta['vocab_size']:,}")
 
 
 if __name__ == "__main__":

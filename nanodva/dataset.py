@@ -1,0 +1,129 @@
+"""
+A prepared data set: a folder with train.bin, val.bin and meta.json, which says what they are.
+"""
+import json
+import pickle
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from nanodva.errors import fail, replacing
+from nanodva.readers import PIECE
+from nanodva.sources import BUILT_IN, sha256
+from nanodva.tokenizer import Tokenizer
+
+SPLITS = ("train", "val")
+
+
+def write_meta(folder, tokenizer, dtype, tokens, sizes, source):
+    """
+    Write the meta.json of the .bin files in a folder, which hold {split: tokens}, spelled with
+    {split: bytes}; `source` is a dict that says what they come from.
+    """
+    meta = {"format": 1, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size,
+            "dtype": dtype.name, "tokens": tokens, "bytes": sizes, "source": source,
+            "sha256": {split: sha256(folder / f"{split}.bin") for split in SPLITS}}
+    with replacing(folder / "meta.json") as file:
+        file.write(json.dumps(meta, indent=1).encode())
+
+
+def read_meta(folder, deep=False):
+    """
+    The meta.json of a prepared data set as a dict. Raises UserError where a file is missing or has
+    another size than meta.json states; with `deep` also for another sha256 or an impossible id.
+    """
+    folder = Path(folder)
+    again = f"run python prepare_data.py {shlex.quote(folder.name)}"
+    if folder.name not in BUILT_IN:
+        again += " --input=PATH"
+    if str(folder.parent) != "data":
+        again += f" --data_dir={shlex.quote(str(folder.parent))}"
+    for name in ("train.bin", "val.bin", "meta.json"):
+        if not (folder / name).is_file():
+            # The whole path, for somebody who has gone to another folder.
+            missing = f"no {(folder / name).absolute()}"
+            if folder.parent.name == folder.parent.parent.name:
+                # --dataset=data/mine
+                missing += f": did you mean the data set {folder.name}, without its folder?"
+            if name == "meta.json":
+                again += ", or with --adopt if nanoGPT has prepared it"
+            fail(f"{missing}: {again}")
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        check_files(folder, meta, deep)
+    except (ValueError, TypeError, KeyError) as error:
+        fail(f"{folder} is not what its meta.json describes ({type(error).__name__}: {error}): "
+             f"{again}")
+    return meta
+
+
+def check_files(folder, meta, deep):
+    """Raise ValueError, TypeError or KeyError where the files are not what meta describes."""
+    if meta["format"] != 1:
+        raise ValueError(f"its format is {meta['format']!r}, this program's is 1")
+    if "kind" not in meta["tokenizer"]:
+        raise ValueError("its tokenizer has no kind")
+    for split in SPLITS:
+        path, tokens, digest = folder / f"{split}.bin", meta["tokens"][split], meta["sha256"][split]
+        if not isinstance(meta["bytes"][split], int) or not isinstance(meta["vocab_size"], int):
+            raise ValueError("its bytes and its vocab_size must be whole numbers")
+        size = path.stat().st_size
+        if size != tokens * np.dtype(meta["dtype"]).itemsize:
+            raise ValueError(f"{path.name} has {size} bytes, not {tokens} tokens of "
+                             f"{meta['dtype']}")
+        if deep and sha256(path) != digest:
+            raise ValueError(f"{path.name} has another sha256")
+        if deep:
+            largest = np.memmap(path, meta["dtype"], "r").max()
+            if largest >= meta["vocab_size"]:
+                raise ValueError(f"{path.name} holds the id {largest}, vocab_size is "
+                                 f"{meta['vocab_size']}")
+
+
+# ---- nanoGPT's data sets -------------------------------------------------------------------------
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, numbers and text. A pickle can call any function; here it calls none."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it calls for {module}.{name}")
+
+
+def adopt(folder):
+    """Write the meta.json of a data set that nanoGPT has prepared: its .bin files and meta.pkl."""
+    dtype, spec = np.dtype("uint16"), {"kind": "gpt2"}
+    paths = {split: folder / f"{split}.bin" for split in SPLITS}
+    for path in paths.values():
+        if not path.is_file() or path.stat().st_size == 0 or path.stat().st_size % dtype.itemsize:
+            fail(f"no {path.absolute()}, or not one of nanoGPT: it holds ids in {dtype}")
+    if (folder / "meta.json").exists():
+        fail(f"{folder} has its meta.json: nothing to adopt")
+    try:
+        with open(folder / "meta.pkl", "rb") as file:
+            itos = PlainUnpickler(file).load()["itos"]
+        spec = {"kind": "char", "alphabet": "".join(itos[i] for i in range(len(itos)))}
+        if len(spec["alphabet"]) != len(itos):
+            raise ValueError("its tokens are no single characters")
+    except FileNotFoundError:
+        # nanoGPT's data sets in GPT-2's tokens have no meta.pkl.
+        pass
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError,
+            OverflowError) as error:
+        fail(f"{folder / 'meta.pkl'} is not one of nanoGPT ({type(error).__name__}: {error}), and "
+             "only dicts of numbers and text are read: prepare the text anew, with --input=PATH")
+    tokenizer = Tokenizer(spec)
+    lengths = np.array([len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)])
+    if tokenizer.end_of_text is not None:
+        lengths[tokenizer.end_of_text] = 0
+    tokens, sizes = {}, {}
+    for split, path in paths.items():
+        ids = np.memmap(path, dtype, "r")
+        if ids.max() >= len(lengths):
+            whose = "meta.pkl" if spec["kind"] == "char" else "GPT-2, since there is no meta.pkl,"
+            fail(f"{path} holds the id {ids.max()}, and {whose} has {len(lengths)} tokens: prepare "
+                 "the text anew, with --input=PATH")
+        tokens[split] = len(ids)
+        sizes[split] = sum(int(lengths[ids[i:i + PIECE]].sum()) for i in range(0, len(ids), PIECE))
+    write_meta(folder, tokenizer, dtype, tokens, sizes,
+               {"name": folder.name, "files": ["train.bin", "val.bin"]})
