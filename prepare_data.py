@@ -27,10 +27,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+# First of all, since it says in one line which package is missing
+from nanodva.errors import fail, replacing, run_script
+
+# isort: split
 import numpy as np
 
 from nanodva.dataset import SPLITS, adopt, read_meta, write_meta
-from nanodva.errors import fail, replacing, run_script
 from nanodva.readers import (
     END_LINE,
     PIECE,

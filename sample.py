@@ -12,12 +12,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# First of all, since it says in one line which package is missing
+from nanodva.errors import fail, run_script
+
+# isort: split
 import torch
 
 from model import ModelConfig, stream
 from nanodva.dataset import read_meta
-from nanodva.errors import fail, run_script
-from nanodva.machine import DTYPES, pick_device, pick_sampling_dtype
+from nanodva.machine import DTYPES, naming_memory, pick_device, pick_sampling_dtype
 from nanodva.readers import decode_text
 from nanodva.settings import check, load_settings
 from nanodva.tokenizer import Tokenizer
@@ -130,7 +133,8 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     for first in range(0, cfg.num_samples, MOST_AT_ONCE):
         count = min(MOST_AT_ONCE, cfg.num_samples - first)
-        write(model, tokenizer, prompt, ids, count, cfg, device, live=first == 0)
+        with naming_memory(f"lower --num_samples={cfg.num_samples}"):
+            write(model, tokenizer, prompt, ids, count, cfg, device, live=first == 0)
 
 
 def write(model, tokenizer, prompt, ids, count, cfg, device, live):

@@ -18,6 +18,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# First of all, since it says in one line which package is missing
+from nanodva.errors import UserError, fail, run_script
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -28,7 +32,6 @@ from tqdm import tqdm
 from model import ModelConfig
 from nanodva import checkpoints, machine
 from nanodva.dataset import read_meta
-from nanodva.errors import UserError, fail, run_script
 from nanodva.machine import DTYPES, RANK, WORLD, Stop
 from nanodva.optimizers import build_optimizers, learning_rate, set_learning_rate
 from nanodva.settings import build, change, check, read_settings
@@ -457,7 +460,9 @@ def main(argv=None):
             f"steps are at a learning rate of {rate:.2g}, and min_lr is {cfg.min_lr:.2g}; "
             f"--lr_decay_iters={cfg.max_iters} ends the decay with the run")
     device = machine.pick_device(cfg.device)
-    with machine.process_group(device, cfg.backend), Stop() as stop:
+    hint = (f"lower --batch_size={cfg.batch_size} (and raise --gradient_accumulation_steps), "
+            f"--block_size={cfg.block_size} or the size of the model")
+    with machine.process_group(device, cfg.backend), machine.naming_memory(hint), Stop() as stop:
         done = train(cfg, device, stop, checkpoint, weights)
     if not cfg.eval_only:
         folder, best = shlex.quote(cfg.out_dir), f"best val loss {done['best_val_loss']:.4f}"

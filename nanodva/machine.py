@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import sys
@@ -142,6 +143,19 @@ def process_group(device, backend="auto"):
         sys.stderr.flush()
         os._exit(1)
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def naming_memory(hint):
+    """A with block in which running out of memory raises UserError, with the hint."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch has no class of its own for it, but the same words
+        asked = re.search(r"\w+ to allocate [\d.]+ \w+", str(error))
+        if not asked and not isinstance(error, MemoryError):
+            raise
+        fail(f"out of memory ({asked[0] if asked else error}): {hint}")
 
 
 def from_rank_0(value):

@@ -60,3 +60,14 @@ def test_importing_a_script_starts_nothing(capsys, script):
     handler = signal.getsignal(signal.SIGINT)
     runpy.run_path(str(ROOT / script), run_name="not_main")
     assert capsys.readouterr() == ("", "") and signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py"])
+def test_a_python_without_the_packages_says_which_are_missing(script):
+    """-S leaves out site-packages, as the system's own Python has it."""
+    result = subprocess.run([sys.executable, "-I", "-S", "-c", "import sys, runpy;"
+                             f"sys.path.insert(0, {str(ROOT)!r});"
+                             f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"],
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "lacks torch" in result.stderr and "source .venv/bin/activate" in result.stderr

@@ -6,6 +6,7 @@ import signal
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import KINDS, command_line, ending_of, refused, runs_differ, shaken, tiny, tokens
@@ -271,6 +272,21 @@ def test_compiling_is_for_long_runs_where_a_compiler_is(monkeypatch, tmp_path, c
     assert not machine.pick_compile("auto", CPU, 1e16)
     assert not machine.pick_compile(True, CPU, 1e16)
     assert "compile=True: on cpu torch.compile needs g++" in capsys.readouterr().out
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: np.empty(2**50),
+                                      lambda: [None] * 2**58])
+def test_too_much_memory_is_one_line(allocate):
+    with refused("out of memory", "lower --batch_size=7"), machine.naming_memory(
+            "lower --batch_size=7"):
+        allocate()
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shape"), machine.naming_memory("lower --batch_size"):
+        torch.ones(2).view(3)
 
 
 # ---- signals -------------------------------------------------------------------------------------
