@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from model import ModelConfig
 from nanodva import checkpoints, machine
-from nanodva.dataset import read_meta
-from nanodva.machine import DTYPES, RANK, WORLD, Stop
+from nanodva.dataset import open_data, read_meta, table_rows
+from nanodva.machine import DTYPES, RANK, WORLD, Stop, say
 from nanodva.optimizers import build_optimizers, learning_rate, set_learning_rate
 from nanodva.settings import build, change, check, read_settings
 from nanodva.tokenizer import same_tokenizer
@@ -104,31 +104,6 @@ class BrokenLoss(UserError):
 
 
 # ---- batches -----------------------------------------------------------------------------------
-
-def open_data(cfg):
-    """
-    {"meta", "train", "val"} of the data set: what meta.json says, and the token ids of each split,
-    mapped into memory. Raises UserError where they do not fit the model.
-    """
-    folder = Path(cfg.data_dir, cfg.dataset)
-    meta = read_meta(folder)
-    if meta["vocab_size"] > cfg.vocab_size:
-        fail(f"vocab_size={cfg.vocab_size}: {folder} has {meta['vocab_size']} tokens; leave "
-             f"vocab_size out, or make it at least that")
-    data = {"meta": meta}
-    for split, count in meta["tokens"].items():
-        if count <= cfg.block_size:
-            fail(f"{folder / split}.bin holds {count} tokens: block_size={cfg.block_size} needs at "
-                 f"least {cfg.block_size + 1}; use a smaller --block_size or more text")
-        data[split] = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
-    return data
-
-
-def table_rows(meta):
-    """Rows of the token table for a data set: its tokens, and GPT-2's 50257 padded to a multiple
-    of 64, as in nanoGPT, since products of that width are faster."""
-    return 50304 if meta["vocab_size"] == 50257 else meta["vocab_size"]
-
 
 def windows(tokens, starts, cfg, device):
     """Inputs and the token that follows each, (B, T) int64, of the windows at starts (B,)."""
@@ -216,12 +191,6 @@ def open_wandb(cfg):
         return lambda record, step: None
     wandb = importlib.import_module("wandb")
     return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg)).log
-
-
-def say(text):
-    """Print a line, once for all processes."""
-    if RANK == 0:
-        print(text, flush=True)
 
 
 def train(cfg, device, stop, checkpoint=None, weights=None, data=None):

@@ -81,6 +81,31 @@ def check_files(folder, meta, deep):
                                  f"{meta['vocab_size']}")
 
 
+def open_data(cfg):
+    """
+    {"meta", "train", "val"} of the data set: what meta.json says, and the token ids of each split,
+    mapped into memory. Raises UserError where they do not fit the model.
+    """
+    folder = Path(cfg.data_dir, cfg.dataset)
+    meta = read_meta(folder)
+    if meta["vocab_size"] > cfg.vocab_size:
+        fail(f"vocab_size={cfg.vocab_size}: {folder} has {meta['vocab_size']} tokens; leave "
+             f"vocab_size out, or make it at least that")
+    data = {"meta": meta}
+    for split, count in meta["tokens"].items():
+        if count <= cfg.block_size:
+            fail(f"{folder / split}.bin holds {count} tokens: block_size={cfg.block_size} needs at "
+                 f"least {cfg.block_size + 1}; use a smaller --block_size or more text")
+        data[split] = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
+    return data
+
+
+def table_rows(meta):
+    """Rows of the token table for a data set: its tokens, and GPT-2's 50257 padded to a multiple
+    of 64, as in nanoGPT, since products of that width are faster."""
+    return 50304 if meta["vocab_size"] == 50257 else meta["vocab_size"]
+
+
 # ---- nanoGPT's data sets -------------------------------------------------------------------------
 
 class PlainUnpickler(pickle.Unpickler):

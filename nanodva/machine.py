@@ -26,6 +26,12 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def say(text):
+    """Print a line, once for all processes."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
 def pick_device(name):
     """
     The torch.device called name; auto is cuda, else mps, else cpu. Under torchrun each process
@@ -107,10 +113,10 @@ def pick_compile(setting, device, flops):
         possible, worth = has_headers and bool(shutil.which("g++")), flops > 3e14
     else:
         possible, worth = True, False
-    if setting is True and not possible and RANK == 0:
-        print(f"compile=True: on {device.type} torch.compile needs "
-              f"{'Triton' if device.type == 'cuda' else 'g++ and the headers of Python'}, which "
-              f"this machine lacks; it runs uncompiled")
+    if setting is True and not possible:
+        say(f"compile=True: on {device.type} torch.compile needs "
+            f"{'Triton' if device.type == 'cuda' else 'g++ and the headers of Python'}, which "
+            f"this machine lacks; it runs uncompiled")
     return possible and (worth if setting == "auto" else setting)
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import prepare_data
 import train
 from model import BLOCKS
+from nanodva.dataset import open_data
 from nanodva.errors import UserError
 from nanodva.machine import Stop
 from nanodva.settings import build, change, load_settings, read_settings
@@ -86,7 +87,7 @@ def entered(argv):
     given = read_settings(race.RaceConfig, [str(ROOT / "config" / "race_laptop.py"), *argv],
                           without=race.DECIDED)
     rules = build(race.RaceConfig, given)
-    meta = train.open_data(rules)["meta"]
+    meta = open_data(rules)["meta"]
     return rules, race.enter(rules, given, meta, {"machine": "none"}, torch.device("cpu"))
 
 
@@ -260,7 +261,7 @@ def test_a_slower_machine_gets_fewer_seeds(argv, here, monkeypatch, capsys, slow
 
 def test_the_cache_knows_all_code_that_the_numbers_follow_from(argv, tmp_path, monkeypatch):
     rules, _ = entered(argv())
-    data = race.halve(train.open_data(rules), 16)
+    data = race.halve(open_data(rules), 16)
     for name in race.CODE:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -280,7 +281,7 @@ def test_the_cache_knows_all_code_that_the_numbers_follow_from(argv, tmp_path, m
 
 def test_bits_per_byte_are_those_of_the_reported_half(argv, gpt2_files):
     rules, _ = entered(argv())
-    data = race.halve(train.open_data(rules), 16)
+    data = race.halve(open_data(rules), 16)
     char = {"kind": "char", "alphabet": "aé"}
     words = Tokenizer({"kind": "gpt2:300"})
     ids = words.encode("and the cat sat on the mat")
@@ -295,7 +296,7 @@ def test_bits_per_byte_are_those_of_the_reported_half(argv, gpt2_files):
 def test_the_losses_are_those_of_the_two_halves(argv, tmp_path, data):
     _, contenders = entered(argv(contenders="dva"))
     run = change(race.run_of(contenders["dva"], 0.01, 8.0, 1), lr_decay_iters=12)
-    halves = race.halve(train.open_data(run), 16)
+    halves = race.halve(open_data(run), 16)
     with Stop() as stop:
         train.train(run, torch.device("cpu"), stop, data=halves)
     records = [json.loads(line) for line in

@@ -19,9 +19,10 @@ import sample
 import train
 from model import GPT
 from nanodva.checkpoints import load_checkpoint
+from nanodva.dataset import table_rows
 from nanodva.machine import Stop
 from nanodva.settings import build, change
-from train import TrainConfig, get_batch, seed_dropout, table_rows
+from train import TrainConfig, get_batch, seed_dropout
 
 CPU = torch.device("cpu")
 

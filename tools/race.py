@@ -53,6 +53,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
 from nanodva.checkpoints import load_checkpoint, only_writer
+from nanodva.dataset import open_data, table_rows
 from nanodva.errors import UserError, fail, replacing, run_script
 from nanodva.machine import Stop, pick_compile, pick_device, pick_dtype
 from nanodva.settings import build, change, check, read_settings
@@ -139,7 +140,7 @@ def read_rates(name, text):
 
 def halve(data, block_size):
     """
-    data of train.open_data() with the first half of the validation split, which chooses learning
+    data of open_data() with the first half of the validation split, which chooses learning
     rates, as "val", and the second, which is reported, as "test".
     """
     half = len(data["val"]) // 2
@@ -172,7 +173,7 @@ def enter(race, given, meta, conditions, device):
     is compiled alone. Raises UserError for a contender that cannot run.
     """
     digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:10]
-    settings = {"vocab_size": train.table_rows(meta)} | given | {
+    settings = {"vocab_size": table_rows(meta)} | given | {
         "overwrite": True, "out_dir": str(RUNS / digest), "eval_train": False,
         "log_interval": 100, "always_save_checkpoint": False,
         # More batches than a split has, so that all of its windows are evaluated
@@ -300,7 +301,7 @@ def carry_out(run):
         compile_or_fail()
         saved, broken = folder / "last.pt", None
         checkpoint = load_checkpoint(saved) if saved.exists() else None
-        data = halve(train.open_data(run), run.block_size)
+        data = halve(open_data(run), run.block_size)
         try:
             done = train.train(run, pick_device(run.device), stop, checkpoint, data=data)
             if done["stopped"]:
@@ -537,7 +538,7 @@ def main(argv=None):
     given = read_settings(RaceConfig, argv, without=DECIDED)
     race = build(RaceConfig, given)
     device = pick_device(race.device)
-    data = halve(train.open_data(race), race.block_size)
+    data = halve(open_data(race), race.block_size)
     conditions = conditions_of(race, data, device)
     contenders = enter(race, given, data["meta"], conditions, device)
     rules = {name: getattr(race, name) for name in
