@@ -56,7 +56,7 @@ class ModelConfig:
             raise ConfigError(f"dropout={self.dropout}: it must be below 1")
         if self.bank_layers > self.n_layer:
             raise ConfigError(f"bank_layers={self.bank_layers}: it must be at most "
-                             f"n_layer={self.n_layer}")
+                              f"n_layer={self.n_layer}")
         if self.rotary == "auto":
             self.rotary = self.block != "gpt2"
         self.value_dim = self.value_dim or self.n_embd
@@ -259,7 +259,7 @@ BLOCKS = {"gpt2": GPT2Block, "dva": DVABlock}
 
 class GPT(nn.Module):
     """
-    A decoder-only transformer with GPT-2's parameter names. Raises ValueError for settings that
+    A decoder-only transformer with GPT-2's parameter names. Raises ConfigError for settings that
     its block refuses, and for banks in a block that cannot hold one.
     """
 
@@ -279,9 +279,10 @@ class GPT(nn.Module):
         # One table embeds the tokens and scores the next one (arXiv 1608.05859)
         self.transformer.wte.weight = self.lm_head.weight
         # All layers turn their queries and keys by one and the same table
-        attentions = [module for module in self.modules() if isinstance(module, Attention)]
-        for attention in attentions:
-            attention.rotary = attentions[0].rotary
+        tables = {}
+        for module in list(self.modules()):
+            if isinstance(module, Attention) and module.rotary is not None:
+                module.rotary = tables.setdefault(module.rotary.table.shape, module.rotary)
         if len(self.banks()) != config.bank_layers:
             raise ConfigError(f"bank_layers={config.bank_layers}: a block of the kind "
                               f"{config.block!r} cannot hold a bank; leave bank_layers out")
@@ -580,8 +581,9 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_gradients):
-        total = x.new_zeros((), dtype=torch.float32)
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+        total, dx, dw = x.new_zeros((), dtype=torch.float32), None, None
+        if with_gradients:
+            dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         narrow = weight.to(dtype)
         for rows in range(0, len(x), 512):
             rows = slice(rows, rows + 512)
