@@ -118,7 +118,7 @@ def read_weights(source):
       model_config    fields of ModelConfig, without dropout, which is a matter of the run
       tokenizer       spec for Tokenizer, or None where only the data set knows it
       assumed         "", or a sentence if the spec was only concluded from the number of tokens
-      dataset         the name of the data set, where a nanoGPT checkpoint tells it
+      dataset         the name of the data set, where a checkpoint tells it, or None
       source          as given, for messages
 
     A source is a run of ours or of nanoGPT's (its folder or a .pt file), or a folder with
@@ -194,13 +194,14 @@ def read_checkpoint(path):
     """read_weights() of a .pt file, ours or nanoGPT's."""
     found = load_file(path)
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
+        settings = found.get("config")
+        dataset = settings.get("dataset") if isinstance(settings, dict) else None
         if found.get("format") == FORMAT and isinstance(found.get("model_config"), dict):
-            return {key: found[key] for key in ("model", "model_config", "tokenizer")}
+            weights = {key: found[key] for key in ("model", "model_config", "tokenizer")}
+            return weights | {"dataset": dataset}
         if isinstance(found.get("model_args"), dict):
             # nanoGPT's first checkpoints had biases without saying so
             config = {"bias": True} | found["model_args"] | {"gelu": "exact"}
-            settings = found.get("config")
-            dataset = settings.get("dataset") if isinstance(settings, dict) else None
             return {"model": found["model"], "model_config": config, "tokenizer": None,
                     "dataset": dataset}
     fail(f"{path} is neither a nanoDVA checkpoint of format {FORMAT} nor one of nanoGPT")

