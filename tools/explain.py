@@ -134,7 +134,7 @@ def load(source, cfg):
     return model, tokenizer, cfg.dataset or weights["dataset"] or ""
 
 
-def stored(name, model, ids):
+def stored(name, model, dataset, ids):
     """A model as the page takes it, with the logits after some ids for the page to compare."""
     ids = ids[-min(16, model.config.block_size):]
     with torch.no_grad():
@@ -145,7 +145,7 @@ def stored(name, model, ids):
         parts = zip("qkv", p.split(C), strict=False) if "c_attn" in path else [("", p)]
         weights |= {path.replace("c_attn", f"c_{part}"): piece for part, piece in parts}
     numbers = b"".join(p.detach().numpy().astype("<f2").tobytes() for p in weights.values())
-    return {"name": name, "config": asdict(model.config),
+    return {"name": name, "config": asdict(model.config), "dataset": dataset,
             "parameters": [(path, p.numel()) for path, p in weights.items()],
             "numbers": base64.b64encode(numbers).decode(),
             "check": {"ids": ids, "logits": logits.tolist()}}
@@ -168,29 +168,27 @@ def passage(dataset, size, cfg):
 
 def main(argv=None):
     cfg = load_settings(ExplainConfig, argv)
-    model, tokenizer, dataset = load(cfg.out_dir, cfg)
-    models, spec = {cfg.out_dir: model}, tokenizer.spec
-    if cfg.against:
-        models[cfg.against], other_tokenizer, _ = load(cfg.against, cfg)
-        if not same_tokenizer(other_tokenizer.spec, spec):
-            fail(f"against={cfg.against}: its tokens are not those of {cfg.out_dir}, so the two "
-                 f"cannot be compared on one text")
+    runs = {name: load(name, cfg) for name in (cfg.out_dir, cfg.against) if name}
+    model, tokenizer, dataset = runs[cfg.out_dir]
+    if not all(same_tokenizer(other.spec, tokenizer.spec) for _, other, _ in runs.values()):
+        fail(f"against={cfg.against}: its tokens are not those of {cfg.out_dir}, so the two cannot "
+             f"be compared on one text")
     start = read_prompt(cfg.start, tokenizer)
     ids = encode_prompt(start, tokenizer)
     added = cfg.max_new_tokens
     if added == -1:
         added = 0 if cfg.start == "-" or cfg.start.startswith("FILE:") else 120
-    tokens = spec.get("alphabet") or [
+    tokens = tokenizer.spec.get("alphabet") or [
         tokenizer.decode([i]).decode("latin-1") for i in range(tokenizer.vocab_size - 1)]
-    window = min(model.config.block_size for model in models.values())
-    data = {"models": [stored(name, model, ids) for name, model in models.items()],
-            "kind": spec["kind"], "tokens": tokens, "size": tokenizer.vocab_size, "start": start,
-            "write": added, "temperature": cfg.temperature, "seed": cfg.seed, "note": cfg.note,
-            "dataset": dataset, "passage": passage(dataset, min(256, window), cfg)}
+    window = min(model.config.block_size for model, _, _ in runs.values())
+    data = {"models": [stored(name, model, of, ids) for name, (model, _, of) in runs.items()],
+            "kind": tokenizer.spec["kind"], "tokens": tokens, "size": tokenizer.vocab_size,
+            "start": start, "write": added, "temperature": cfg.temperature, "seed": cfg.seed,
+            "note": cfg.note, "passage": passage(dataset, min(256, window), cfg)}
     # No text in the data can end the script element that holds it
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    folder = Path(cfg.out_dir)
-    dest = Path(cfg.dest or (folder if folder.is_dir() else Path()) / "explain.html")
+    folder = cfg.out_dir if Path(cfg.out_dir).is_dir() else "."
+    dest = Path(cfg.dest or Path(folder, "explain.html"))
     with replacing(dest) as file:
         template = Path(__file__).with_suffix(".html").read_bytes()
         file.write(template.replace(b"{{DATA}}", text.encode()))
