@@ -1,6 +1,7 @@
 # make demo: train a small DVA model on Shakespeare's plays, read what it writes, see why it wrote it
 # make test: check the style of the code and run the tests, two at a time
 # make test-slow: the tests that take a minute each        make clean: remove what make made
+# make try: train the small model of docs/try.html and write that page anew
 # make distclean: remove every run and all prepared data, too; it lists them and asks first
 PYTHON ?= python3
 BIN = .venv/bin
@@ -16,6 +17,13 @@ demo: .venv/installed
 	@echo "  $(BIN)/python sample.py --out_dir=out-demo --start='KING HENRY:' --temperature=0.8"
 	@echo "  $(BIN)/python train.py config/demo.py --block=gpt2 --out_dir=out-demo-gpt2"
 	@echo "  $(BIN)/python -m tools.explain --out_dir=out-demo --against=out-demo-gpt2 --start='ROMEO:'"
+
+try: .venv/installed
+	$(BIN)/python prepare_data.py plays_char
+	$(BIN)/python train.py config/try.py --overwrite=True
+	$(BIN)/python -m tools.explain --out_dir=out-try --start="ROMEO:" --dest=docs/try.html \
+	  --temperature=0.6 --seed=13 \
+	  --note="Made by: make try (python train.py config/try.py, then python -m tools.explain)"
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -51,4 +59,4 @@ distclean: clean
 	printf "Type yes to remove these, too: "; read answer; \
 	if [ "$$answer" = yes ]; then rm -rf $(WRITTEN); else echo "They stay."; fi
 
-.PHONY: demo test test-slow clean distclean
+.PHONY: demo try test test-slow clean distclean
