@@ -37,9 +37,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
-from concurrent.futures import wait as wait_for
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for_any
@@ -396,10 +393,21 @@ def missing_runs(contenders, race):
 
 # ---- workers -----------------------------------------------------------------------------------
 
-def start_worker(threads):
-    """What a worker process begins with."""
+def work(connection, threads):
+    """
+    A worker process: carry out each run that comes through the connection, and answer whether it
+    is finished, or with the UserError that it raised.
+    """
     torch.set_num_threads(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        while True:
+            connection.send(carry_out(connection.recv()))
+    except UserError as error:
+        connection.send(error)
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        # The race has closed the connection, or the user pressed Ctrl-C twice
+        return
 
 
 def end_with_parent():
@@ -408,67 +416,87 @@ def end_with_parent():
     os._exit(1)
 
 
+def start_worker(threads):
+    """(process, the race's end of the connection to it)."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=work, args=(theirs, threads))
+    # Ctrl-C goes to all processes of a terminal. A worker ignores it except while it trains.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process.start()
+    signal.signal(signal.SIGINT, before)
+    # Now only the worker holds its end, so ours tells when the worker has ended
+    theirs.close()
+    return process, ours
+
+
 def run_all(contenders, race, times, stop, deadline):
     """
     Carry out the missing runs, race.jobs at a time, until none is needed or a stop is asked for.
     Where they would end after the deadline, race.seeds becomes less. Raises UserError where a
     worker does, or where one dies.
     """
-    if not any(missing_runs(contenders, race)):
-        return
     threads = max(1, torch.get_num_threads() // race.jobs)
-    start, under_way = time.perf_counter(), {}                         # future: (name, run, begun)
+    start, seeds = time.perf_counter(), race.seeds
+    news = f"the plan: {len(contenders)} contenders, seeds to report: {seeds}"
     # The seconds that finished runs took, and those that were expected of each alone. Before there
     # are any, the jobs are expected to share the machine.
     taken, expected = race.jobs, 1.0
-    news, fewer = f"the plan: {len(contenders)} contenders, {race.seeds} seeds", ""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(race.jobs, spawn, start_worker, (threads,)) as pool:
-        try:
-            # Ctrl-C goes to all processes of a terminal. A worker, which starts here, ignores it
-            # except while it trains: then it saves its state first.
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            pool.submit(os.getpid)
-            signal.signal(signal.SIGINT, before)
-            while not stop.signal:
-                known, later = missing_runs(contenders, race)
-                left = taken / expected * seconds_of([*known.values(), *later], times) / race.jobs
-                if time.time() + left > deadline and not later and race.seeds > 2:
-                    race.seeds -= 1
-                    fewer = f"; slower than expected, so there is time for {race.seeds} seeds"
+    workers, under_way = {}, {}         # connection: process; connection: (contender, run, begun)
+    try:
+        while not stop.signal:
+            known, later = missing_runs(contenders, race)
+            left = taken / expected * seconds_of([*known.values(), *later], times) / race.jobs
+            if time.time() + left > deadline and not later and race.seeds > 2:
+                race.seeds -= 1
+                continue
+            if race.seeds < seeds:
+                news += f"; too slow for {seeds} seeds, {race.seeds} will be reported"
+                seeds = race.seeds
+            if news:
+                least = "at least " if later and not race.minutes else ""
+                end = time.strftime("%H:%M", time.localtime(time.time() + left))
+                print(f"{news}; runs to go: {least}{len(known) + len(later)}, until about {end}",
+                      flush=True)
+                news = ""
+            running = [run.out_dir for _, run, _ in under_way.values()]
+            waiting = [folder for folder in known if folder not in running]
+            for folder in waiting[:race.jobs - len(under_way)]:
+                idle = [connection for connection in workers if connection not in under_way]
+                if idle:
+                    connection = idle[0]
+                else:
+                    process, connection = start_worker(threads)
+                    workers[connection] = process
+                connection.send(known[folder][1])
+                under_way[connection] = *known[folder], time.perf_counter()
+            if not under_way:
+                return
+            for connection in wait_for_any(list(under_way), timeout=1):
+                name, run, begun = under_way.pop(connection)
+                answer = connection.recv()
+                if isinstance(answer, UserError):
+                    raise answer
+                if not answer:
+                    # It was told to stop, as by Ctrl-C. If the race was not, the run goes on.
                     continue
-                if news:
-                    least = "at least " if later and not race.minutes else ""
-                    end = time.strftime("%H:%M", time.localtime(time.time() + left))
-                    print(f"{news}{fewer}; runs to go: {least}{len(known) + len(later)}, until "
-                          f"about {end}", flush=True)
-                    news = fewer = ""
-                running = [run.out_dir for _, run, _ in under_way.values()]
-                waiting = [folder for folder in known if folder not in running]
-                for folder in waiting[:race.jobs - len(under_way)]:
-                    name, run = known[folder]
-                    under_way[pool.submit(carry_out, run)] = name, run, time.perf_counter()
-                if not under_way:
-                    return
-                done, _ = wait_for(under_way, timeout=1, return_when=FIRST_COMPLETED)
-                for future in done:
-                    name, run, begun = under_way.pop(future)
-                    if not future.result():
-                        # It was told to stop, as by Ctrl-C. If the race was not, the run goes on.
-                        continue
-                    taken += time.perf_counter() - begun
-                    expected += seconds_of([(name, run)], times)
-                    passed = tqdm.format_interval(time.perf_counter() - start)
-                    news = (f"{passed}  {name}, learning rate {run.learning_rate:g}, seed "
-                            f"{run.seed}: {final_loss(run):.4f} on the first half")
-        except BrokenProcessPool:
-            if not stop.signal:
-                fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
-                     f"{RUNS}, may say more; the same command goes on")
-        finally:
-            # A worker in the middle of a run saves its state before it ends
-            for worker in multiprocessing.active_children() if under_way else []:
-                worker.terminate()
+                taken += time.perf_counter() - begun
+                expected += seconds_of([(name, run)], times)
+                passed = tqdm.format_interval(time.perf_counter() - start)
+                news = (f"{passed}  {name}, learning rate {run.learning_rate:g}, seed {run.seed}: "
+                        f"{final_loss(run):.4f} on the first half")
+    except (EOFError, ConnectionError):
+        if not stop.signal:
+            fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
+                 f"{RUNS}, may say more; the same command goes on")
+    finally:
+        # A worker in the middle of a run saves its state before it ends
+        for connection in under_way:
+            workers[connection].terminate()
+        for connection in workers:
+            connection.close()
+        for process in workers.values():
+            process.join()
 
 
 # ---- what is written ---------------------------------------------------------------------------
