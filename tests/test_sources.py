@@ -9,6 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, SHAKESPEARE, error_of, everything_in, needs_shakespeare, prepare
 
 from nanodva import sources
@@ -144,8 +145,10 @@ class Hub(BaseHTTPRequestHandler):
             files = self.folder.iterdir() if path.endswith(self.commit) else []
             self.answer(json.dumps([{"type": "file", "path": found.name, "oid": found.name,
                                      "size": found.stat().st_size} for found in files]))
-        elif path.startswith("/api/datasets/"):
+        elif path.startswith("/api/datasets/some/"):
             self.answer(json.dumps({"id": "some/set", "sha": self.commit}))
+        elif "some" not in path:
+            self.answer("", {"X-Error-Code": "RepoNotFound"}, status=404)
         elif file.exists():
             self.answer(file.read_bytes(), {"ETag": f'"{file.name}"'})
             if self.command == "GET":
@@ -169,7 +172,12 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_hub_data_set_comes_through_the_hubs_cache(tmp_path, speeches):
+@pytest.fixture
+def from_hub(tmp_path, speeches):
+    """
+    from_hub(source, data_dir): the result of prepare_data.py in a new process, whose hub is ours
+    with one data set, some/set.
+    """
     Hub.folder = tmp_path / "hub"
     Hub.folder.mkdir()
     for shard in (0, 1):
@@ -179,10 +187,38 @@ def test_a_hub_data_set_comes_through_the_hubs_cache(tmp_path, speeches):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
                                     "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-        for data_dir in ("first", "second"):
-            subprocess.run([sys.executable, ROOT / "prepare_data.py", "mine", "--input=hf:some/set",
-                            f"--data_dir={tmp_path / data_dir}"], env=environment, check=True)
+        yield lambda source, data_dir: subprocess.run(
+            [sys.executable, ROOT / "prepare_data.py", "mine", f"--input={source}",
+             f"--data_dir={tmp_path / data_dir}"], env=environment, capture_output=True, text=True)
         server.shutdown()
+
+
+def test_a_configuration_of_a_hub_data_set_is_named(tmp_path, from_hub):
+    (Hub.folder / "README.md").write_text("""---
+configs:
+- config_name: early
+  data_files: train-00000-of-00002.parquet
+- config_name: late
+  data_files: [{split: train, path: train-00001-of-00002.parquet}]
+---
+""")
+    for source in ("hf:some/set", "hf:some/set:middle"):
+        message = from_hub(source, "none").stderr
+        assert message.startswith(f"error: {source}: which configuration?"), message
+        assert "--input=hf:some/set:early" in message and "early late" in message
+        assert message.count("\n") == 1 and "network" not in message
+    assert from_hub("hf:some/set:late", "late").returncode == 0
+    files = read_meta(tmp_path / "late" / "mine")["source"]["files"]
+    assert files == [f"hf://datasets/some/set@{Hub.commit}/train-00001-of-00002.parquet"]
+    # What the hub answers is no fault of the network either
+    message = from_hub("hf:nobody/nothing", "none").stderr
+    assert "error: hf:nobody/nothing: " in message and "network" not in message
+
+
+def test_a_hub_data_set_comes_through_the_hubs_cache(tmp_path, speeches, from_hub):
+    Hub.downloads.clear()
+    for data_dir in ("first", "second"):
+        assert from_hub("hf:some/set", data_dir).returncode == 0
     found = everything_in(tmp_path / "first" / "mine")
     assert found == everything_in(tmp_path / "second" / "mine")
     # The second time both files were in the cache.
