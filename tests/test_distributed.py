@@ -1,4 +1,5 @@
 """torchrun on the real script: many processes do what one does, and one that fails ends them."""
+import os
 import signal
 import socket
 import subprocess
@@ -17,9 +18,12 @@ def torchrun(tmp_path, change, argv, options=("--standalone", "--max_restarts=1"
     script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
                       f"import torch, train\nfrom nanodva.errors import run_script\n{change}\n"
                       "run_script(train.main)\n")
+    # docs/distributed.md says why
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                *options, script, *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=environment)
 
 
 # Process 1 is killed in step 7, but only the first time
@@ -73,10 +77,8 @@ def test_two_processes_follow_one_through_a_kill_a_restart_and_a_stop(run, argum
 
 
 @pytest.mark.slow
-def test_two_machines_survive_a_killed_process(run, arguments, tmp_path, monkeypatch):
+def test_two_machines_survive_a_killed_process(run, arguments, tmp_path):
     """Two launchers with two processes each stand for them."""
-    # docs/distributed.md says why
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     argv = arguments("parts", init_from="auto", gradient_accumulation_steps=4)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
