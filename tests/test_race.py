@@ -85,8 +85,8 @@ def entered(argv):
     given = read_settings(race.RaceConfig, [str(ROOT / "config" / "race_laptop.py"), *argv],
                           without=race.DECIDED)
     rules = build(race.RaceConfig, given)
-    meta = open_data(rules)["meta"]
-    return rules, race.enter(rules, given, meta, {"machine": "none"}, torch.device("cpu"))
+    data = race.halve(open_data(rules), rules.block_size, 500)
+    return rules, race.enter(rules, given, data, {"machine": "none"}, torch.device("cpu"))
 
 
 def lengths_of(rules, contenders, times=None):
@@ -209,6 +209,7 @@ def test_a_race_is_shortened_to_its_minutes(argv, here, monkeypatch, capsys):
     monkeypatch.setattr(race, "time", Clock())
     changes = dict(max_iters=20_000, warmup_iters=2000, contenders="gpt2,dva,dva+bank", seeds=2,
                    lrs="0.001,0.002")
+    monkeypatch.setattr(race, "EVALUATED", 100)
     race.main(argv(minutes=2, **changes))
     printed = capsys.readouterr().out
     assert "the plan: 3 contenders, seeds to report: 2; runs to go: 14, until" in printed
@@ -218,7 +219,9 @@ def test_a_race_is_shortened_to_its_minutes(argv, here, monkeypatch, capsys):
     assert fact["settings"]["lr_decay_iters"] == steps
     assert fact["settings"]["warmup_iters"] == round(steps / 10)
     # All 14 runs with their evaluations take less than two minutes, and hardly less than one
-    evaluations = 0.4 * 500 / (4 * 16)
+    evaluations = 0.4 * 200 / (4 * 16)
+    assert results["conditions"]["reported"] == {"tokens": 100, "bytes": 100}
+    assert all(cfg["settings"]["eval_iters"] == 100 for cfg in results["contenders"].values())
     sweeps, seeds = steps + 2 * evaluations, steps + 4 * evaluations
     expected = (2 * 10 + 2 * 5 + 4 * 5) * sweeps / 1e3 + (2 * 10 + 2 * 5 + 2 * 5) * seeds / 1e3
     assert 60 < expected < 0.85 * 120
@@ -260,27 +263,29 @@ def test_a_slower_machine_gets_fewer_seeds(argv, here, monkeypatch, capsys, slow
 
 def test_the_cache_knows_all_code_that_the_numbers_follow_from(argv, tmp_path, monkeypatch):
     rules, _ = entered(argv())
-    data = race.halve(open_data(rules), 16)
-    for name in race.CODE:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+    data = race.halve(open_data(rules), 16, 500)
+    files = [tmp_path / file.relative_to(ROOT) for name in race.CODE for file in ROOT.glob(name)]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file.relative_to(tmp_path), file)
     # A block of one's own, as docs/bank_controls.py has
     mine = tmp_path / "mine.py"
     mine.write_text("")
     monkeypatch.setattr(race, "ROOT", tmp_path)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(mine), raising=False)
     found = [race.conditions_of(rules, data, torch.device("cpu"))["code"]]
-    for path in (mine, *(tmp_path / name for name in race.CODE)):
-        with open(path, "a") as file:
-            file.write("# changed\n")
+    for file in (mine, *files):
+        with open(file, "a") as opened:
+            opened.write("# changed\n")
         found.append(race.conditions_of(rules, data, torch.device("cpu"))["code"])
-    assert len(set(found)) == len(race.CODE) + 2
-    assert {"model.py", "train.py", "nanodva/weights.py", "nanodva/settings.py"} <= {*race.CODE}
+    assert len(set(found)) == len(found) == len(files) + 2
+    assert {"train.py", "weights.py", "settings.py", "optimizers.py"} <= {file.name
+                                                                          for file in files}
 
 
 def test_bits_per_byte_are_those_of_the_reported_half(argv, gpt2_files):
     rules, _ = entered(argv())
-    data = race.halve(open_data(rules), 16)
+    data = race.halve(open_data(rules), 16, 500)
     char = {"kind": "char", "alphabet": "aé"}
     words = Tokenizer({"kind": "gpt2:300"})
     ids = words.encode("and the cat sat on the mat")
@@ -295,7 +300,7 @@ def test_bits_per_byte_are_those_of_the_reported_half(argv, gpt2_files):
 def test_the_losses_are_those_of_the_two_halves(argv, tmp_path, data):
     _, contenders = entered(argv(contenders="dva"))
     run = change(race.run_of(contenders["dva"], 0.01, 8.0, 1), lr_decay_iters=12)
-    halves = race.halve(open_data(run), 16)
+    halves = race.halve(open_data(run), 16, 500)
     with Stop() as stop:
         train.train(run, torch.device("cpu"), stop, data=halves)
     records = [json.loads(line) for line in
@@ -535,7 +540,7 @@ def test_a_race_that_is_killed_leaves_no_process(argv, tmp_path, lines):
     (dict(contenders="gpt2,dvaa"), "choose from gpt2, dva"),
     (dict(contenders="gpt2,gpt2"), "names one of them twice"),
     (dict(contenders="gpt2,dva:qk=3"), "unknown setting 'qk'"),
-    (dict(contenders="gpt2,dva+blank"), "behind the + stands bank"),
+    (dict(contenders="gpt2,dva+blank"), "only bank can follow the +"),
     (dict(contenders="gpt2,dva:help"), "then :setting=value"),
     (dict(contenders="gpt2,dva:block=gpt2"), "its block stands in front"),
     (dict(contenders="gpt2,dva:seed=3"), "seed is not for a contender to set"),
@@ -564,7 +569,7 @@ def test_it_runs_as_a_script_from_any_folder(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "tools" / "race.py", "--contenders=gpt9"],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: no data/shakespeare_char")
+    assert done.stderr.startswith("error: no ") and "data/shakespeare_char" in done.stderr
 
 
 @pytest.mark.parametrize("preset", sorted(ROOT.glob("config/race_*.py")), ids=str)

@@ -10,15 +10,15 @@ A contender is a block, perhaps with +bank (banks in the last third of its layer
 settings of train.py, as in dva+bank:qk_dim=32. The first one is the reference: all others get its
 number of tokens, or with --match=time its training time.
 
-The validation split is cut in two. Its first half chooses the rates, with the first seed: every
-rate in --lrs is tried, and further ones while the best is at an end of those tried; then, for
-contenders with banks, those in --bank_lrs at the best learning rate. :learning_rate= and :bank_lr=
-fix a contender's own. Its second half is reported, for --seeds further seeds at the best rates.
-Two contenders are compared seed by seed, since equal seeds see equal batches, except where a
-contender has a batch_size of its own. Student's t gives the 95 % interval of the mean difference.
+The validation split is cut in two. On its first half the first seed chooses each contender's rates:
+all of --lrs are tried, and further ones while the best is at an end of those tried; then, where
+there are banks, --bank_lrs at the best learning rate. :learning_rate= and :bank_lr= fix a
+contender's own. On the second half --seeds further seeds are reported. Two contenders are compared
+seed by seed, since equal seeds see equal batches, except where a contender has a batch_size of its
+own. Student's t gives the 95 % interval of the mean difference.
 
-With --minutes the runs are as long as this time allows, sweeps end with the rates that are given,
-and where the machine turns out to be slower than it was at first, fewer seeds are run.
+With --minutes the runs are as long as this time allows, only the rates that are given are tried, a
+part of each half is evaluated, and a machine that turns out to be slow runs fewer seeds.
 
 Step times are measured before the runs and after them, all contenders in turn: let nothing else
 run then. A run's seconds are its steps times that. Results go to out/race/NAME: results.json,
@@ -72,12 +72,13 @@ COMMON = ("dataset", "data_dir", "block_size", "vocab_size", "eval_interval", "d
           "overwrite")
 # The code that a run's numbers follow from, in addition to the file that was run, which may bring
 # blocks of its own
-CODE = ("model.py", "train.py", "nanodva/optimizers.py", "nanodva/machine.py",
-        "nanodva/weights.py", "nanodva/settings.py", "tools/race.py")
+CODE = ("model.py", "train.py", "tools/race.py", "nanodva/*.py")
 # A sweep ends with so many rates, even if the best is still at an end
 MOST_RATES = 10
 # With --minutes, runs of fewer steps would show nothing
 LEAST_STEPS = 100
+# With --minutes, so many tokens of each half are evaluated
+EVALUATED = 2**14
 # The time to evaluate a token as a share of the time to train on it: a third, and a little more
 EVALUATION = 0.4
 
@@ -111,8 +112,6 @@ class RaceConfig(TrainConfig):
             for name in split(getattr(self, setting)):
                 if name not in names:
                     fail(f"{setting}: {name!r} is none of the contenders {', '.join(names)}")
-        if len(split(self.highlight)) > len(COLOURS):
-            fail(f"highlight={self.highlight!r}: four at most")
         self.name = self.name or f"{self.dataset}-{self.match}"
         self.highlight = self.highlight or ",".join(names[:len(COLOURS)])
 
@@ -135,16 +134,16 @@ def read_rates(name, text):
 
 # ---- who runs, and on what ---------------------------------------------------------------------
 
-def halve(data, block_size):
+def halve(data, block_size, most):
     """
-    data of open_data() with the first half of the validation split, which chooses learning
-    rates, as "val", and the second, which is reported, as "test".
+    data of open_data() with the first half of the validation split, which chooses learning rates,
+    as "val", and the second, which is reported, as "test": `most` tokens of each, or all.
     """
     half = len(data["val"]) // 2
     if half <= block_size:
         fail(f"half of the validation split holds {half} tokens, and block_size={block_size} needs "
              f"at least {block_size + 1}: use a smaller --block_size or more text")
-    return data | {"val": data["val"][:half], "test": data["val"][half:]}
+    return data | {"val": data["val"][:half][:most], "test": data["val"][half:][:most]}
 
 
 def conditions_of(race, data, device):
@@ -153,7 +152,7 @@ def conditions_of(race, data, device):
     tokenizer = Tokenizer(meta["tokenizer"])
     # End-of-text is a token, and no text. Characters have none.
     text = tokenizer.decode([i for i in ids.tolist() if i != tokenizer.end_of_text])
-    files = [ROOT / name for name in CODE]
+    files = [file for pattern in CODE for file in sorted(ROOT.glob(pattern))]
     if hasattr(sys.modules["__main__"], "__file__"):
         files.append(Path(sys.modules["__main__"].__file__))
     code = b"".join(file.read_bytes() for file in files)
@@ -163,18 +162,18 @@ def conditions_of(race, data, device):
             "code": hashlib.sha256(code).hexdigest()[:12]}
 
 
-def enter(race, given, meta, conditions, device):
+def enter(race, given, data, conditions, device):
     """
     {contender: TrainConfig}, from what the user gave. out_dir is the folder of its runs. dtype and
     compile, where they are auto, are decided by the first contender for all, so that none of them
     is compiled alone. Raises UserError for a contender that cannot run.
     """
     digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:10]
-    settings = {"vocab_size": table_rows(meta)} | given | {
+    settings = {"vocab_size": table_rows(data["meta"])} | given | {
         "overwrite": True, "out_dir": str(RUNS / digest), "eval_train": False,
         "log_interval": 100, "always_save_checkpoint": False,
-        # More batches than a split has, so that all of its windows are evaluated
-        "eval_iters": meta["tokens"]["val"]}
+        # As many batches as a half has tokens: all of its windows are evaluated
+        "eval_iters": len(data["test"])}
     names = race.contenders.split(",")
     first = contender(names[0], settings)
     with torch.device("meta"):
@@ -250,8 +249,8 @@ def seconds_of(runs, times):
     """The time to expect of runs [(contender, TrainConfig)], one after the other."""
     seconds = 0.0
     for name, cfg in runs:
-        # Both halves of the validation split have eval_iters tokens together
-        steps_for_one = EVALUATION * cfg.eval_iters / batch_tokens(cfg)
+        # Each half of the validation split has eval_iters tokens
+        steps_for_one = EVALUATION * 2 * cfg.eval_iters / batch_tokens(cfg)
         steps = cfg.max_iters + (cfg.max_iters // cfg.eval_interval + 1) * steps_for_one
         seconds += steps * statistics.median(times[name]) / 1e3
     return seconds
@@ -298,7 +297,7 @@ def carry_out(run):
         compile_or_fail()
         saved, broken = folder / "last.pt", None
         checkpoint = load_checkpoint(saved) if saved.exists() else None
-        data = halve(open_data(run), run.block_size)
+        data = halve(open_data(run), run.block_size, run.eval_iters)
         try:
             done = train.train(run, pick_device(run.device), stop, checkpoint, data=data)
             if done["stopped"]:
@@ -337,11 +336,8 @@ def sweep(cfg, name, rates, fixed, extend):
         best = losses.index(min(losses))
         if not extend or len(rates) >= MOST_RATES or 0 < best < len(rates) - 1:
             return runs, runs[best]
-        if best == 0:
-            beyond = rates[0] * rates[0] / rates[1]
-        else:
-            beyond = rates[-1] * rates[-1] / rates[-2]
-        rates = sorted([*rates, float(f"{beyond:.3g}")])
+        end, inner = (rates[0], rates[1]) if best == 0 else (rates[-1], rates[-2])
+        rates = sorted([*rates, float(f"{end * end / inner:.3g}")])
 
 
 def tune(name, cfg, race):
@@ -528,20 +524,15 @@ def claim_folder(folder, description, overwrite):
     What race.json in the folder holds about this race if it was begun before; `description` tells
     which race it is. Raises UserError where the folder holds another one, unless that may go.
     """
-    files = [folder / name for name in ("race.json", "results.json", "table.md", "race.svg")]
-    if any(file.exists() for file in files):
-        kept = json.loads(files[0].read_bytes()) if files[0].exists() else {"description": {}}
-        theirs = kept["description"]
-        different = [name for name in description | theirs
-                     if description.get(name) != theirs.get(name)]
-        if not different:
-            return kept
-        if not overwrite:
-            fail(f"{folder} holds another race, which differs in {', '.join(different)}: keep both "
-                 f"with another --name=, or let this one take its place with --overwrite=True")
-    for file in files:
-        file.unlink(missing_ok=True)
-    return {"description": description}
+    path, new = folder / "race.json", {"description": description}
+    kept = json.loads(path.read_bytes()) if path.exists() else new
+    theirs = kept["description"]
+    different = [name for name in description | theirs
+                 if description.get(name) != theirs.get(name)]
+    if different and not overwrite:
+        fail(f"{folder} holds another race, which differs in {', '.join(different)}: keep both "
+             f"with another --name=, or let this one take its place with --overwrite=True")
+    return new if different else kept
 
 
 def write_json(value, path):
@@ -566,9 +557,10 @@ def main(argv=None):
     given = read_settings(RaceConfig, argv, without=DECIDED)
     race = build(RaceConfig, given)
     device = pick_device(race.device)
-    data = halve(open_data(race), race.block_size)
+    data = open_data(race)
+    data = halve(data, race.block_size, EVALUATED if race.minutes else len(data["val"]))
     conditions = conditions_of(race, data, device)
-    contenders = enter(race, given, data["meta"], conditions, device)
+    contenders = enter(race, given, data, conditions, device)
     rules = {name: getattr(race, name) for name in
              ("contenders", "match", "minutes", "seeds", "seed", "lrs", "bank_lrs", "rounds")}
     description = rules | conditions | {name: asdict(cfg) for name, cfg in contenders.items()}

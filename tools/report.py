@@ -148,9 +148,10 @@ def table(results):
         f"{conditions['torch']}, nanoDVA {results['commit']}.\n",
         f"Where rates were not given, seed {rules['seed']} chose them, by its loss on the first "
         f"half of the validation split. \"Not bracketed\": this race has not tried a worse rate on "
-        f"each side. Losses are those of {rules['seeds']} other seeds on the second half: mean ± "
-        f"standard deviation. Differences are taken seed by seed; in brackets stands the 95 % "
-        f"interval of their mean, by Student's t, each for itself.\n",
+        f"each side. Losses are those of {rules['seeds']} other seeds on "
+        f"{conditions['reported']['tokens']:,} tokens of the second half: mean ± standard "
+        f"deviation. Differences are taken seed by seed; in brackets stands the 95 % interval of "
+        f"their mean, by Student's t, each for itself.\n",
         markdown([table_row(name, results) for name in facts]),
         "The sweeps: loss on the first half, by learning rate (x bank_lr).\n"]
     if len(batches) > 1:
