@@ -181,6 +181,8 @@ def test_plain_safetensors_of_any_block(tmp_path, block, banks):
     assert torch.equal(back(idx, targets=idx)[0], model(idx, targets=idx)[0])
     there, here = (read_weights(str(tmp_path / name)) for name in ("plain", "out"))
     assert there["tokenizer"] == here["tokenizer"]
+    # Whoever may read one of the files may read all
+    assert len({path.stat().st_mode for path in (tmp_path / "plain").iterdir()}) == 1
 
 
 def test_what_the_user_gets_wrong_is_one_line(tmp_path, monkeypatch):

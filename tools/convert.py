@@ -113,6 +113,8 @@ def main(argv=None):
         state = {name: p.contiguous() for name, p in state.items()}
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(settings, indent=1))
+        # safetensors 0.8 writes a file that only its owner can read
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
     except OSError as error:
         fail(f"dest={cfg.dest!r} cannot be written: {error.strerror or error}")
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
