@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
+from model import Attention, BankOfValues, RMSNorm
 from nanodva.errors import UserError, fail
 
 # torchrun tells each process its number and how many there are
@@ -149,6 +151,53 @@ def process_group(device, backend="auto"):
         sys.stderr.flush()
         os._exit(1)
     dist.destroy_process_group()
+
+
+def training_memory(model, cfg, device):
+    """
+    About how many bytes a training step takes at its peak, by arithmetic: for the models of
+    BLOCKS 0.80 to 1.17 of what their tensors take when they are counted. cfg is the run's
+    TrainConfig with its dtype decided; the model may be on the meta device.
+    """
+    N, V, C = cfg.batch_size * cfg.block_size, cfg.vocab_size, cfg.n_embd
+    half = cfg.dtype != "float32"
+    width = 2 if half else 4
+    # Weights and gradients, AdamW's two averages, and under autocast a copy of the weights
+    held = (4 + 4 + 8 + 2 * half) * model.num_params()
+    # Kept for the backward pass, for each token. A Linear keeps what it reads, and what it writes
+    # is kept by what comes next. In float32 those that read the same share it, which makes up for
+    # what RMSNorm keeps; under autocast each has a copy of its own.
+    kept = 0
+    for module in model.transformer.h.modules():
+        if isinstance(module, nn.Linear):
+            kept += width * (module.in_features + module.out_features)
+        elif isinstance(module, nn.LayerNorm):
+            kept += (4 - width) * C                                    # of the stream, in float32
+        elif isinstance(module, RMSNorm) and half:
+            kept += 3 * width * module.weight.numel()
+        elif isinstance(module, BankOfValues):
+            kept += 4 * module.table.size(1)
+        elif isinstance(module, Attention):
+            # attend() keeps a (T, T) matrix, on a CPU half of it, where no fused kernel is used
+            equal = module.multiplications_per_pair == 2 * module.c_proj.in_features
+            if not (equal and cfg.block_size > 256 or half and device.type == "cuda"):
+                share = 0.5 if device.type == "cpu" else 1
+                kept += (4 + 2 * half) * module.n_head * cfg.block_size * share
+    # The loss: all logits four times, or those of 512 rows and the gradients by x and the head
+    logits = 16 * N * V
+    if V >= 8 * C:
+        logits = 8 * 512 * V + 4 * N * C + (4 + 4 * half) * V * C
+    return int(held + N * kept + logits)
+
+
+def memory_of(device):
+    """The bytes of memory of a GPU, or of this machine; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 @contextlib.contextmanager

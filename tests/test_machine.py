@@ -4,6 +4,7 @@ import itertools
 import shutil
 import signal
 import sysconfig
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 from conftest import KINDS, command_line, ending_of, refused, runs_differ, shaken, tiny, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import sample
 from model import Cache, attend, attend_in_pieces, explicit_attention
@@ -19,6 +22,8 @@ from nanodva.checkpoints import load_checkpoint
 from nanodva.errors import UserError
 from nanodva.machine import Stop
 from nanodva.optimizers import build_optimizers, set_learning_rate
+from nanodva.weights import build_model
+from tools.bench import contender, training_step
 from train import TrainConfig
 
 CPU = torch.device("cpu")
@@ -202,6 +207,51 @@ def test_a_gpu_gets_the_value_in_pieces_where_they_fit(monkeypatch, shape, dtype
         q, k, v = (torch.empty(2, H, length, width, dtype=dtype, device="cuda")
                    for length, width in ((T, D), (S, D), (S, M)))
     assert attend(q, k, v, dropout) == chosen
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+class CountedTensors(TorchDispatchMode):
+    """A with block that counts the bytes of the tensors made in it, at the peak of those alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.alive, self.peak = weakref.WeakSet(), 0, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **options or {})
+        tree_map_only(torch.Tensor, lambda tensor: self.count(tensor.untyped_storage()), result)
+        return result
+
+    def count(self, storage):
+        if storage not in self.seen:
+            self.seen.add(storage)
+            weakref.finalize(storage, self.forget, storage.nbytes())
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+
+    def forget(self, size):
+        self.alive -= size
+
+
+@each_device
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [
+    "gpt2", "dva+bank", "gpt2+bank:rotary=True", "dva:value_dim=192", "dva:vocab_size=65",
+    "dva:n_layer=2:n_embd=128:vocab_size=8000"])
+def test_a_steps_memory_is_about_what_is_said(name, dtype, kind):
+    cfg = contender(f"{kind}:dtype={dtype}:compile=False", dict(
+        n_layer=3, n_head=4, n_embd=96, block_size=128, vocab_size=2000, batch_size=8,
+        gradient_accumulation_steps=2))
+    device = torch.device(name)
+    with CountedTensors() as counted:
+        step = training_step(cfg, device)
+        step()
+        step()
+    with torch.device("meta"):
+        said = machine.training_memory(build_model(cfg), cfg, device)
+    assert 0.75 < said / counted.peak < 1.25
+    assert said < machine.memory_of(device)
 
 
 # ---- what is chosen ------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ from nanodva.machine import DTYPES, autocast, pick_device
 from nanodva.optimizers import build_optimizers
 from nanodva.settings import build, change, check, read_settings
 from nanodva.weights import build_model
+from tools.report import markdown
 from train import TrainConfig
 
 # The settings that a contender has from this tool, unless it names its own
@@ -464,15 +465,6 @@ PARTS = {"train": bench_training, "profile": bench_profile, "attention": bench_a
 
 # ---- what is printed and written ---------------------------------------------------------------
 
-def markdown(rows):
-    """A table in Markdown of rows {heading: value}, without the lists among the values."""
-    headings = [name for name, value in rows[0].items() if not isinstance(value, list)]
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    for row in rows:
-        lines.append("| " + " | ".join(readable(row[name]) for name in headings) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def readable(value):
     """A value as text: a number with four digits or more, and commas between thousands."""
     if isinstance(value, float) and abs(value) < 1000:
@@ -535,7 +527,8 @@ def main(argv=None):
         report["parts"].append({"part": part, "settings": asdict(cfg), "rows": rows})
         for row in PARTS[part](contenders, cfg, device):
             rows.append(row)
-            lines = markdown([row]).splitlines()
+            texts = {name: readable(row[name]) for name in row if name != "steps_ms"}
+            lines = markdown([texts]).splitlines()
             print("\n".join(lines[2:] if len(rows) > 1 else ["", *lines]), flush=True)
             if cfg.json:
                 write_json(report, cfg.json)
