@@ -232,6 +232,12 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     dtype = machine.pick_dtype(cfg.dtype, device, cfg.n_embd)
     is_compiled = machine.pick_compile(cfg.compile, device, flops * batch_tokens * steps)
     cfg = change(cfg, **machine.from_rank_0({"dtype": dtype, "compile": is_compiled}))
+    # Told before the optimizers and the first step take it
+    needed, present = machine.training_memory(model, cfg, device), machine.memory_of(device)
+    if present and needed > present:
+        say(f"warning: a step takes about {needed / 1e9:.1f} GB, and {device} has "
+            f"{present / 1e9:.1f}: lower --batch_size={cfg.batch_size}, and raise "
+            f"--gradient_accumulation_steps as much to train on as many tokens per step")
     optimizers = build_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     measured_on = {"data": meta["sha256"]["val"], "windows": count_windows(data["val"], cfg),
@@ -272,8 +278,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
         metrics.write(json.dumps(header) + "\n")
         say(f"{cfg.block}: {model.num_params() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOPs a "
             f"token, {batch_tokens:,} tokens a step; {device.type}, {cfg.dtype}"
-            f"{', compiled' if cfg.compile else ''}; {cfg.dataset}: {len(data['train']):,} + "
-            f"{len(data['val']):,} tokens")
+            f"{', compiled' if cfg.compile else ''}, about {needed / 1e6:,.0f} MB; {cfg.dataset}: "
+            f"{len(data['train']):,} + {len(data['val']):,} tokens")
 
         def snapshot():
             return {"format": checkpoints.FORMAT, "step": step, "model": model.state_dict(),

@@ -1,6 +1,7 @@
 """Every device of this machine computes what float32 on a CPU computes; and what is chosen."""
 import importlib.util
 import itertools
+import re
 import shutil
 import signal
 import sysconfig
@@ -252,6 +253,15 @@ def test_a_steps_memory_is_about_what_is_said(name, dtype, kind):
         said = machine.training_memory(build_model(cfg), cfg, device)
     assert 0.75 < said / counted.peak < 1.25
     assert said < machine.memory_of(device)
+
+
+@pytest.mark.parametrize("present, warned", [(2**20, True), (2**40, False), (None, False)])
+def test_a_run_warns_where_a_step_takes_more_memory_than_there_is(run, monkeypatch, present,
+                                                                  warned):
+    monkeypatch.setattr(machine, "memory_of", lambda device: present)
+    status, printed = run(max_iters=1, batch_size=40, device="cpu", dtype="float32")
+    assert status == 0 and ("lower --batch_size=40" in printed) == warned
+    assert re.search(r"float32, about \d MB;", printed)
 
 
 # ---- what is chosen ------------------------------------------------------------------------------
