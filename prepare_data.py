@@ -34,6 +34,7 @@ from nanodva.errors import fail, replacing, run_script
 import numpy as np
 
 from nanodva.dataset import SPLITS, adopt, read_meta, write_meta
+from nanodva.huggingface import read_tokenizer
 from nanodva.readers import (
     END_LINE,
     PIECE,
@@ -64,7 +65,7 @@ FEW = 10_000
 class PrepareConfig:
     name: str = ""             # a built-in data set, or a name of your own (the first argument)
     input: str = ""            # files, folders, globs, or hf:REPO[:CONFIGURATION][@REVISION]
-    tokenizer: str = ""        # char, gpt2 or gpt2:N; by default char where NAME ends in _char
+    tokenizer: str = ""        # char, gpt2, gpt2:N, or a GPT-2's folder; default: char for *_char
     column: str = "text"       # the one that holds the text in .csv, .tsv, .json(l), .parquet
     separator: str = ""        # stands between documents of a .txt; default: <|endoftext|> lines
     encoding: str = ""         # of text files; by default UTF-8, or what a byte-order mark says
@@ -94,8 +95,14 @@ class PrepareConfig:
             self.input = OPENWEBTEXT
         if not (self.name in BUILT_IN or self.input or self.check or self.adopt):
             fail(f"name={self.name!r}: {sets}")
-        if self.tokenizer != "char" and bpe_size(self.tokenizer) == bpe_size("gpt2"):
-            self.tokenizer = "gpt2"
+        self.spec = {"kind": self.tokenizer}
+        if os.path.isdir(self.tokenizer) and self.tokenizer not in ("char", "gpt2"):
+            self.spec = read_tokenizer(Path(self.tokenizer))
+            if self.spec is None:
+                fail(f"tokenizer={self.tokenizer!r}: this folder has neither tokenizer.json nor "
+                     "vocab.json, the files of a GPT-2's tokenizer")
+        elif self.tokenizer != "char" and bpe_size(self.tokenizer) == bpe_size("gpt2"):
+            self.spec = {"kind": "gpt2"}
         if not 0 < self.val_fraction < 1:
             fail(f"val_fraction={self.val_fraction}: it must lie between 0 and 1")
         check(self, least={"max_tokens": 0, "num_proc": 1})
@@ -116,7 +123,7 @@ def measure(source, config, watch):
     """
     length, alphabet, is_separated, before = 0, set(), False, ""
     is_char, left = config.tokenizer == "char", config.max_tokens or math.inf
-    tokenizer = Tokenizer({"kind": config.tokenizer}) if left < math.inf and not is_char else None
+    tokenizer = Tokenizer(config.spec) if left < math.inf and not is_char else None
     with open_text(source, config, watch) as file:
         for text in whole_words(characters(file, left if is_char else math.inf)):
             is_separated = is_separated or END_LINE in before + text
@@ -211,9 +218,9 @@ def prepare(config, folder, partial):
         # So is every text for its characters: their ids follow from the whole alphabet.
         if is_char and not is_single:
             alphabet = find_alphabet(read(), config.max_tokens)
-        spec = {"kind": "char", "alphabet": "".join(sorted(alphabet))} if is_char else \
-            {"kind": config.tokenizer}
-        tokenizer = Tokenizer(spec)
+        if is_char:
+            config.spec["alphabet"] = "".join(sorted(alphabet))
+        tokenizer = Tokenizer(config.spec)
         # Each document ends with end-of-text; a single text, and characters, know no such token.
         has_end = tokenizer.end_of_text is not None and not is_single
         end = np.array([tokenizer.end_of_text] if has_end else [], dtype=np.uint32)

@@ -7,7 +7,6 @@ import json
 import math
 from pathlib import Path
 
-from nanodva.checkpoints import load_file
 from nanodva.errors import UserError, fail
 from nanodva.tokenizer import END_OF_TEXT
 
@@ -85,13 +84,16 @@ def read_folder(folder):
               "n_embd": theirs.get("n_embd"), "block_size": theirs.get("n_positions"),
               "vocab_size": rows, "bias": True,
               "gelu": "exact" if theirs.get("activation_function") == "gelu" else "tanh"}
-    spec = theirs.get("nanodva_tokenizer") or read_tokenizer(folder, theirs.get("eos_token_id"))
+    spec = theirs.get("nanodva_tokenizer") or read_tokenizer(folder)
     return {"model": weights, "model_config": config, "tokenizer": spec}
 
 
 def read_state(folder):
     """The state dict in a folder, where it may be cut into several files with an index."""
     from safetensors.torch import load_file as load_safetensors
+
+    # prepare_data.py wants the tokenizers of this module, and needs no torch
+    from nanodva.checkpoints import load_file
     for name, load in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_file)):
         index, files = folder / f"{name}.index.json", [name]
         if index.exists():
@@ -103,11 +105,10 @@ def read_state(folder):
 
 # ---- the tokenizer ------------------------------------------------------------------------------
 
-def read_tokenizer(folder, end=None):
+def read_tokenizer(folder):
     """
     The spec, for Tokenizer, of the tokenizer in a folder, or None where the folder has none. Its
-    tokens may be others than GPT-2's. `end` is the id that ends a text, where it is not that of
-    <|endoftext|>. Raises UserError for a tokenizer that does not work as GPT-2's does.
+    tokens may be others than GPT-2's. Raises UserError for one that does not work as GPT-2's does.
     """
     try:
         if (folder / "tokenizer.json").exists():
@@ -127,7 +128,10 @@ def read_tokenizer(folder, end=None):
             as_gpt2 = not settings.get("add_prefix_space")
         else:
             return None
-        end = ids.get(END_OF_TEXT, end)
+        end = ids.get(END_OF_TEXT)
+        if end is None and (folder / "config.json").exists():
+            # Some call it </s>
+            end = json.loads((folder / "config.json").read_bytes()).get("eos_token_id")
         byte_of = {letter: byte for byte, letter in LETTERS.items()}
         tokens = [bytes(byte_of[letter] for letter in word)
                   for word in sorted(ids, key=ids.get) if ids[word] != end]

@@ -89,7 +89,8 @@ def bpe_size(kind):
     number = re.fullmatch(r"gpt2:([1-9][0-9]{2,4})", str(kind))
     size = 50257 if kind == "gpt2" else int(number[1]) if number else 0
     if not 257 <= size <= 50257:
-        fail(f"tokenizer={kind!r}: choose from char, gpt2, and gpt2:N with N from 257 to 50257")
+        fail(f"tokenizer={kind!r}: choose from char, gpt2, gpt2:N with N from 257 to 50257, or "
+             f"a folder that holds the tokenizer of a GPT-2")
     return size
 
 

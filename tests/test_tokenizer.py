@@ -96,7 +96,7 @@ def test_characters():
 @pytest.mark.parametrize("kind", ["gpt2:256", "gpt2:50258", "gpt2:", "gpt2:x", "gpt2:4e3",
                                   "gpt2:-5", "gpt2:04096", "gpt2:" + "9" * 9999, "gpt3", None])
 def test_an_unknown_kind_is_one_line_that_names_the_kinds(kind):
-    with pytest.raises(UserError, match="char, gpt2, and gpt2:N with N from 257 to 50257"):
+    with pytest.raises(UserError, match="char, gpt2, gpt2:N with N from 257 to 50257"):
         Tokenizer({"kind": kind})
 
 

@@ -18,6 +18,7 @@ import train
 from model import GPT, ModelConfig, generate
 from nanodva.checkpoints import FORMAT, load_checkpoint
 from nanodva.weights import OPENAI, load_model, read_weights
+from tools import convert
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [dict(n_layer=1, n_head=1, n_embd=16, vocab_size=97),
@@ -502,6 +503,31 @@ def test_training_goes_on_with_the_tokens_of_the_weights(tmp_path, data_dir, por
     save_tokenizer(portuguese, tmp_path / "theirs", "tokenizer.json")
     with refused("another tokenizer"):
         train.main([*argv, "--dataset=gpt2"])
+
+
+def test_a_data_set_in_the_tokens_of_a_folder(tmp_path, portuguese, capsys):
+    from transformers import AutoTokenizer
+    text = "A maçã não é do menino. " * 200
+    (tmp_path / "text.txt").write_text(text)
+    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=310).save_pretrained(tmp_path / "theirs")
+    prepare = ["maca", f"--input={tmp_path / 'text.txt'}", f"--tokenizer={tmp_path / 'theirs'}",
+               f"--data_dir={tmp_path}"]
+    with refused("has neither tokenizer.json nor vocab.json"):
+        prepare_data.main(prepare)
+    save_tokenizer(portuguese, tmp_path / "theirs", "tokenizer.json")
+    prepare_data.main(prepare)
+    ids = np.fromfile(tmp_path / "maca" / "train.bin", "uint16").tolist()
+    assert ids == portuguese.encode(text[:int(0.9 * len(text))]).ids
+    # Fine-tune on it, and give the result back
+    train.main(command_line(dict(init_from=tmp_path / "theirs", dataset="maca", data_dir=tmp_path,
+                                 block_size=16, max_iters=1, eval_iters=1, batch_size=2,
+                                 gradient_accumulation_steps=1, device="cpu", dtype="float32",
+                                 out_dir=tmp_path / "out")))
+    convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("Não coração de maçã", "ação\n\n  1999  ßßß 漢 x\x00 \U0001f642"):
+        assert theirs(text)["input_ids"] == portuguese.encode(text).ids
+    assert theirs.eos_token_id == load_model(tmp_path / "hf").tokenizer.end_of_text == 1
 
 
 def test_gpt2_with_another_block_keeps_embeddings_positions_and_final_norm(run, tmp_path, data_dir):
