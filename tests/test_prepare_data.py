@@ -339,7 +339,7 @@ def test_wrong_settings_are_one_line(tmp_path):
     assert "name='my set': use letters, digits, '-', '_' and '.' only" in error_of("my set", text)
     assert "name='../x': use letters" in error_of("../x", text)
     assert "N from 257 to 50257" in error_of("x", text, "--tokenizer=gpt2:100")
-    assert "choose from char, gpt2, and gpt2:N" in error_of("x", text, "--tokenizer=words")
+    assert "choose from char, gpt2, gpt2:N" in error_of("x", text, "--tokenizer=words")
     assert "val_fraction=1.5: it must lie between" in error_of("x", text, "--val_fraction=1.5")
     assert "num_proc=-1" in error_of("x", text, "--num_proc=-1")
     assert "max_tokens=-1" in error_of("x", text, "--max_tokens=-1")
