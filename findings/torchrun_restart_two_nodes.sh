@@ -6,7 +6,8 @@
 # connectFullMesh failed ... Connection refused", in every attempt. The launchers keep one
 # key-value store for the rendezvous and lend it to the processes, so that a new attempt reads the
 # addresses of the processes that are no more. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each
-# attempt has a store of its own, and the job goes on. One launcher (--standalone) needs nothing.
+# attempt has a store of its own, and the job goes on. One launcher (--standalone) has the same
+# weakness, but comes back where the first of its processes is the first to be there again.
 #
 # The script fails if either of the two changes.
 set -eu

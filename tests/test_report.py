@@ -35,8 +35,9 @@ def test_intervals_are_those_of_students_t():
 @pytest.mark.parametrize("freedom", [1, 2, 4, 9, 10])
 def test_the_quantiles_leave_two_and_a_half_percent_above_them(freedom):
     density = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
-    t = np.linspace(0, report.STUDENT[freedom - 1], 200001)
-    area = np.trapezoid(density * (1 + t**2 / freedom) ** (-(freedom + 1) / 2), t)
+    width = report.STUDENT[freedom - 1] / 200_000
+    t = (np.arange(200_000) + 0.5) * width
+    area = width * (density * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)).sum()
     assert area == pytest.approx(0.475, abs=2e-5)
 
 
