@@ -20,24 +20,20 @@ import re
 import shlex
 import shutil
 import sys
-import threading
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 # First of all, since it says in one line which package is missing
-from nanodva.errors import fail, replacing, run_script
+from nanodva.errors import fail, run_script
 
 # isort: split
 import numpy as np
 
-from nanodva.dataset import SPLITS, adopt, read_meta, write_meta
+from nanodva.dataset import FEW, adopt, balance, encode_all, read_meta, write_ids, write_meta
 from nanodva.huggingface import read_tokenizer
 from nanodva.readers import (
     END_LINE,
-    PIECE,
     READERS,
     characters,
     kind_of,
@@ -57,8 +53,6 @@ OPENWEBTEXT = "hf:Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762
 OPENWEBTEXT_TOKENS = 9.1e9
 # The validation split of the plays: a comedy, a history and two tragedies, 9.6 % of the text.
 VAL_PLAYS = ("twelfth-night", "henry-v", "julius-caesar", "macbeth")
-# Up to so many documents the split is looked at when it is done, see balance().
-FEW = 10_000
 
 
 @dataclass
@@ -306,111 +300,6 @@ def partial_folder(folder):
             # A folder that holds a data set by now is not empty, and stays.
             with suppress(OSError):
                 parent.rmdir()
-
-
-# ---- encoding and writing ------------------------------------------------------------------------
-
-def encode_all(documents, spec, num_proc, end):
-    """
-    Yield (ids, split, number of bytes) for each (text, split), in order; the array `end` follows
-    the ids of each. The work is done by threads: tiktoken runs outside Python's global lock.
-    """
-    thread = threading.local()
-
-    def start_thread():
-        # Threads that share a tiktoken Encoding wait for each other: two of them encode 3.5 M
-        # tokens/s, and 8 M with one Encoding each.
-        thread.tokenizer = Tokenizer(spec)
-
-    def encode(batch):
-        return [(np.append(thread.tokenizer.encode_array(text), end), split, len(text.encode()))
-                for text, split in batch]
-
-    with ThreadPoolExecutor(num_proc, initializer=start_thread) as threads:
-        waiting = deque()
-        for batch in batches_of(documents):
-            waiting.append(threads.submit(encode, batch))
-            # Reading stays a little ahead of encoding and no more, which bounds the memory.
-            if len(waiting) > 2 * num_proc:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-
-
-def batches_of(documents):
-    """Lists of documents with about PIECE characters in all."""
-    batch, size = [], 0
-    for text, split in documents:
-        batch.append((text, split))
-        size += len(text)
-        if size >= PIECE:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def write_ids(encoded, folder, dtype, max_tokens):
-    """
-    Write train.bin and val.bin from what encode_all() yields, up to the document that reaches
-    max_tokens. Returns {split: tokens}, {split: bytes of text}, the number of documents, and a list
-    of (split, tokens, bytes) of the first ones.
-    """
-    tokens, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-    count, documents = 0, []
-    with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
-        files = {"train": train, "val": val}
-        for ids, split, size in encoded:
-            files[split].write(ids.astype(dtype))
-            tokens[split] += len(ids)
-            sizes[split] += size
-            count += 1
-            if count <= FEW:
-                documents.append((split, len(ids), size))
-            if sum(tokens.values()) >= max_tokens:
-                break
-    return tokens, sizes, count, documents
-
-
-def balance(partial, dtype, documents, val_fraction, tokenizer, end):
-    """
-    Split a small set anew, where the documents' hashes have left val empty or far from its share.
-
-    `documents` is the list of write_ids(). The documents of the lowest hashes go to val, and of the
-    one that would be too much only its last part. Equal documents are treated alike. Returns the
-    folder of the new .bin files, {split: tokens} and {split: bytes of text}.
-    """
-    import xxhash
-    ids, parts, weights = {}, [], Counter()
-    for split in SPLITS:
-        path = partial / f"{split}.bin"
-        ids[split] = np.memmap(path, dtype, "r") if path.stat().st_size else np.array([], dtype)
-    for split, length, _ in documents:
-        parts.append(ids[split][:length])
-        ids[split] = ids[split][length:]
-    hashes = [xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts]
-    for number, part in zip(hashes, parts, strict=True):
-        weights[number] += len(part)
-    wanted, share = val_fraction * weights.total(), {}
-    for number in sorted(weights):
-        share[number] = min(1, wanted / weights[number])
-        wanted -= share[number] * weights[number]
-
-    folder = partial / "balanced"
-    folder.mkdir()
-    tokens, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-    with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
-        for part, number, (_, length, size) in zip(parts, hashes, documents, strict=True):
-            cut = length - round(share[number] * length)
-            head, tail, head_size = part[:cut], part[cut:], size if cut == length else 0
-            if 0 < cut < length:
-                head_size = len(tokenizer.decode(head.tolist()))
-                head = np.append(head, end)
-            for split, file, found, found_size in [("train", train, head, head_size),
-                                                   ("val", val, tail, size - head_size)]:
-                file.write(found.astype(dtype))
-                tokens[split] += len(found)
-                sizes[split] += found_size
-    return folder, tokens, sizes
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -243,14 +243,14 @@ def test_characters_keep_what_separates_documents(tmp_path):
     assert sum(read_meta(folder)["tokens"].values()) == 20 * len("a\n<|endoftext|>\n")
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 10, 30])
-@pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
+@pytest.mark.parametrize("count", [1, 3, 5, 10])
+@pytest.mark.parametrize("tokenizer", ["gpt2:300", "char"])
 def test_few_documents_get_the_share_that_was_asked_for(tmp_path, count, tokenizer):
     words = PLAY.read_text().split()
     rows = [{"text": " ".join(words[i * 99:i * 99 + 60 + i])} for i in range(count)]
-    for seed in range(5):
+    for seed in range(3):
         (tmp_path / "a.json").write_text(json.dumps([{"text": f"{seed} {row['text']}"}
-                                                     for row in rows]))
+                                                     for row in rows] + [{"text": None}]))
         folder = prepare(tmp_path, "x", f"--input={tmp_path / 'a.json'}",
                          f"--tokenizer={tokenizer}")
         meta = read_meta(folder, deep=True)
