@@ -442,8 +442,10 @@ def run_all(contenders, race, times, stop, deadline):
     try:
         while not stop.signal:
             known, later = missing_runs(contenders, race)
-            left = taken / expected * seconds_of([*known.values(), *later], times) / race.jobs
-            if time.time() + left > deadline and not later and race.seeds > 2:
+            now = time.perf_counter()
+            left = taken / expected * seconds_of([*known.values(), *later], times)
+            left = (left - sum(now - begun for _, _, begun in under_way.values())) / race.jobs
+            if news and time.time() + left > deadline and not later and race.seeds > 2:
                 race.seeds -= 1
                 continue
             if race.seeds < seeds:
@@ -479,8 +481,9 @@ def run_all(contenders, race, times, stop, deadline):
                 taken += time.perf_counter() - begun
                 expected += seconds_of([(name, run)], times)
                 passed = tqdm.format_interval(time.perf_counter() - start)
-                news = (f"{passed}  {name}, learning rate {run.learning_rate:g}, seed {run.seed}: "
-                        f"{final_loss(run):.4f} on the first half")
+                bank = f" x {run.bank_lr:g}" if run.bank_layers else ""
+                news = (f"{passed}  {name}, learning rate {run.learning_rate:g}{bank}, seed "
+                        f"{run.seed}: {final_loss(run):.4f} on the first half")
     except (EOFError, ConnectionError):
         if not stop.signal:
             fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
