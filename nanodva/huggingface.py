@@ -32,7 +32,6 @@ LETTERS = dict(zip(VISIBLE + INVISIBLE, map(chr, VISIBLE + [*range(256, 324)]), 
 
 def download(repository):
     """The folder in the hub's cache that holds a repository's config.json and weights."""
-    # datasets brings huggingface_hub along
     from huggingface_hub import constants, hf_hub_download
     try:
         paths = [hf_hub_download(repository, name) for name in ("config.json", "model.safetensors")]
@@ -74,7 +73,8 @@ def read_folder(folder):
         is_conv1d = name.startswith("transformer.h.") and p.dim() == 2
         weights[name] = p.T if is_conv1d else p
     rows = theirs.get("vocab_size")
-    if rows == PADDED:
+    spec = theirs.get("nanodva_tokenizer") or read_tokenizer(folder, rows)
+    if rows == PADDED and spec in (None, {"kind": "gpt2"}):
         # Padded rows are no tokens, and would take part in the softmax
         rows = TOKENS
         for name in ("transformer.wte.weight", "lm_head.weight"):
@@ -84,7 +84,6 @@ def read_folder(folder):
               "n_embd": theirs.get("n_embd"), "block_size": theirs.get("n_positions"),
               "vocab_size": rows, "bias": True,
               "gelu": "exact" if theirs.get("activation_function") == "gelu" else "tanh"}
-    spec = theirs.get("nanodva_tokenizer") or read_tokenizer(folder)
     return {"model": weights, "model_config": config, "tokenizer": spec}
 
 
@@ -105,10 +104,11 @@ def read_state(folder):
 
 # ---- the tokenizer ------------------------------------------------------------------------------
 
-def read_tokenizer(folder):
+def read_tokenizer(folder, rows=None):
     """
     The spec, for Tokenizer, of the tokenizer in a folder, or None where the folder has none. Its
-    tokens may be others than GPT-2's. Raises UserError for one that does not work as GPT-2's does.
+    tokens may be others than GPT-2's. Raises UserError for one that does not work as GPT-2's does,
+    and for one of more tokens than the weights have rows, if that is given.
     """
     try:
         if (folder / "tokenizer.json").exists():
@@ -128,6 +128,8 @@ def read_tokenizer(folder):
             as_gpt2 = not settings.get("add_prefix_space")
         else:
             return None
+        if len(ids) > (rows or math.inf):
+            raise ValueError(f"{len(ids)} tokens, and the weights have {rows}")
         end = ids.get(END_OF_TEXT)
         if end is None and (folder / "config.json").exists():
             # Some call it </s>

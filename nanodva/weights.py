@@ -22,6 +22,8 @@ from nanodva.settings import build, coerce
 from nanodva.tokenizer import Tokenizer
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
 def load_model(source, **changes):
     """
     The GPT, in evaluation mode, whose weights `source` names, see read_weights. Its attribute
@@ -161,7 +163,8 @@ def config_of(state, settings):
     unknown = ", ".join(settings.keys() - kinds.keys())
     if unknown:
         fail(f"unknown settings, as of another version: {unknown}")
-    settings = {name: coerce(name, value, kinds[name], "") for name, value in settings.items()}
+    settings = {name: coerce(name, value, kinds[name], "in them")
+                for name, value in settings.items()}
     config = build(ModelConfig, settings | {"dropout": 0.0})
     # On the meta device a model takes neither time nor memory
     with torch.device("meta"):

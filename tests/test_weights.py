@@ -253,6 +253,20 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, portuguese, change):
         load_model(tmp_path)
 
 
+def test_a_tokenizer_that_is_not_that_of_the_weights_is_refused(tmp_path, portuguese):
+    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=309).save_pretrained(tmp_path)
+    save_tokenizer(portuguese, tmp_path, "tokenizer.json")
+    with refused(f"tokenizer in {tmp_path}", "310 tokens, and the weights have 309"):
+        load_model(tmp_path)
+
+
+def test_all_rows_are_kept_where_they_are_tokens(tmp_path, portuguese):
+    """The number 50304 alone does not say that some of them are padding."""
+    oracle(n_layer=1, n_head=1, n_embd=4, vocab_size=50304).save_pretrained(tmp_path)
+    save_tokenizer(portuguese, tmp_path, "tokenizer.json")
+    assert load_model(tmp_path).config.vocab_size == 50304
+
+
 def test_a_row_for_an_added_token_is_never_drawn(tmp_path, capsys):
     """As after transformers' resize_token_embeddings(50258)."""
     theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50258)
