@@ -127,6 +127,11 @@ def test_models_that_no_page_can_hold(write, tmp_path, characters, monkeypatch):
     save_run(tmp_path / "large", model, characters)
     with refused("h.0.attn.c_q.weight", "65504"):
         write(tmp_path / "large")
+    # A tokenizer that was trained elsewhere may have its special tokens first
+    spec = Tokenizer({"kind": "gpt2:300"}).spec | {"kind": "bpe", "end_of_text": 0}
+    save_run(tmp_path / "first", build(vocab_size=300), Tokenizer(spec))
+    with refused("to be the last token", "it is number 0"):
+        write(tmp_path / "first")
     monkeypatch.setattr(tool, "MOST_PARAMETERS", model.num_params() - 1)
     with refused("0.0 M", "sample.py"):
         write(tmp_path / "large")

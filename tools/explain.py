@@ -115,7 +115,7 @@ def print_givers(model, ids, tokenizer):
 
 def load(source, cfg):
     """(model, tokenizer, data set's name) of what read_weights takes, if a page can hold it."""
-    weights = read_weights(source)
+    weights = read_weights(Path(source))
     model = build_model(ModelConfig(**weights["model_config"]), weights).eval().float()
     if model.config.block not in BLOCKS_OF_THE_PAGE:
         fail(f"block={model.config.block!r}: the page can run {' and '.join(BLOCKS_OF_THE_PAGE)}; "
@@ -131,6 +131,9 @@ def load(source, cfg):
                 fail(f"{source}: {name} has numbers above 65504, too large for 16 bits: has its "
                      f"training diverged? Train with a lower learning rate")
     tokenizer = find_tokenizer(weights, cfg)
+    if tokenizer.end_of_text not in (None, tokenizer.vocab_size - 1):
+        fail(f"{source}: the page expects <|endoftext|> to be the last token, as GPT-2 has it, and "
+             f"here it is number {tokenizer.end_of_text}")
     return model, tokenizer, cfg.dataset or weights["dataset"] or ""
 
 
