@@ -226,7 +226,8 @@ class Browser:
 
     def press(self, key, text=""):
         """Press a key; one that writes something says what."""
-        number = {"Tab": 9, "Enter": 13, "Backspace": 8, "ArrowLeft": 37, "Home": 36}.get(key, 0)
+        number = {"Tab": 9, "Enter": 13, "Backspace": 8, "Home": 36, "ArrowLeft": 37,
+                  "ArrowDown": 40}.get(key, 0)
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
                       windowsVirtualKeyCode=number, text=text if kind == "keyDown" else "")
@@ -476,7 +477,11 @@ def test_typing_and_continuing_by_key(browser, write, runs, characters):
                          ".querySelector('bdi').textContent") == "t"
     came = chances(model, ids[:-1])[ids[-1]].item()
     assert expected_in(browser)["t"] == pytest.approx(came, abs=0.06)
-    # Another token, and the difference of two
+    # The next token in the list by key, a third by click, and the difference of two
+    browser.value("$('expected').querySelector('input').focus()")
+    browser.press("ArrowDown")
+    assert browser.text("#wanted") == browser.text("#expected label:nth-child(2) bdi")
+    assert browser.value("document.activeElement.checked")
     browser.click("#expected label:nth-child(3) input")
     browser.until(QUIET)
     browser.choose("against", str(ids[-1]))
@@ -494,6 +499,7 @@ def test_typing_and_continuing_by_key(browser, write, runs, characters):
     browser.choose("temperature", "0")
     browser.press("Tab")
     browser.press("Enter", "\r")
+    assert browser.value("document.activeElement.id") == "go"
     written = browser.value("document.getElementById('text').value")
     expected = generate(model, torch.tensor([ids]), 200, temperature=0)[0].tolist()
     assert written == characters.decode(expected).decode()

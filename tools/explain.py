@@ -67,8 +67,7 @@ def hold(model):
 
     def multiplied(module, given, out):
         # RMSNorm and GELU multiply each channel by a number, which is held
-        x = given[0]
-        return x * torch.where(x == 0, 0, out / x).detach()
+        return given[0] * torch.where(given[0] == 0, 0, out / given[0]).detach()
 
     def values_only(module, given, out):
         C = given[0].size(-1)
@@ -90,8 +89,8 @@ def parts_of(model, ids, token):
     """
     put_in = hold(model)
     logit = model(torch.tensor([ids]))[0][0, -1, token]
-    gradients = torch.autograd.grad(logit, put_in)
-    parts = [(x * g)[0].sum(dim=-1) for x, g in zip(put_in, gradients, strict=True)]
+    gradients = zip(put_in, torch.autograd.grad(logit, put_in), strict=True)
+    parts = [(x * gradient)[0].sum(dim=-1) for x, gradient in gradients]
     return sum(parts).detach(), logit.item()
 
 
@@ -187,11 +186,10 @@ def main(argv=None):
     data = {"models": [stored(name, model, of, ids) for name, (model, _, of) in runs.items()],
             "kind": tokenizer.spec["kind"], "tokens": tokens, "size": tokenizer.vocab_size,
             "start": start, "write": added, "temperature": cfg.temperature, "seed": cfg.seed,
-            "note": cfg.note, "passage": passage(dataset, min(256, window), cfg)}
+            "foot": cfg.note, "passage": passage(dataset, min(256, window), cfg)}
     # No text in the data can end the script element that holds it
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    folder = cfg.out_dir if Path(cfg.out_dir).is_dir() else "."
-    dest = Path(cfg.dest or Path(folder, "explain.html"))
+    dest = Path(cfg.dest or Path(cfg.out_dir if Path(cfg.out_dir).is_dir() else "", "explain.html"))
     with replacing(dest) as file:
         template = Path(__file__).with_suffix(".html").read_bytes()
         file.write(template.replace(b"{{DATA}}", text.encode()))
