@@ -65,7 +65,7 @@ def results_of(facts, against=()):
     conditions = {"dataset": "tiny", "tokens": {"train": 9, "val": 10}, "machine": "abacus",
                   "bytes": {"train": 9, "val": 30}, "sha256": {"train": "0123456789abcdef"},
                   "torch": "2", "reported": {"tokens": 5, "bytes": 10}}
-    rules = {"seeds": 2, "seed": 7, "match": "tokens", "sweep_share": 0.25}
+    rules = {"seeds": 2, "seed": 7, "match": "tokens"}
     return {"name": "by hand", "rules": rules, "threads": 1, "conditions": conditions,
             "commit": "c0ffee", "contenders": facts,
             "figures": report.figures_of(facts, against)}
