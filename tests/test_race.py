@@ -177,7 +177,7 @@ def test_what_is_still_to_do_is_told_first_and_never_grows_unannounced(argv, her
     race.main(argv(lrs="0.0001,0.0002", seeds=3))
     lines = capsys.readouterr().out.splitlines()
     assert "pip install matplotlib" in lines[-1]
-    assert lines[0] == "gpt2,dva+bank: timing 2 steps of each"
+    assert lines[0].startswith("a race of gpt2,dva+bank on tiny_char")
     # Twice two rates and three seeds, and two more rates of the bank
     assert lines[1].startswith("the plan: 2 contenders, seeds to report: 3; runs to go: at least "
                                "12, until about")

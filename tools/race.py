@@ -559,6 +559,8 @@ def main(argv=None):
         argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
     given = read_settings(RaceConfig, argv, without=DECIDED)
     race = build(RaceConfig, given)
+    print(f"a race of {race.contenders} on {race.dataset}; its plan follows the timing of steps",
+          flush=True)
     device = pick_device(race.device)
     data = open_data(race)
     data = halve(data, race.block_size, EVALUATED if race.minutes else len(data["val"]))
@@ -572,7 +574,6 @@ def main(argv=None):
     with only_writer(folder, patience=10):
         kept = claim_folder(folder, description, race.overwrite)
         if "before" not in kept:
-            print(f"{race.contenders}: timing {race.rounds} steps of each", flush=True)
             kept["before"] = time_steps(contenders, device, race.rounds)
         steps, deadline = next(iter(contenders.values())).max_iters, math.inf
         if race.minutes:
