@@ -88,7 +88,8 @@ def test_a_profile_accounts_for_the_whole_step(tmp_path):
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_operations_count_for_the_part_of_the_step_that_they_are(monkeypatch, compiled):
     cfg = bench.contender(f"dva:dtype=float32:compile={compiled}",
-                          dict(n_layer=2, n_embd=16, block_size=8, vocab_size=1999))
+                          dict(n_layer=2, n_embd=16, block_size=8, vocab_size=1999,
+                               batch_size=2, gradient_accumulation_steps=2))
     if compiled:
         monkeypatch.setattr(torch._inductor.config.cpp, "enable_kernel_profile", True)
     step = bench.training_step(cfg, torch.device("cpu"))

@@ -42,17 +42,20 @@ compile = torch.compile
 torch.compile = lambda model, **options: compile(model, **options, backend="aot_eager")"""
 
 
-def test_two_processes_follow_one_through_a_kill_a_restart_and_a_stop(run, arguments, tmp_path):
+@pytest.mark.parametrize("change", [
+    pytest.param("", id="undisturbed"),
+    pytest.param(COMPILED + KILLED_ONCE, id="compiled and killed", marks=pytest.mark.slow)])
+def test_two_processes_follow_one_are_stopped_and_one_goes_on(run, arguments, tmp_path, change):
     """
-    2 x 2 micro-batches instead of 1 x 4: the same tokens, the same losses. One of the two is
-    killed, torchrun starts them again, a scheduler's SIGTERM to torchrun saves, and one process
-    goes on. Dropout is on, and the last batch of an evaluation is smaller.
+    2 x 2 micro-batches instead of 1 x 4: the same tokens, the same losses. A scheduler's SIGTERM
+    to torchrun saves, and one process goes on. Dropout is on, and the last batch of an evaluation
+    is smaller. Where one of the two is killed before, torchrun starts both again.
     """
     settings = dict(n_layer=1, gradient_accumulation_steps=4, block="dva", bank_layers=1,
                     eval_iters=7, lr_decay_iters=60)
-    process = torchrun(tmp_path, KILLED_ONCE + COMPILED,
-                       arguments("parts", init_from="auto", compile=True, max_iters=100_000,
-                                 **settings))
+    process = torchrun(tmp_path, change,
+                       arguments("parts", init_from="auto", compile=change != "",
+                                 max_iters=100_000, **settings))
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -62,9 +65,9 @@ def test_two_processes_follow_one_through_a_kill_a_restart_and_a_stop(run, argum
     rest, err = process.communicate(timeout=200)
     out = "".join(lines) + rest
     # The first of the processes alone speaks, and the group is left in good order
-    assert out.count("resuming") == 1 and "at step 5" in out, err
+    assert ("at step 5" in out) == (", compiled" in out) == (change != ""), err
     assert out.count("continue:  python train.py --init_from=resume") == 1, err
-    assert "float32, compiled" in out and "destroy_process_group" not in err
+    assert "destroy_process_group" not in err
     step = load_checkpoint(tmp_path / "parts" / "last.pt")["step"]
     assert step >= 9
     run("parts", init_from="resume", max_iters=step + 3, compile=False)

@@ -47,8 +47,8 @@ def test_a_script_that_succeeds_or_that_is_broken_ends_as_python_ends_it():
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    """As in  python train.py --help | head -1"""
-    process = subprocess.Popen([sys.executable, "train.py", "--help"], cwd=ROOT,
+    """As in  python prepare_data.py --help | head -1"""
+    process = subprocess.Popen([sys.executable, "prepare_data.py", "--help"], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=os.environ | {"PYTHONUNBUFFERED": "1"})
     process.stdout.close()

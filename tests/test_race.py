@@ -422,18 +422,18 @@ def start_race(argv, mark):
     A race in a process and a process group of its own, which hands the environment variable MARK
     on to its workers.
     """
-    environment = os.environ | {"MARK": mark, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"MARK": f"{mark} of {os.getpid()}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, ROOT / "tools" / "race.py", *argv], env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             start_new_session=True)
 
 
 def processes(mark):
-    """The numbers of all processes that have the environment variable MARK=mark."""
+    """The numbers of all processes to which start_race(argv, mark) gave its mark."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if f"MARK={mark}\0".encode() in path.read_bytes():
+            if f"MARK={mark} of {os.getpid()}\0".encode() in path.read_bytes():
                 found.append(path.parent.name)
         except OSError:
             # It ended meanwhile, or is another user's
