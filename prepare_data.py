@@ -36,17 +36,15 @@ from nanodva.readers import (
     END_LINE,
     READERS,
     characters,
-    kind_of,
     open_text,
     read_csv,
     read_parquet,
     read_plain,
     read_texts,
     read_tsv,
-    reader_of,
 )
 from nanodva.settings import check, load_settings
-from nanodva.sources import BUILT_IN, counted, find_sources, local_path, plain, sha256
+from nanodva.sources import BUILT_IN, counted, fetched, find_sources, plain, sha256
 from nanodva.tokenizer import Tokenizer, bpe_size
 
 OPENWEBTEXT = "hf:Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c"
@@ -165,11 +163,11 @@ def read_documents(sources, config, watch):
     # Characters have no end-of-text. What stands between documents in a file stays there.
     kept = {read_plain: config.separator, read_csv: "\n", read_tsv: "\n"} if is_char else {}
     for source in sources:
-        ending = kept.get(reader_of(source), "")
-        for text in read_texts(local_path(source), config, watch, separator):
+        ending = kept.get(source.reader, "")
+        for text in read_texts(fetched(source), config, watch, separator):
             if config.is_plays:
                 text = plain(text)
-                in_val = Path(source).stem in VAL_PLAYS
+                in_val = Path(source.path).stem in VAL_PLAYS
             else:
                 # A hash rather than a random number: duplicates never stand in both splits.
                 in_val = xxhash.xxh3_64_intdigest(text.encode()) < config.val_fraction * 2**64
@@ -195,8 +193,8 @@ def prepare(config, folder, partial):
         check_space(partial, min(config.max_tokens or OPENWEBTEXT_TOKENS, OPENWEBTEXT_TOKENS))
     sources, skipped = find_sources(config, folder)
     check_readers(config, sources, skipped)
-    is_single = reader_of(sources[0]) is read_plain and not config.separator and \
-        len(sources) == 1 and not sources[0].startswith("hf:")
+    is_single = len(sources) == 1 and sources[0].reader is read_plain and not (
+        config.separator or sources[0].path.startswith("hf:"))
     is_char, alphabet = config.tokenizer == "char", None
     with progress_of(config, sources, passes=2 if is_char or is_single else 1) as progress:
         # A single text is read twice, since its length says where to split it.
@@ -224,7 +222,7 @@ def prepare(config, folder, partial):
         tokens, sizes, count, documents = write_ids(encoded, partial, dtype, limit)
 
     if config.separator and count <= len(sources):
-        fail(f"--separator={config.separator!r} does not occur in {' '.join(sources[:3])}")
+        fail(f"--separator={config.separator!r} does not occur in {sources[0].path}")
     share = tokens["val"] / max(1, sum(tokens.values()))
     is_near = config.val_fraction / 2 <= share <= 2 * config.val_fraction and share < 1
     if not (is_near or is_single or config.is_plays or count > FEW):
@@ -245,35 +243,35 @@ def prepare(config, folder, partial):
 
 def check_readers(config, sources, skipped):
     """Say what is read. Raise UserError for a setting that none of the sources needs."""
-    readers = {reader_of(source) for source in sources}
+    readers = {source.reader for source in sources}
     needed = {"column": readers != {read_plain}, "separator": read_plain in readers,
               "encoding": readers != {read_parquet}}
     for name, is_needed in needed.items():
         value = getattr(config, name)
         if not is_needed and value != getattr(PrepareConfig, name):
-            fail(f"--{name}={value!r} means nothing for {sources[0]}: leave it out")
+            fail(f"--{name}={value!r} means nothing for {sources[0].path}: leave it out")
     if config.input:
-        kinds = [kind_of(source)[0] for source in sources]
-        labels = [kind if kind in READERS else f"{kind or 'file without a suffix'} as plain text"
-                  for kind in kinds]
+        labels = [source.kind if source.kind in READERS else
+                  f"{source.kind or 'file without a suffix'} as plain text" for source in sources]
         print(f"reading {counted(labels)}" + (f"; skipped {counted(skipped)}" if skipped else ""))
 
 
 def progress_of(config, sources, passes):
     """A bar that counts the bytes read from the sources, where there is somebody to see it."""
     from tqdm import tqdm
-    size = sum(os.path.getsize(path) for path in sources if not path.startswith("hf:"))
+    size = sum(os.path.getsize(s.path) for s in sources if not s.path.startswith("hf:"))
     return tqdm(desc=config.name, total=None if config.max_tokens else size * passes or None,
                 unit="B", unit_scale=True, disable=None)
 
 
 def describe(name, sources):
     """What meta.json says about the sources."""
-    names = [source if source.startswith("hf:") else os.path.basename(source) for source in sources]
-    source = {"name": name, "files": [names[0], "...", names[-1]] if len(names) > 100 else names}
-    if len(sources) == 1 and not sources[0].startswith("hf:"):
-        source["sha256"] = sha256(sources[0])
-    return source
+    paths = [source.path for source in sources]
+    names = [path if path.startswith("hf:") else os.path.basename(path) for path in paths]
+    found = {"name": name, "files": [names[0], "...", names[-1]] if len(names) > 100 else names}
+    if len(paths) == 1 and not paths[0].startswith("hf:"):
+        found["sha256"] = sha256(paths[0])
+    return found
 
 
 def check_space(folder, tokens):

@@ -16,8 +16,10 @@ import json
 import lzma
 import os
 import re
+import shlex
 import zlib
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from nanodva.errors import UserError, fail
 from nanodva.tokenizer import END_OF_TEXT
@@ -48,38 +50,58 @@ MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
          codecs.BOM_UTF16_BE: "utf-16"}
 
 
-def suffixes(name):
-    """(kind, compression) of a file by its name alone: (".jsonl", ".gz") or (".txt", "")."""
-    stem, last = os.path.splitext(name.lower())
-    return (os.path.splitext(stem)[1], last) if last in OPEN_PACKED else (last, "")
+class Source(NamedTuple):
+    """A file to read, such as ("a/b.jsonl.GZ", ".jsonl", ".gz"). compression may be empty."""
+    path: str
+    kind: str
+    compression: str
+
+    @property
+    def reader(self):
+        return READERS.get(self.kind, read_plain)
 
 
-def kind_of(path):
-    """(kind, compression) of a file by its name and, if it is here, by its first bytes."""
-    kind, compression = suffixes(path)
-    if compression or kind in REFUSED or path.startswith("hf:"):
-        return kind, compression
-    with reading(path), open(path, "rb") as file:
-        head = file.read(16)
-    found = next((FIRST_BYTES[start] for start in FIRST_BYTES if head.startswith(start)), kind)
-    return (kind, found) if found in OPEN_PACKED else (found, "")
+def by_name(path):
+    """The Source at a path or an address, by its name alone."""
+    stem, last = os.path.splitext(path.lower())
+    if last in OPEN_PACKED:
+        return Source(path, os.path.splitext(stem)[1], last)
+    return Source(path, last, "")
 
 
-def reader_of(path):
-    return READERS.get(kind_of(path)[0], read_plain)
+def by_content(path):
+    """The Source at a path, by its name or else its first bytes. UserError for a REFUSED one."""
+    source = by_name(path)
+    if source.kind not in READERS and not source.compression:
+        with reading(source), open(path, "rb") as file:
+            source = source._replace(kind=by_first_bytes(file.read(16)) or source.kind)
+    if source.kind in OPEN_PACKED:
+        source = source._replace(compression=source.kind)
+    check_kind(path, source.kind)
+    return source
 
 
-def read_texts(path, config, watch=None, separator=""):
+def by_first_bytes(head):
+    """The suffix that a file should have that begins with the bytes `head`, or an empty text."""
+    return next((FIRST_BYTES[start] for start in FIRST_BYTES if head.startswith(start)), "")
+
+
+def check_kind(path, kind):
+    """Raise UserError, with the way out, for a file of a kind in REFUSED."""
+    if kind in REFUSED:
+        fail(f"{path} is not read as it is: {REFUSED[kind].format(shlex.quote(path))}")
+
+
+def read_texts(source, config, watch=None, separator=""):
     """
-    Yield each document of a file as a string: all of a .txt, or what stands between separators if
-    one is given, or the text of a row.
+    Yield each document of a Source as a string: all of a .txt, or what stands between separators
+    if one is given, or the text of a row.
     """
-    reader = reader_of(path)
-    if reader is read_plain:
-        yield from read_plain(path, config, watch, separator)
+    if source.reader is read_plain:
+        yield from read_plain(source, config, watch, separator)
         return
-    with reading(path, config):
-        for text in reader(path, config, watch):
+    with reading(source, config):
+        for text in source.reader(source, config, watch):
             # A byte-order mark is no part of a text. Half of a surrogate pair, which JSON can
             # spell, has no UTF-8 and becomes a question mark.
             text = plain_lines(text.removeprefix("\ufeff"))
@@ -90,10 +112,7 @@ def read_texts(path, config, watch=None, separator=""):
 
 class WatchedFile(io.FileIO):
     """A file that tells watch() how many bytes were read, each time."""
-
-    def __init__(self, path, watch):
-        super().__init__(path)
-        self.watch = watch
+    watch = None
 
     def readinto(self, buffer):
         count = super().readinto(buffer)
@@ -103,21 +122,24 @@ class WatchedFile(io.FileIO):
 
 
 @contextmanager
-def open_bytes(path, watch=None):
-    """A file, unpacked if it is compressed."""
-    _, compression = kind_of(path)
-    with io.BufferedReader(WatchedFile(path, watch), 2**17) as file:
-        yield OPEN_PACKED[compression](file) if compression else file
+def open_bytes(source, watch=None):
+    """A source, unpacked if it is compressed."""
+    raw = WatchedFile(source.path)
+    raw.watch = watch
+    with io.BufferedReader(raw, 2**17) as file:
+        compression = source.compression or by_first_bytes(file.peek(16))
+        check_kind(source.path, compression)
+        yield OPEN_PACKED[compression](file) if compression in OPEN_PACKED else file
 
 
 @contextmanager
-def open_text(path, config, watch=None, newline=None):
-    """A file as text. Its line ends become \\n, or with newline="" stay as they are."""
-    with reading(path, config), open_bytes(path, watch) as file:
+def open_text(source, config, watch=None, newline=None):
+    """A source as text. Its line ends become \\n, or with newline="" stay as they are."""
+    with reading(source, config), open_bytes(source, watch) as file:
         head = file.peek(4096)[:4096]
         encoding = encoding_of(head, config.encoding)
         if encoding == "utf-8" and head.count(0) > len(head) // 8:
-            fail(f"{path} is full of zero bytes: either it is text in UTF-16, which "
+            fail(f"{source.path} is full of zero bytes: either it is text in UTF-16, which "
                  "--encoding=utf-16-le reads, or no text at all")
         yield io.TextIOWrapper(file, encoding, newline=newline)
 
@@ -130,9 +152,13 @@ def encoding_of(head, given=""):
 
 def characters(file, count=float("inf")):
     """Yield the next `count` characters of an open text, in pieces."""
-    while count > 0 and (piece := file.read(min(count, PIECE))):
-        yield piece
-        count -= len(piece)
+    while count > 0:
+        wanted = min(count, PIECE)
+        piece = file.read(wanted)
+        if piece:
+            yield piece
+        # A shorter piece is the last one
+        count = count - len(piece) if len(piece) == wanted else 0
 
 
 def decode_text(data, name):
@@ -150,17 +176,17 @@ def plain_lines(text):
 
 
 @contextmanager
-def reading(path, config=None):
+def reading(source, config=None):
     """Whatever the disk or a damaged file causes inside becomes a UserError."""
     try:
         yield
     except UserError:
         raise
     except UnicodeDecodeError:
-        with open_bytes(path) as file:
-            fail(wrong_byte(file, path, encoding_of(file.peek(4), config.encoding)))
+        with open_bytes(source) as file:
+            fail(wrong_byte(file, source.path, encoding_of(file.peek(4), config.encoding)))
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        fail(f"cannot read {path}: {type(error).__name__}: {str(error)[:200]}")
+        fail(f"cannot read {source.path}: {type(error).__name__}: {str(error)[:200]}")
 
 
 def wrong_byte(file, name, encoding):
@@ -184,8 +210,8 @@ def wrong_byte(file, name, encoding):
 
 # ---- one reader for each kind --------------------------------------------------------------------
 
-def read_plain(path, config, watch, separator):
-    with open_text(path, config, watch) as file:
+def read_plain(source, config, watch, separator):
+    with open_text(source, config, watch) as file:
         if not separator:
             yield "".join(characters(file))
             return
@@ -212,15 +238,15 @@ def split(pieces, separator):
     yield "".join(held)
 
 
-def read_json(path, config, watch):
+def read_json(source, config, watch):
     """The text of each object: one on every line, or all in one array, or one after the other."""
-    with open_text(path, config, watch, newline="\n") as file:
-        for place, row in json_rows(file, path):
+    with open_text(source, config, watch, newline="\n") as file:
+        for place, row in json_rows(file, source.path):
             value = row.get(config.column) if isinstance(row, dict) else None
             if not isinstance(value, str):
                 if not isinstance(row, dict):
-                    fail(f"{place} of {path} is no JSON object")
-                check_column(f"{place} of {path}", config.column, row, value)
+                    fail(f"{place} of {source.path} is no JSON object")
+                check_column(f"{place} of {source.path}", config.column, row, value)
             yield value or ""
 
 
@@ -268,50 +294,50 @@ def json_values(text, file, path):
         yield f"object {number:,}", row
 
 
-def read_csv(path, config, watch, delimiter=""):
+def read_csv(source, config, watch, delimiter=""):
     """The text of each row but the first, which names the columns."""
     # A field may be as long as a book.
     csv.field_size_limit(2**31 - 1)
-    with open_text(path, config, watch, newline="") as file:
+    with open_text(source, config, watch, newline="") as file:
         head = file.readline()
         # Where the comma is for decimals, spreadsheets write semicolons.
         delimiter = delimiter or max(",;\t", key=head.count)
         rows = csv.reader(itertools.chain([head], file), delimiter=delimiter, strict=True)
         try:
             columns = [name.strip() for name in next(filter(None, rows), [config.column])]
-            check_column(path, config.column, columns)
+            check_column(source.path, config.column, columns)
             index = columns.index(config.column)
             for row in rows:
                 if 0 < len(row) <= index or any(row[len(columns):]):
-                    fail(f"line {rows.line_num:,} of {path} has {len(row)} columns, and the first "
-                         f"line {len(columns)}: a text that holds {delimiter!r} stands in quotes")
+                    fail(f"line {rows.line_num:,} of {source.path} has {len(row)} columns, and the "
+                         f"first {len(columns)}: a text that holds {delimiter!r} stands in quotes")
                 if row:
                     yield row[index]
         except csv.Error as error:
-            fail(f"line {rows.line_num:,} of {path}: {error}; a text that holds quotes stands in "
-                 'quotes, and each of its own is doubled: ""')
+            fail(f"line {rows.line_num:,} of {source.path}: {error}; a text that holds quotes "
+                 'stands in quotes, and each of its own is doubled: ""')
 
 
-def read_tsv(path, config, watch):
-    return read_csv(path, config, watch, delimiter="\t")
+def read_tsv(source, config, watch):
+    return read_csv(source, config, watch, delimiter="\t")
 
 
-def read_parquet(path, config, watch):
+def read_parquet(source, config, watch):
     """The text of each row."""
     import pyarrow.parquet
-    with open_bytes(path, watch) as file:
+    with open_bytes(source, watch) as file:
         try:
             # Without these settings pyarrow reads whole row groups, and many files have only one.
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
             columns = table.schema_arrow.names
-            check_column(path, config.column, columns)
+            check_column(source.path, config.column, columns)
             for rows in table.iter_batches(batch_size=64, columns=[config.column]):
                 for value in rows.column(0).to_pylist():
                     if not isinstance(value, str):
-                        check_column(path, config.column, columns, value)
+                        check_column(source.path, config.column, columns, value)
                     yield value or ""
         except pyarrow.ArrowException as error:
-            fail(f"cannot read {path}: {type(error).__name__}: {str(error)[:200]}")
+            fail(f"cannot read {source.path}: {type(error).__name__}: {str(error)[:200]}")
 
 
 def check_column(where, column, columns, value=None):

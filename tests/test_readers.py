@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanodva import readers
-from nanodva.readers import END_LINE, REFUSED, decode_text, read_texts, split
+from nanodva.readers import END_LINE, REFUSED, by_content, decode_text, read_texts, split
 from prepare_data import PrepareConfig
 
 
@@ -22,7 +22,7 @@ def read(tmp_path):
     def read(name, data, separator="", **settings):
         path = tmp_path / name
         path.write_bytes(data.encode() if isinstance(data, str) else data)
-        return list(read_texts(str(path), PrepareConfig("x_char", "-", **settings),
+        return list(read_texts(by_content(str(path)), PrepareConfig("x_char", "-", **settings),
                                separator=separator))
     return read
 

@@ -27,7 +27,7 @@ def test_files_folders_globs_and_names_with_special_characters(tmp_path):
 
     def sources(value):
         found, _ = local_files(PrepareConfig("mine", value))
-        return [str(Path(path).relative_to(tmp_path / "sp ace")) for path in found]
+        return [str(Path(source.path).relative_to(tmp_path / "sp ace")) for source in found]
 
     texts = ["a,b.txt", "deep/c.txt", "x[1].txt"]
     assert sources(f"{tmp_path}/sp ace") == texts
@@ -51,7 +51,7 @@ def test_only_what_is_meant_is_read_from_a_folder(tmp_path, capsys):
         (folder / name).write_text(text)
     (folder / "loop").symlink_to(folder)
     found, skipped = local_files(PrepareConfig("mine", str(folder)))
-    assert found == sorted(str(folder / name) for name in texts)
+    assert [source.path for source in found] == sorted(str(folder / name) for name in texts)
     assert skipped == {".pdf": 2, ".py": 1, "without a suffix": 1, "hidden": 8,
                        ".json without a column 'text'": 2, ".csv without a column 'text'": 1}
     prepare(tmp_path, "x_char", f"--input={folder}")
@@ -193,23 +193,28 @@ def from_hub(tmp_path, speeches):
         server.shutdown()
 
 
-def test_a_configuration_of_a_hub_data_set_is_named(tmp_path, from_hub):
+def test_a_configuration_of_a_hub_data_set_is_named(tmp_path, speeches, from_hub):
     (Hub.folder / "README.md").write_text("""---
 configs:
 - config_name: early
   data_files: train-00000-of-00002.parquet
 - config_name: late
   data_files: [{split: train, path: train-00001-of-00002.parquet}]
+- config_name: lines
+  data_files: 0.jsonl.gz
 ---
 """)
+    shutil.copy(speeches[0] / "jsonl.gz" / "0.jsonl.gz", Hub.folder)
     for source in ("hf:some/set", "hf:some/set:middle"):
         message = from_hub(source, "none").stderr
         assert message.startswith(f"error: {source}: which configuration?"), message
-        assert "--input=hf:some/set:early" in message and "early late" in message
+        assert "--input=hf:some/set:early" in message and "early late lines" in message
         assert message.count("\n") == 1 and "network" not in message
     assert from_hub("hf:some/set:late", "late").returncode == 0
     files = read_meta(tmp_path / "late" / "mine")["source"]["files"]
     assert files == [f"hf://datasets/some/set@{Hub.commit}/train-00001-of-00002.parquet"]
+    assert from_hub("hf:some/set:lines", "lines").returncode == 0
+    assert read_meta(tmp_path / "lines" / "mine")["source"]["documents"] == 40
     # What the hub answers is no fault of the network either
     message = from_hub("hf:nobody/nothing", "none").stderr
     assert "error: hf:nobody/nothing: " in message and "network" not in message
