@@ -7,6 +7,7 @@ device = "cpu"
 compile = False
 block = "dva"
 n_layer = 8
+n_head = 6
 n_embd = 192
 qk_dim = 32
 rotary = "only"
