@@ -248,7 +248,7 @@ def test_the_loss_at_the_start_is_that_of_guessing(system):
 
 @each_system
 def test_sixty_steps_learn_one_batch_by_heart(system):
-    model, idx = tiny(n_embd=64, n_head=4, **system).train(), tokens(4, 17)
+    model, idx = tiny(n_embd=48, **system).train(), tokens(4, 17)
     optimizers = build_optimizers(model, TrainConfig(learning_rate=1e-2))
     for _ in range(60):
         _, loss = model(idx[:, :-1], idx[:, 1:])
