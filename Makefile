@@ -1,7 +1,8 @@
 # make demo: train a small DVA model on Shakespeare's plays, read what it writes, see why it wrote it
-# make test: check the style of the code and run the tests, two at a time
-# make test-slow: the tests that take a minute each        make clean: remove what make made
 # make try: train the small model of docs/try.html and write that page anew
+# make test: check the style of the code and run the tests, two at a time
+# make test-slow: run the tests that take many seconds each
+# make clean: remove what make made
 # make distclean: remove every run and all prepared data, too; it lists them and asks first
 PYTHON ?= python3
 BIN = .venv/bin
@@ -48,7 +49,7 @@ test-slow: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv out-demo data/plays_char .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv out-demo out-try data/plays_char .pytest_cache .ruff_cache .hypothesis
 	rm -rf __pycache__ */__pycache__
 
 # What train.py and prepare_data.py write. A text of yours beside prepared data stays.

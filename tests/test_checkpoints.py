@@ -291,7 +291,7 @@ DAMAGED = {
     "code": (lambda path, whole: torch.save({"format": FORMAT, "model": Harm(path.parent / "harm")},
                                             path), "is refused: it calls for"),
     "code in a pickle": (lambda path, whole: path.write_bytes(
-        pickle.dumps(Harm(path.parent / "harm"))), "is refused"),
+        pickle.dumps(Harm(path.parent / "harm"), protocol=2)), "is refused"),
     "nothing": (lambda path, whole: path.write_bytes(b""), NO_CHECKPOINT),
     "text": (lambda path, whole: path.write_bytes(b"hello\n"), NO_CHECKPOINT),
     "half": (lambda path, whole: path.write_bytes(whole[:len(whole) // 2]), NO_CHECKPOINT),
