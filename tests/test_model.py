@@ -325,21 +325,11 @@ def test_cached_generation_equals_recomputation_across_a_full_window(system):
 
 
 @each_system
-def test_logits_with_a_cache_are_those_without(system):
-    model, idx, cache = shaken(tiny(**system)), tokens(2, 16), Cache(16)
-    whole = model(idx, idx)[0]
-    pieces = [(0, 6), *((t, t + 1) for t in range(6, 16))]
-    for first, end in pieces:
-        logits, _ = model(idx[:, first:end], cache=cache)
-        torch.testing.assert_close(logits[:, 0], whole[:, end - 1], atol=2e-5, rtol=1e-4)
-
-
-@each_system
 def test_any_chunk_continues_what_the_cache_holds(system):
-    """The text in two parts, in every way, and in three; the logits of all positions."""
+    """The text in two parts, in every way, and in more; the logits of all positions."""
     model, idx = shaken(tiny(**system)), tokens(2, 16)
     whole = model(idx, idx)[0]
-    for parts in [(n, 16 - n) for n in range(1, 16)] + [(5, 6, 5), (1, 14, 1), (1, 1, 14)]:
+    for parts in [(n, 16 - n) for n in range(1, 16)] + [(5, 6, 5), (1, 14, 1), (6, *[1] * 10)]:
         cache, logits = Cache(16), []
         for part in idx.split(parts, dim=1):
             logits.append(model(part, part, cache)[0])
@@ -517,16 +507,10 @@ def test_a_sequence_longer_than_the_window_is_refused():
         tiny()(tokens(1, 1), cache=cache)
 
 
-def test_a_bank_in_a_block_that_cannot_hold_one_is_refused():
-    with pytest.raises(ValueError, match="block of the kind 'mean' cannot hold a bank"):
-        tiny(block="mean", bank_layers=1)
-
-
 @pytest.mark.parametrize("settings, words", [
-    (dict(block="mlp"), "block='mlp': choose from gpt2, dva"),
+    (dict(block="mean", bank_layers=1), "block of the kind 'mean' cannot hold a bank"),
     (dict(n_embd=25), "n_embd=25 does not divide into n_head=2"),
-    (dict(dropout=1.0), "dropout=1.0"), (dict(bank_layers=4), "bank_layers=4"),
-    (dict(qk_dim=0), "qk_dim=0"), (dict(block="dva", qk_dim=7), "a query has 7 of them"),
+    (dict(block="dva", qk_dim=7), "a query has 7 of them"),
     (dict(block="gpt2", n_head=8, rotary=True), "a query has 3 of them"),
     (dict(gelu="new"), "gelu='new': choose from exact"), (dict(vocab_size=0), "vocab_size=0")],
     ids=str)
