@@ -87,6 +87,8 @@ def find_tokenizer(weights, cfg):
     that of the data set which --dataset names, or else a nanoGPT checkpoint.
     """
     spec, assumed = weights["tokenizer"], weights["assumed"]
+    if spec and cfg.dataset and not assumed:
+        fail(f"dataset={cfg.dataset!r}: these weights bring their own tokens; leave it out")
     if spec and not (assumed and cfg.dataset):
         if assumed:
             print(assumed, file=sys.stderr)
@@ -129,6 +131,11 @@ def main(argv=None):
     tokenizer = find_tokenizer(weights, cfg)
     prompt = read_prompt(cfg.start, tokenizer)
     ids = encode_prompt(prompt, tokenizer)
+    if cfg.stop and tokenizer.bpe is None:
+        encode_prompt(line_ends(cfg.stop), tokenizer)                  # can the model write it?
+    if cfg.stop_token >= tokenizer.vocab_size:
+        fail(f"stop_token={cfg.stop_token}: the ids of this model end at "
+             f"{tokenizer.vocab_size - 1}")
 
     torch.manual_seed(cfg.seed)
     for first in range(0, cfg.num_samples, MOST_AT_ONCE):

@@ -86,6 +86,8 @@ class TrainConfig(ModelConfig):
                                patience=0),
               choices=dict(optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
                            dtype=["auto", *DTYPES], compile=[True, False, "auto"]))
+        if not self.out_dir:
+            fail("out_dir is empty: name a folder, as in --out_dir=out")
         if max(self.beta1, self.beta2) >= 1:
             fail(f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1")
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -242,11 +244,10 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     measured_on = {"data": meta["sha256"]["val"], "windows": count_windows(data["val"], cfg),
                    "dtype": cfg.dtype}
-    best_val_loss, best_step = math.inf, step
+    best_val_loss, best_step, kept = math.inf, step, None
     if checkpoint:
         checkpoints.restore(checkpoint, model, optimizers, scaler)
-        best_val_loss, best_step = checkpoints.best_so_far(out_dir, checkpoint, measured_on,
-                                                           writing)
+        best_val_loss, best_step, kept = checkpoints.best_so_far(out_dir, checkpoint, measured_on)
         if checkpoint["config"]["dataset"] != cfg.dataset:
             say(f"from here on it trains on {cfg.dataset!r}, and no longer on "
                 f"{checkpoint['config']['dataset']!r}")
@@ -267,7 +268,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
         if writing:
             held.enter_context(checkpoints.only_writer(out_dir))
             if not checkpoint:
-                checkpoints.clear_out_dir(out_dir)
+                checkpoints.set_aside(out_dir)
+                held.callback(checkpoints.settle, out_dir)
             metrics = checkpoints.open_metrics(out_dir, step)
         held.enter_context(metrics)
         checkpoint = weights = None                                    # lets their memory go
@@ -332,6 +334,9 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
                 saved = True
                 machine.check_replicas(model)
             if writing and (step > 0 or last):
+                if improved and kept:
+                    os.replace(out_dir / "best.pt", kept)
+                    kept = None
                 if improved:
                     checkpoints.save(snapshot(), out_dir / "best.pt")
                 if full:
@@ -339,6 +344,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
                              "scaler": scaler.state_dict(),
                              "elapsed_s": time.perf_counter() - start}
                     checkpoints.save(snapshot() | state, out_dir / "last.pt")
+                    checkpoints.settle(out_dir)
             if last:
                 break
 
@@ -420,6 +426,9 @@ def main(argv=None):
     if init_from == "resume":
         cfg, checkpoint, changes = checkpoints.resume(TrainConfig, given)
         say(", ".join([f"resuming {cfg.out_dir} at step {checkpoint['step']}", *changes]))
+        if cfg.max_iters < checkpoint["step"] and not cfg.eval_only:
+            fail(f"max_iters={cfg.max_iters}: the run is at step {checkpoint['step']} already; "
+                 f"give a larger one")
     elif init_from == "scratch":
         cfg = build(TrainConfig, given)
         if "vocab_size" not in given:
@@ -430,9 +439,10 @@ def main(argv=None):
         if weights["assumed"]:
             say(weights["assumed"])
     if cfg.decay_lr and not cfg.eval_only and cfg.max_iters != cfg.lr_decay_iters:
-        rate = learning_rate(cfg.max_iters, cfg)
-        say(f"max_iters={cfg.max_iters} and lr_decay_iters={cfg.lr_decay_iters} differ: the last "
-            f"steps are at a learning rate of {rate:.2g}, and min_lr is {cfg.min_lr:.2g}; "
+        what = f"from step {cfg.lr_decay_iters} on it trains at min_lr, {cfg.min_lr:.2g}"
+        if cfg.max_iters < cfg.lr_decay_iters:
+            what = f"its last step is at a rate of {learning_rate(cfg.max_iters, cfg):.2g}"
+        say(f"max_iters={cfg.max_iters} and lr_decay_iters={cfg.lr_decay_iters} differ: {what}; "
             f"--lr_decay_iters={cfg.max_iters} ends the decay with the run")
     device = machine.pick_device(cfg.device)
     hint = (f"lower --batch_size={cfg.batch_size} (and raise --gradient_accumulation_steps), "

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from model import ModelConfig
 from nanodva.errors import UserError, fail, replacing
+from nanodva.machine import say
 from nanodva.settings import build
 
 FORMAT = 3
@@ -71,6 +72,7 @@ def resume(cls, given):
     Raises UserError for another architecture or optimizer.
     """
     out_dir = Path(given.get("out_dir", cls.out_dir))
+    recover(out_dir)
     checkpoint = load_checkpoint(out_dir / "last.pt")
     if "optimizers" not in checkpoint:
         fail(f"{out_dir}/last.pt holds weights to sample from, without the optimizer's state: it "
@@ -94,32 +96,30 @@ def resume(cls, given):
     return cfg, checkpoint, changes
 
 
-def best_so_far(out_dir, checkpoint, measured_on, writing):
+def best_so_far(out_dir, checkpoint, measured_on):
     """
-    (lowest val loss, its step) of the run in out_dir, if it was measured on the data, windows and
-    dtype of the dict measured_on. Otherwise the best starts anew, and where `writing`, best.pt gets
-    another name, so that it is not lost.
+    (lowest val loss, its step, None) of the run in out_dir, if it was measured on the data, windows
+    and dtype of the dict measured_on. Otherwise the best starts anew, and in the place of None
+    stands the name that best.pt is to get when there is a new one, so that it is not lost.
     """
     lowest, step = math.inf, checkpoint["step"]
     if same_measure(checkpoint, measured_on):
         lowest, step = checkpoint["best_val_loss"], checkpoint.get("best_step", step)
     path = out_dir / "best.pt"
     if not path.exists():
-        return lowest, step
+        return lowest, step, None
     try:
         # best.pt is saved before last.pt, so it may be newer where a run was killed in between
         best = load_checkpoint(path)
     except UserError as error:
-        print(f"going on without best.pt: {error}")
-        return lowest, step
+        say(f"going on without best.pt: {error}")
+        return lowest, step, None
     if same_measure(best, measured_on):
-        return min((lowest, step), (best["best_val_loss"], best["step"]))
+        return *min((lowest, step), (best["best_val_loss"], best["step"])), None
     kept = out_dir / f"best-{best['step']}.pt"
-    if writing:
-        os.replace(path, kept)
-        print(f"the best loss so far, {best['best_val_loss']:.4f}, was measured on other data, "
-              f"windows or in another dtype: the best starts anew, and the old one is {kept}")
-    return lowest, step
+    say(f"the best loss so far, {best['best_val_loss']:.4f}, was measured on other data, windows "
+        f"or in another dtype: the best starts anew, and the old one becomes {kept}")
+    return lowest, step, kept
 
 
 def same_measure(checkpoint, measured_on):
@@ -159,17 +159,46 @@ def only_writer(folder, patience=0):
 
 def check_out_dir(out_dir, overwrite):
     """Raise UserError where a new run would overwrite an earlier one without being told to."""
+    recover(out_dir)
     saved = [name for name in ("last.pt", "best.pt") if (out_dir / name).exists()]
     if saved and not overwrite:
-        fail(f"{out_dir} holds a run, {' and '.join(saved)}: continue it with --init_from=resume, "
-             f"start anew with --overwrite=True, or give another --out_dir")
+        how = "continue it with --init_from=resume"
+        if "last.pt" not in saved:
+            how = f"start from its weights with --init_from={out_dir} and another --out_dir"
+        fail(f"{out_dir} holds a run, {' and '.join(saved)}: {how}, start anew with "
+             f"--overwrite=True, or give another --out_dir")
 
 
-def clear_out_dir(out_dir):
-    """Empty the folder of a new run of what an earlier one wrote there."""
-    written = [out_dir / "last.pt", out_dir / "metrics.jsonl", *out_dir.glob("best*.pt")]
-    for path in written:
-        path.unlink(missing_ok=True)
+def written_by_run(out_dir, suffix=""):
+    """The files of a run in out_dir, or with the suffix .old those that were set aside."""
+    return [path for name in ("last.pt", "metrics.jsonl", "best.pt", "best-*.pt")
+            for path in out_dir.glob(name + suffix)]
+
+
+def set_aside(out_dir):
+    """Rename what an earlier run wrote in the folder of a new one to NAME.old, until settle()."""
+    for path in written_by_run(out_dir):
+        os.replace(path, f"{path}.old")
+
+
+def settle(out_dir):
+    """
+    Remove what was set aside if the new run has saved itself; else put it back, since the new run
+    has come to nothing.
+    """
+    saved = (out_dir / "last.pt").exists()
+    for path in written_by_run(out_dir, ".old"):
+        if saved:
+            path.unlink()
+        else:
+            os.replace(path, path.with_suffix(""))
+
+
+def recover(out_dir):
+    """settle() what a run that was killed before its first save had set aside."""
+    if written_by_run(out_dir, ".old"):
+        with only_writer(out_dir, patience=10):
+            settle(out_dir)
 
 
 def open_metrics(out_dir, step):

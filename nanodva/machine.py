@@ -146,6 +146,9 @@ def process_group(device, backend="auto"):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    except KeyboardInterrupt:
+        # torchrun has told it to end, since another process failed
+        os._exit(130)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()

@@ -66,8 +66,11 @@ def read_settings(cls, argv=None, without=()):
             where = f"in {argument}"
             found = read_preset(argument)
         else:
-            fail(f"{argument!r} is neither a preset (config/NAME.py) nor a setting (--key=value); "
-                 f"see --help")
+            hint = f"did you mean --out_dir={argument}? " if Path(argument).is_dir() else ""
+            if Path(f"{argument}.py").exists():
+                hint = f"did you mean {argument}.py? "
+            fail(f"{argument!r} is neither a preset (config/NAME.py) nor a setting (--key=value): "
+                 f"{hint}see --help")
         for name, value in found.items():
             if name in without:
                 fail(f"{name} {where}: this tool decides it itself; --help lists what you can set")

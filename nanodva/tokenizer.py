@@ -111,7 +111,7 @@ def gpt2_tokens():
         fail("cannot fetch GPT-2's encoder.json and vocab.bpe through tiktoken "
              f"({type(error).__name__}: {str(error)[:100]}): set TIKTOKEN_CACHE_DIR to a folder "
              "that tiktoken filled where there is a network, or use characters: "
-             "python prepare_data.py plays_char")
+             "--tokenizer=char; or python prepare_data.py plays_char")
     return sorted(ranks, key=ranks.get)
 
 

@@ -35,6 +35,24 @@ def test_overwriting_removes_the_run_and_nothing_else(run, finished, tmp_path):
     assert [record["step"] for record in records(tmp_path / "out")] == [-1, 0, 1]
 
 
+@pytest.mark.parametrize("changes", [dict(learning_rate=1e30, min_lr=1e30),
+                                     dict(batch_size=10**12)], ids=str)
+def test_a_new_run_that_comes_to_nothing_leaves_the_old_one(run, finished, tmp_path, changes):
+    """It breaks after it has begun: its loss, or its memory."""
+    with pytest.raises((UserError, MemoryError)):
+        run(overwrite=True, **changes)
+    assert contents(tmp_path / "out") == finished
+
+
+def test_a_new_run_that_is_killed_before_its_first_save_leaves_the_old_one(run, finished, tmp_path):
+    for name in finished:
+        (tmp_path / "out" / name).rename(tmp_path / "out" / f"{name}.old")
+    (tmp_path / "out" / "metrics.jsonl").write_text("{}")
+    with refused("last.pt and best.pt", "--init_from=resume"):
+        run()
+    assert contents(tmp_path / "out") == finished
+
+
 def test_a_folder_without_a_checkpoint_counts_as_empty(run, tmp_path):
     """A first run that broke leaves its metrics, and needs no --overwrite."""
     (tmp_path / "out").mkdir()

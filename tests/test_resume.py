@@ -219,6 +219,18 @@ def test_a_best_loss_counts_for_its_windows_and_its_dtype(run, trained, tmp_path
     assert "the best starts anew" in run(init_from="resume", max_iters=14, **change)[1]
 
 
+def test_a_resume_that_comes_to_nothing_leaves_the_best(run, finished, tmp_path):
+    with refused("out of memory"):
+        run(init_from="resume", max_iters=20, batch_size=10**12)
+    assert contents(tmp_path / "out")["best.pt"] == finished["best.pt"]
+
+
+def test_fewer_steps_than_the_run_has_are_refused(run, finished, tmp_path):
+    with refused("max_iters=10: the run is at step 12 already"):
+        run(init_from="resume", max_iters=10)
+    assert contents(tmp_path / "out") == finished
+
+
 def test_a_run_that_was_moved_goes_on_where_it_is(run, tmp_path):
     run("a")
     (tmp_path / "a").rename(tmp_path / "b")

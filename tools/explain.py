@@ -190,6 +190,8 @@ def main(argv=None):
     # No text in the data can end the script element that holds it
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     dest = Path(cfg.dest or Path(cfg.out_dir if Path(cfg.out_dir).is_dir() else "", "explain.html"))
+    if dest.is_dir() or dest.exists() and dest.suffix != ".html":
+        fail(f"dest={str(dest)!r} is there and is no page: name a new file, as in {dest}.html")
     with replacing(dest) as file:
         template = Path(__file__).with_suffix(".html").read_bytes()
         file.write(template.replace(b"{{DATA}}", text.encode()))
