@@ -357,12 +357,17 @@ def everything_in(folder):
             for path in folder.rglob("*")}
 
 
-def error_of(*arguments):
-    """The message with which main() refuses the arguments."""
+def message_of(function, *arguments):
+    """The message of the UserError that function(*arguments) ends with: one line."""
     with pytest.raises(UserError) as error:
-        prepare_data.main([*map(str, arguments)])
+        function(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def error_of(*arguments):
+    """The message with which prepare_data.py refuses the arguments."""
+    return message_of(prepare_data.main, [*map(str, arguments)])
 
 
 # ---- GPT-2 as transformers has it ----------------------------------------------------------------

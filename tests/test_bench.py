@@ -13,7 +13,6 @@ from tools import bench
 SHAPE = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=8", "--qk_dim=4",
          "--vocab_size=19", "--batch_size=2", "--rounds=3", "--compiles=False",
          "--dtypes=float32", "--max_new_tokens=8", "--num_samples=2", "--device=cpu"]
-torch.set_num_threads(1)
 
 
 def parts_of(folder, *argv):

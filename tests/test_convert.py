@@ -5,17 +5,14 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import KINDS, ROOT, tokens
+from conftest import KINDS, ROOT, message_of, tokens
 from safetensors.torch import load_file
 
 from model import GPT, ModelConfig, generate
 from nanodva.checkpoints import FORMAT, save
-from nanodva.errors import UserError
 from nanodva.tokenizer import Tokenizer
 from nanodva.weights import load_model, read_weights
 from tools import convert
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,11 +43,8 @@ def make_run(folder, tokenizer=None, **settings):
 
 
 def error_of(*argv):
-    """The message of the UserError that convert.main() ends with: one line."""
-    with pytest.raises(UserError) as error:
-        convert.main([str(argument) for argument in argv])
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    """The message with which convert.py refuses the arguments."""
+    return message_of(convert.main, [*map(str, argv)])
 
 
 @torch.no_grad()

@@ -6,13 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import command_line
+from conftest import ROOT, command_line
 
 from nanodva.settings import load_settings
 from nanodva.weights import OPENAI
 from train import TrainConfig
 
-ROOT = Path(__file__).parents[1]
 OPENWEBTEXT = dict(wandb_log=False, wandb_project="owt", wandb_run_name="gpt2-124M", batch_size=12,
                    block_size=1024, gradient_accumulation_steps=40, max_iters=600000,
                    lr_decay_iters=600000, eval_interval=1000, eval_iters=200, log_interval=10,

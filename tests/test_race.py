@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -15,35 +14,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, message_of
 
-import prepare_data
 import train
 from model import BLOCKS
 from nanodva.dataset import open_data
-from nanodva.errors import UserError
 from nanodva.machine import Stop
 from nanodva.settings import build, change, load_settings, read_settings
 from nanodva.tokenizer import Tokenizer
 from nanodva.weights import load_model
 from tools import race
 
-ROOT = Path(__file__).parents[1]
 TINY = dict(dataset="tiny_char", n_layer=2, n_head=2, n_embd=16, qk_dim=8, block_size=16,
             batch_size=4, gradient_accumulation_steps=1, warmup_iters=2, max_iters=12,
             eval_interval=4, device="cpu", dtype="float32", compile=False, optimizer="muon",
             contenders="gpt2,dva+bank", seeds=2, lrs="0.01,0.03,0.1", rounds=2)
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder with the data set tiny_char: 4,500 + 500 characters of invented words."""
-    folder = tmp_path_factory.mktemp("data")
-    choose = random.Random(1)
-    words = ["".join(choose.choices("abcdefghijklmnop", k=choose.randint(1, 6))) for _ in range(60)]
-    (folder / "tiny.txt").write_text(" ".join(choose.choices(words, k=2000))[:5000])
-    prepare_data.main(["tiny_char", f"--input={folder / 'tiny.txt'}", f"--data_dir={folder}"])
-    return folder
 
 
 class Here:
@@ -69,12 +54,12 @@ def here(monkeypatch):
 
 
 @pytest.fixture
-def argv(data, tmp_path, monkeypatch):
+def argv(data_dir, tmp_path, monkeypatch):
     """argv(**changes): the command line of a tiny race, which writes below tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def argv(**changes):
-        settings = TINY | {"data_dir": data} | changes
+        settings = TINY | {"data_dir": data_dir} | changes
         return [f"--{name}={value}" for name, value in settings.items()]
 
     return argv
@@ -100,14 +85,6 @@ def finish(run, val, test, steps=(0, 10), broken=None):
     Path(run.out_dir).mkdir(parents=True)
     result = {"steps": list(steps), "val": val, "test": test, "broken": broken}
     Path(run.out_dir, "result.json").write_text(json.dumps(result))
-
-
-def error_of(function, *arguments):
-    """The message of the UserError that function(*arguments) ends with: one line."""
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ---- a race ------------------------------------------------------------------------------------
@@ -150,7 +127,7 @@ def test_a_race_of_two_from_end_to_end(argv, tmp_path, here, capsys):
 
     # Another race does not take its place unasked
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
-    message = error_of(race.main, argv(contenders="gpt2,dva"))
+    message = message_of(race.main, argv(contenders="gpt2,dva"))
     assert "which differs in contenders, dva, dva+bank: " in message
     assert "--overwrite=True" in message
     assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
@@ -230,7 +207,7 @@ def test_a_race_is_shortened_to_its_minutes(argv, here, monkeypatch, capsys):
     # Rather fewer seeds than hardly any steps
     race.main(argv(minutes=0.43, name="short", **changes | {"seed": 1, "seeds": 9}))
     assert "3 contenders, seeds to report: 5; runs to go: 23, until" in capsys.readouterr().out
-    assert "minutes=0.2 is too short for 14 runs of 100 steps: give 0.2" in error_of(
+    assert "minutes=0.2 is too short for 14 runs of 100 steps: give 0.2" in message_of(
         race.main, argv(minutes=0.2, seed=99, overwrite=True, **changes))
 
 
@@ -297,7 +274,7 @@ def test_bits_per_byte_are_those_of_the_reported_half(argv, gpt2_files):
         assert race.conditions_of(rules, part, torch.device("cpu"))["reported"] == wanted
 
 
-def test_the_losses_are_those_of_the_two_halves(argv, tmp_path, data):
+def test_the_losses_are_those_of_the_two_halves(argv, tmp_path, data_dir):
     _, contenders = entered(argv(contenders="dva"))
     run = change(race.run_of(contenders["dva"], 0.01, 8.0, 1), lr_decay_iters=12)
     halves = race.halve(open_data(run), 16, 500)
@@ -305,7 +282,7 @@ def test_the_losses_are_those_of_the_two_halves(argv, tmp_path, data):
         train.train(run, torch.device("cpu"), stop, data=halves)
     records = [json.loads(line) for line in
                Path(run.out_dir, "metrics.jsonl").read_text().splitlines()]
-    tokens = np.fromfile(data / "tiny_char" / "val.bin", "uint16").astype("int64")
+    tokens = np.fromfile(data_dir / "tiny_char" / "val.bin", "uint16").astype("int64")
     half = len(tokens) // 2
     model = load_model(str(Path(run.out_dir, "last.pt")))
     for part, name in ((tokens[:half], "val_loss"), (tokens[half:], "test_loss")):
@@ -340,7 +317,8 @@ def test_contenders_are_made_from_what_was_given(argv):
     assert [model.rotary for model in models] == [False, True, True, True, True, True]
     assert [model.bank_layers for model in models] == [0, 0, 0, 4, 1, 0]
     assert [model.value_dim for model in models] == [16, 16, 16, 16, 32, 16]
-    assert all(model.vocab_size == 17 for model in models)             # 16 letters and the space
+    # 23 letters and the space
+    assert all(model.vocab_size == 24 for model in models)
     assert contenders["dva:bank_lr=2"].bank_lr == 2
 
 
@@ -356,7 +334,7 @@ def test_a_block_of_ones_own_races_without_banks(argv, monkeypatch):
     monkeypatch.setitem(BLOCKS, "mine", Mine)
     _, contenders = entered(argv(contenders="gpt2,mine"))
     assert race.carry_out(race.run_of(contenders["mine"], 0.01, 8.0, 1))
-    assert "cannot hold a bank" in error_of(entered, argv(contenders="mine+bank"))
+    assert "cannot hold a bank" in message_of(entered, argv(contenders="mine+bank"))
 
 
 def test_equal_time_gives_each_the_reference_time(argv):
@@ -555,7 +533,7 @@ def test_a_race_that_is_killed_leaves_no_process(argv, tmp_path, lines):
     (dict(learning_rate=1), "learning_rate on the command line: this tool decides it"),
     (dict(out_dir="x"), "out_dir on the command line: this tool decides it")], ids=str)
 def test_a_wrong_race_is_one_line_and_leaves_nothing(argv, tmp_path, changes, message):
-    assert message in error_of(race.main, argv(**changes))
+    assert message in message_of(race.main, argv(**changes))
     assert not (tmp_path / "out").exists()
 
 

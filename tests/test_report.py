@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from nanodva.errors import UserError
 from tools import report
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_intervals_are_those_of_students_t():

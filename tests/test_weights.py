@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BLOCKS, TINY, command_line, comparable, ending_of, oracle, refused
+from conftest import (
+    BLOCKS,
+    ROOT,
+    TINY,
+    command_line,
+    comparable,
+    ending_of,
+    oracle,
+    refused,
+)
 from safetensors.torch import load_file, save_file
 
 import prepare_data
@@ -20,7 +29,6 @@ from nanodva.checkpoints import FORMAT, load_checkpoint
 from nanodva.weights import OPENAI, load_model, read_weights
 from tools import convert
 
-ROOT = Path(__file__).parents[1]
 SHAPES = [dict(n_layer=1, n_head=1, n_embd=16, vocab_size=97),
           dict(n_layer=3, n_head=4, n_embd=32, vocab_size=130),
           dict(n_layer=2, n_head=5, n_embd=40, vocab_size=65)]
