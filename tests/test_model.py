@@ -197,8 +197,8 @@ def test_a_bank_layer_caches_no_values_and_the_ids_are_cached_once(block):
 
 
 @pytest.mark.parametrize("system", [
-    dict(block="gpt2", bank_layers=1, rotary=True), dict(block="dva", bank_layers=1),
-    dict(block="mean")], ids=str)
+    pytest.param(dict(block="gpt2", bank_layers=1, rotary=True), marks=pytest.mark.slow),
+    dict(block="dva", bank_layers=1), dict(block="mean")], ids=str)
 def test_the_compiled_model_is_one_graph_and_trains_the_same(system):
     idx, counter = tokens(2, 17, 200), CompileCounterWithBackend("aot_eager")
     eager, model = (shaken(tiny(n_layer=2, vocab_size=200, **system)).train() for _ in range(2))
