@@ -153,14 +153,13 @@ def read_meta(folder, deep=False):
         again += f" --data_dir={shlex.quote(str(folder.parent))}"
     for name in ("train.bin", "val.bin", "meta.json"):
         if not (folder / name).is_file():
-            # The whole path, for somebody who has gone to another folder.
-            missing = f"no {(folder / name).absolute()}"
-            if folder.parent.name == folder.parent.parent.name:
-                # --dataset=data/mine
-                missing += f": did you mean the data set {folder.name}, without its folder?"
             if name == "meta.json":
                 again += ", or with --adopt if nanoGPT has prepared it"
-            fail(f"{missing}: {again}")
+            if folder.parent.name == folder.parent.parent.name:
+                # --dataset=data/mine
+                again = f"did you mean the data set {folder.name}, without its folder?"
+            # The whole path, for somebody who has gone to another folder.
+            fail(f"no {(folder / name).absolute()}: {again}")
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         check_files(folder, meta, deep)

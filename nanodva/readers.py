@@ -25,7 +25,7 @@ from nanodva.errors import UserError, fail
 from nanodva.tokenizer import END_OF_TEXT
 
 # About how many characters are read at a time, which bounds the memory.
-PIECE = 2**20
+PIECE = 2**18
 # If documents in a .txt are separated by nothing else, then by such lines, as in TinyStories.
 END_LINE = f"\n{END_OF_TEXT}\n"
 OPEN_PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
