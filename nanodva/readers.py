@@ -72,7 +72,7 @@ def by_name(path):
 def by_content(path):
     """The Source at a path, by its name or else its first bytes. UserError for a REFUSED one."""
     source = by_name(path)
-    if source.kind not in READERS and not source.compression:
+    if source.kind not in READERS | REFUSED and not source.compression:
         with reading(source), open(path, "rb") as file:
             source = source._replace(kind=by_first_bytes(file.read(16)) or source.kind)
     if source.kind in OPEN_PACKED:

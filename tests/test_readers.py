@@ -112,7 +112,11 @@ def test_what_has_to_be_turned_into_text_first_is_refused_with_the_command(tmp_p
     assert "pdftotext" in refusal("book.txt", b"%PDF-1.7\n%\xe2\xe3\n")
     with zipfile.ZipFile(tmp_path / "download", "w") as archive:
         archive.writestr("a.txt", "a")
-    assert "unzip" in refusal("download", (tmp_path / "download").read_bytes())
+    archive = (tmp_path / "download").read_bytes()
+    assert "unzip" in refusal("download", archive) and "unzip" in refusal("a.txt", archive)
+    # A document of a word processor is an archive, too, and a .tgz is a .gz
+    assert "pandoc" in refusal("a.docx", archive)
+    assert "tar -xf" in refusal("a.tgz", gzip.compress(b"a.txt" + bytes(500)))
 
 
 # ---- encodings -----------------------------------------------------------------------------------
