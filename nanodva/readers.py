@@ -167,7 +167,7 @@ def decode_text(data, name):
     try:
         return plain_lines(data.decode(encoding))
     except UnicodeDecodeError:
-        fail(wrong_byte(io.BytesIO(data), name, encoding))
+        fail(f"{wrong_byte(io.BytesIO(data), name, encoding)}; save it in UTF-8")
 
 
 def plain_lines(text):
@@ -184,13 +184,15 @@ def reading(source, config=None):
         raise
     except UnicodeDecodeError:
         with open_bytes(source) as file:
-            fail(wrong_byte(file, source.path, encoding_of(file.peek(4), config.encoding)))
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+            found = wrong_byte(file, source.path, encoding_of(file.peek(4), config.encoding))
+        fail(f"{found}; if this is text, give its encoding, such as --encoding=latin-1, cp1252 or "
+             "utf-16")
+    except (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError) as error:
         fail(f"cannot read {source.path}: {type(error).__name__}: {str(error)[:200]}")
 
 
 def wrong_byte(file, name, encoding):
-    """The message about the first byte of an open file that the encoding does not allow."""
+    """Where an open file has its first byte that the encoding does not allow, in words."""
     decoder = codecs.getincrementaldecoder(encoding)()
     position, line = 0, 1
     while True:
@@ -203,8 +205,7 @@ def wrong_byte(file, name, encoding):
             line += data.count(b"\n", 0, max(start, 0))
             wanted = "UTF-8" if encoding.startswith("utf-8") else encoding
             return (f"line {line:,} of {name} is not {wanted}: byte {error.object[error.start]:#x} "
-                    f"at position {position + start:,}; if this is text, give its encoding, such "
-                    "as --encoding=latin-1, cp1252 or utf-16")
+                    f"at position {position + start:,}")
         position, line = position + len(data), line + data.count(b"\n")
 
 

@@ -210,7 +210,7 @@ def test_an_empty_prompt_is_refused(texts, tmp_path):
 
 def test_a_prompt_that_cannot_be_read_is_named(texts, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
-    with refused("line 1 of", "prompt.txt is not UTF-8: byte 0xff at position 2"):
+    with refused("line 1 of", "prompt.txt is not UTF-8: byte 0xff at position 2; save it in UTF-8"):
         texts(start=f"FILE:{tmp_path / 'prompt.txt'}")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="ascii"))
     with refused("the prompt standard input is not UTF-8"):
