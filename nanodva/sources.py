@@ -98,15 +98,19 @@ def refuse(pattern, config, skipped):
         if "column" in reason:
             # This raises UserError with the columns that the file has.
             next(read_texts(by_content(path), config), None)
-    there = f" ({counted(skipped.values())} there)" if skipped else ""
-    kinds = " ".join(READERS) + ", plain or packed as " + " ".join(OPEN_PACKED)
-    fail(f"--input={shlex.quote(pattern)}: no such file, nor a folder with files of the kinds "
-         f"{kinds}{there}; name others with a glob, --input='FOLDER/**/*.md'")
+    if not skipped:
+        fail(f"--input={shlex.quote(pattern)}: no such file, nor a folder that holds one")
+    fail(f"--input={shlex.quote(pattern)}: {counted(skipped.values())} are there, and a folder "
+         f"gives {' '.join(READERS)}, plain or packed as {' '.join(OPEN_PACKED)}; name others with "
+         "a glob, such as --input='FOLDER/**/*.md'")
 
 
 def counted(labels):
-    """Labels with how often each occurs: "12 .txt, 1 .csv"."""
-    return ", ".join(f"{number:,} {label}" for label, number in Counter(labels).most_common())
+    """Labels with how often each occurs: "12 .txt, 1 .csv". The rarest of many go into one."""
+    counts = Counter(labels).most_common()
+    if len(counts) > 8:
+        counts = [*counts[:7], ("of other kinds", sum(number for _, number in counts[7:]))]
+    return ", ".join(f"{number:,} {label}" for label, number in counts)
 
 
 # ---- downloads -----------------------------------------------------------------------------------
