@@ -76,6 +76,7 @@ def test_all_ways_of_dvas_attention_give_the_same_numbers():
             torch.testing.assert_close(function(q, k, v), wanted, msg=name)
 
 
+@pytest.mark.slow
 def test_a_profile_accounts_for_the_whole_step(tmp_path):
     [(part, rows)] = parts_of(tmp_path, "--what=profile", "--contenders=gpt2,dva")
     assert part == "profile" and [row["profile"] for row in rows] == ["gpt2", "dva"]
@@ -128,6 +129,7 @@ def test_all_that_a_gpu_is_asked_for_is_accepted():
             assert bench.contender(text, given).block_size == 1024
 
 
+@pytest.mark.slow
 def test_one_file_gathers_what_a_gpu_is_asked_for_whatever_fails(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(bench, "GPU_PARTS", [
         ["--what=train", "--contenders=dva:n_embd=0"], ["--what=attention", "--dtypes=float16"]])

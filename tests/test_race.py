@@ -436,6 +436,7 @@ def is_training(folder, lines, runs=1):
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 
 
+@pytest.mark.slow
 @linux
 def test_a_race_that_is_told_to_stop_ends_its_worker_and_goes_on_later(
         argv, here, tmp_path, monkeypatch, capsys):
