@@ -98,6 +98,7 @@ def test_kills_change_nothing(wanted):
     assert kills >= wanted and saves >= 1 and runs >= 1
 
 
+@pytest.mark.slow
 def test_a_real_process_stops_and_resumes(arguments, run, tmp_path):
     """python train.py, stopped from outside by a SIGTERM."""
     argv = arguments(max_iters=100_000, lr_decay_iters=60)

@@ -104,7 +104,7 @@ def test_every_block_writes_text_in_every_precision(run, texts, tmp_path, block)
         assert text.startswith("ab") and len(text) == 32
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ["gpt2", "dva"])
 def test_greedy_texts_begin_alike_in_float32_and_bfloat16(run, texts, tmp_path, block):
     run(block=block, max_iters=60, dropout=0)
     begin = [texts(out_dir=tmp_path / "out", dtype=dtype, max_new_tokens=10, temperature=0)
