@@ -58,7 +58,7 @@ class PrepareConfig:
     name: str = ""             # a built-in data set, or a name of your own (the first argument)
     input: str = ""            # files, folders, globs, or hf:REPO[:CONFIGURATION][@REVISION]
     tokenizer: str = ""        # char, gpt2, gpt2:N, or a GPT-2's folder; default: char for *_char
-    column: str = "text"       # the one that holds the text in .csv, .tsv, .json(l), .parquet
+    column: str = "text"       # the column with the text in .csv, .tsv, .json(l), .parquet
     separator: str = ""        # stands between documents of a .txt; default: <|endoftext|> lines
     encoding: str = ""         # of text files; by default UTF-8, or what a byte-order mark says
     val_fraction: float = 0.0  # share of val; by default 0.1, for openwebtext nanoGPT's 0.0005
@@ -175,7 +175,7 @@ def read_documents(sources, config, watch):
 
 
 def find_alphabet(documents, max_tokens):
-    """The characters of the documents up to the one that reaches max_tokens, sorted."""
+    """The characters, sorted, of the documents until max_tokens is reached."""
     alphabet, size = set(), 0
     for text, _ in documents:
         alphabet.update(text)

@@ -264,13 +264,12 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
 
     with ExitStack() as held:
         # -- where it is written
-        metrics = open(os.devnull, "a")
         if writing:
             held.enter_context(checkpoints.only_writer(out_dir))
             if not checkpoint:
                 checkpoints.set_aside(out_dir)
                 held.callback(checkpoints.settle, out_dir)
-            metrics = checkpoints.open_metrics(out_dir, step)
+        metrics = checkpoints.open_metrics(out_dir, step) if writing else open(os.devnull, "a")
         held.enter_context(metrics)
         checkpoint = weights = None                                    # lets their memory go
         versions = {"python": platform.python_version(), "torch": torch.__version__}

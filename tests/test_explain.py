@@ -118,6 +118,17 @@ def test_what_the_user_got_wrong_is_one_line(write, runs, settings, parts):
         write("dva", **settings)
 
 
+def test_a_page_takes_the_place_of_a_page_alone(write, tmp_path):
+    checkpoint = tmp_path / "best.pt"
+    checkpoint.write_bytes(b"weights")
+    for dest in (checkpoint, tmp_path):
+        with refused("is there and is no page"):
+            write("dva", dest=dest)
+    assert checkpoint.read_bytes() == b"weights"
+    write("dva")
+    write("dva")
+
+
 def test_models_that_no_page_can_hold(write, tmp_path, characters, monkeypatch):
     with refused("block='mean'", "dva and gpt2", "tools/explain.html"):
         write(save_run(tmp_path / "mean", build(block="mean"), characters))
