@@ -38,13 +38,14 @@ class ModelConfig:
     qk_dim: int = 64             # dva: width D of query and key
     value_dim: int = 0           # dva: width M of value and gate; 0: n_embd
     value_norm: bool = True      # dva: RMSNorm on the mixed value
+    gate: str = "plain"          # dva: plain, v_ij = g_i * u_j, or open, (1 + g_i) * u_j
     bank_layers: int = 0         # the last N layers have a Bank of Values; the paper: a third
 
     def __post_init__(self):
         least = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, qk_dim=1,
                      value_dim=0, bank_layers=0, dropout=0)
         choices = dict(block=list(BLOCKS), gelu=["exact", "tanh"],
-                       rotary=[True, False, "only", "auto"])
+                       rotary=[True, False, "only", "auto"], gate=["plain", "open"])
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ConfigError(f"{name}={getattr(self, name)}: it must be at least {lowest}")
@@ -194,6 +195,10 @@ class DynamicValueAttention(Attention):
     it comes out of the sum, sum_j s_ij v_ij = g_i * sum_j s_ij u_j, and what is left is one
     ordinary attention. The norm (on by default) divides that sum by its size, which is one number
     for each query. So each pair keeps a value of its own: v_ij = (w * g_i / rms_i) * u_j.
+
+    An open gate (gate="open", this project's own change) has 1 + g_i in the place of g_i: a value
+    that all queries share, plus the change that each query makes. That change is small at the
+    start of training, so the block begins close to ordinary attention.
     """
 
     def __init__(self, config, banked):
@@ -204,6 +209,7 @@ class DynamicValueAttention(Attention):
         self.c_v = nn.Linear(C, M, bias=config.bias) if not banked else None
         self.c_gate = nn.Linear(C, M, bias=config.bias)
         self.norm = RMSNorm(M) if config.value_norm else nn.Identity()
+        self.starts_open = config.gate == "open"
         if banked and config.value_norm:
             # The norm divides by the table's scale, so its gradient would be rounding noise
             self.bank.gamma.requires_grad_(False)
@@ -211,6 +217,8 @@ class DynamicValueAttention(Attention):
     def forward(self, x, idx, cache=None):
         """x (B, T, C), all token ids so far idx (B, S) -> (B, T, C)"""
         q, k, g = self.c_q(x), self.c_k(x), self.c_gate(x)
+        if self.starts_open:
+            g = 1 + g
         y = self.mix(q, k, self.c_v(x) if self.bank is None else None, idx, cache)
         return self.resid_dropout(self.c_proj(self.norm(y) * g))
 

@@ -33,10 +33,11 @@ def turned(x):
 
 @pytest.mark.parametrize("value_norm, rotary, banked",
                          list(itertools.product((True, False), repeat=3)))
+@pytest.mark.parametrize("gate", ["plain", "open"])
 @pytest.mark.parametrize("value_dim, qk_dim", [(40, 8), (24, 24)])
-def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, rotary, banked):
+def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, gate, rotary, banked):
     model = shaken(tiny(block="dva", value_norm=value_norm, value_dim=value_dim, qk_dim=qk_dim,
-                        rotary=rotary, bank_layers=banked))
+                        gate=gate, rotary=rotary, bank_layers=banked))
     attn, B, T = model.transformer.h[-1].attn, 2, 16
     x, idx = torch.randn(B, T, 24), tokens(B, T)
     q, k, g = attn.c_q(x), attn.c_k(x), attn.c_gate(x)
@@ -48,7 +49,8 @@ def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, rotary, ba
         scores = (k[:, :i + 1] @ q[:, i, :, None])[..., 0] / math.sqrt(qk_dim)
         strength[:, i, :i + 1] = torch.softmax(scores, dim=-1)
     # v_ij, (B, T, T, M): the tensor that the model never builds
-    pairs = g[:, :, None, :] * u[:, None, :, :]
+    factor = {"plain": g, "open": 1 + g}[gate]
+    pairs = factor[:, :, None, :] * u[:, None, :, :]
     if value_norm:
         mixed = torch.einsum("bij,bjm->bim", strength, u)
         rms = (mixed.square().mean(-1, keepdim=True) + 1e-5).sqrt()
