@@ -318,15 +318,6 @@ class GPT(nn.Module):
         """The BankOfValues of every layer that has one."""
         return [module for module in self.modules() if isinstance(module, BankOfValues)]
 
-    def positions(self, first, end):
-        """
-        What is added to the tokens at positions first ... end - 1, (T, C): GPT-2's learned
-        positions, or zeros with rotary="only".
-        """
-        if self.transformer.wpe is None:
-            return self.transformer.wte.weight.new_zeros(end - first, self.config.n_embd)
-        return self.transformer.wpe.weight[first:end]
-
     def forward(self, idx, targets=None, cache=None, return_logits=True):
         """
         Token ids idx (B, T) and, if given, the token after each, targets (B, T), with -1 for
@@ -342,8 +333,10 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ConfigError(f"{end} positions do not fit into "
                               f"block_size={self.config.block_size}")
-        x = self.transformer.wte(idx) + self.positions(first, end)
-        x = self.transformer.drop(x)                                   # (B, T, C)
+        x = self.transformer.wte(idx)                                  # (B, T, C)
+        if self.transformer.wpe is not None:
+            x = x + self.transformer.wpe.weight[first:end]
+        x = self.transformer.drop(x)
         if cache is not None:
             idx = cache.append_ids(idx)                                # (B, S)
         for block in self.transformer.h:
@@ -619,7 +612,7 @@ class HeadLoss(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """
     x (..., M) over the root of its mean square, times a weight (arXiv 1910.07467), in x's type.
-    By way of the vector's length it takes half the time of torch's own on a CPU.
+    By way of the vector's length it takes two thirds of torch's own time on a CPU at GPT-2's width.
     """
 
     def __init__(self, width, eps=1e-5):
