@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import signal
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -165,7 +166,7 @@ def evaluate(model, compiled, data, splits, cfg, device, stop):
         starts = np.arange(count) * fit // count * T
         sums = torch.zeros(2, device=device)                           # of losses, of stops
         batches = range(RANK * cfg.batch_size, count, WORLD * cfg.batch_size)
-        for first in tqdm(batches, f"evaluating on {split}", leave=False, delay=2, disable=None):
+        for first in machine.bar(batches, f"evaluating on {split}", delay=2):
             x, y = windows(data[split], starts[first:first + cfg.batch_size], cfg, device)
             forward = compiled if len(x) == cfg.batch_size else model
             with machine.autocast(device, cfg.dtype):
@@ -295,6 +296,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
         micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
         first_step = logged_step = step
         stopped, saved, training_s = False, False, 0.0
+        bar = held.enter_context(machine.bar(total=first_step + steps, initial=step, unit=" steps"))
         start = time.perf_counter() - earlier_s
         x, y = get_batch(data["train"], cfg, step, RANK, device)
         while True:
@@ -404,8 +406,12 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
                 metrics.write(json.dumps(record) + "\n")
                 wandb_log(record, step=step)
                 left = tqdm.format_interval((cfg.max_iters - step - 1) * batch_tokens / rate)
-                say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, {left} left")
+                bar.set_postfix_str(f"loss {loss:.4f}")
+                if bar.disable or not sys.stdout.isatty():
+                    say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, "
+                        f"{left} left")
             step += 1
+            bar.update()
 
         # -- the end
         elapsed = time.perf_counter() - start

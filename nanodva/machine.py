@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from tqdm import tqdm
 
 from model import Attention, BankOfValues, RMSNorm
 from nanodva.errors import UserError, fail
@@ -29,9 +30,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def say(text):
-    """Print a line, once for all processes."""
+    """Print a line, once for all processes, above the bars if there are any."""
     if RANK == 0:
-        print(text, flush=True)
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+
+
+def bar(*args, **options):
+    """A bar of tqdm's, once for all processes, where standard error is a terminal."""
+    # In a terminal that does not tell its size tqdm 4.70 would show nothing; this takes 80 x 24
+    columns, lines = shutil.get_terminal_size()
+    # disable=None is tqdm's word for terminals only
+    return tqdm(*args, leave=False, ncols=columns - 1, nrows=lines, disable=RANK > 0 or None,
+                **options)
 
 
 def pick_device(name):
