@@ -31,7 +31,8 @@ SYSTEMS = [dict(block=block, bank_layers=banks, rotary=rotary, bias=bias)
            for block in ("dva", "gpt2") for banks, rotary, bias in
            [(0, False, False), (0, True, True), (1, True, False), (2, "only", True)]]
 each_system = pytest.mark.parametrize("system", [
-    *SYSTEMS, dict(block="dva", value_norm=False, value_dim=12), dict(block="gpt2", gelu="tanh")],
+    *SYSTEMS, dict(block="dva", value_norm=False, value_dim=12), dict(block="gpt2", gelu="tanh"),
+    dict(block="dva", gate="open", bank_layers=1, bias=True)],
     ids=lambda system: "-".join(f"{name}={value}" for name, value in system.items()))
 
 
@@ -341,10 +342,14 @@ def test_the_page_computes_what_model_py_does(browser, write, tmp_path, characte
         assert differ(found["parts"], expected) < 1e-5
 
 
-def test_the_looks_are_what_each_pairs_own_value_writes(browser, write, runs, characters):
+@pytest.mark.parametrize("gate, formula", [("plain", "v = g · u."), ("open", "v = (1 + g) · u.")])
+def test_the_looks_are_what_each_pairs_own_value_writes(browser, write, tmp_path, characters, gate,
+                                                        formula):
     """The brute force that the fast way avoids: all (T, T, M) values of the pairs."""
-    browser.open(write("dva")[0])
-    ids, inputs, model = characters.encode(TEXT)[:12], [], load(runs["dva"])
+    folder = save_run(tmp_path / "run", build(block="dva", bank_layers=1, gate=gate), characters)
+    browser.open(write(folder)[0])
+    assert formula in browser.text("p.dva")[0]
+    ids, inputs, model = characters.encode(TEXT)[:12], [], load(folder)
     found = compute(browser, ids, [(11, 4)])["parts"][0]["looks"]
     for module in (*(block.attn for block in model.transformer.h), model.transformer.ln_f):
         module.register_forward_pre_hook(lambda module, given: inputs.append(given[0][0]))
@@ -356,7 +361,8 @@ def test_the_looks_are_what_each_pairs_own_value_writes(browser, write, runs, ch
         s = (q @ k.T / 8 ** 0.5 + torch.full((12, 12), -torch.inf).triu(1)).softmax(dim=-1)
         u = attn.c_v(x) if attn.bank is None else attn.bank(torch.tensor(ids))
         rms = ((s @ u).square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-        v = (attn.norm.weight * attn.c_gate(x) / rms)[:, None] * u[None]               # (T, T, M)
+        g = attn.c_gate(x) + (gate == "open")
+        v = (attn.norm.weight * g / rms)[:, None] * u[None]                            # (T, T, M)
         written = (s[..., None] * v) @ attn.c_proj.weight.T                            # (T, T, C)
         written = (written - written.mean(dim=-1, keepdim=True))[-1]
         written = written / (last.var(correction=0) + 1e-5).sqrt()
@@ -371,7 +377,9 @@ def without(model, piece):
         del blocks[1]
     for block in blocks:
         if piece == "gate":
-            block.attn.c_gate.register_forward_hook(lambda module, x, out: torch.ones_like(out))
+            # What is left is a factor of 1: that of an open gate with g = 0
+            one = 0.0 if model.config.gate == "open" else 1.0
+            block.attn.c_gate.register_forward_hook(lambda _, x, out: torch.full_like(out, one))
         elif piece == "norm":
             block.attn.norm = torch.nn.Identity()
         elif piece == "mlp":
@@ -381,9 +389,10 @@ def without(model, piece):
     return model
 
 
-@pytest.mark.parametrize("block", ["dva", "gpt2"])
-def test_each_switch_takes_away_what_it_says(browser, write, tmp_path, characters, block):
-    folder = save_run(tmp_path / "run", build(block=block, n_layer=3, rotary=True), characters)
+@pytest.mark.parametrize("block, gate", [("dva", "plain"), ("dva", "open"), ("gpt2", "plain")])
+def test_each_switch_takes_away_what_it_says(browser, write, tmp_path, characters, block, gate):
+    model = build(block=block, gate=gate, n_layer=3, rotary=True)
+    folder = save_run(tmp_path / "run", model, characters)
     browser.open(write(folder)[0])
     ids = characters.encode(TEXT)[:30]
     for piece in ["layer", "rotary", *(["gate", "norm"] if block == "dva" else ["mlp"])]:
