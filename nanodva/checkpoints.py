@@ -85,14 +85,16 @@ def resume(cls, given):
     if removed:
         fail(f"{out_dir}/last.pt is of another version of train.py, which had the settings "
              f"{', '.join(sorted(removed))}: resume it with that version")
+    # A run from before a setting existed had its default
+    before = asdict(build(cls, saved))
     cfg = build(cls, saved | given)
     changed = {name: value for name, value in asdict(cfg).items()
-               if name in saved and value != saved[name] and name != "init_from"}
+               if value != before[name] and name != "init_from"}
     fixed = {field.name for field in fields(ModelConfig)} - {"dropout"} | {"optimizer"}
     for name in changed.keys() & fixed:
-        fail(f"{name}={changed[name]!r} differs from the checkpoint's {saved[name]!r}: a run keeps "
+        fail(f"{name}={changed[name]!r} differs from the checkpoint's {before[name]!r}: a run keeps "
              f"its architecture and optimizer; leave {name} out, or train from scratch")
-    changes = [f"{name}={value!r} (was {saved[name]!r})" for name, value in changed.items()]
+    changes = [f"{name}={value!r} (was {before[name]!r})" for name, value in changed.items()]
     return cfg, checkpoint, changes
 
 

@@ -277,9 +277,12 @@ def test_auto_starts_where_there_is_no_run_and_goes_on_where_there_is_one(run, a
 def test_a_run_of_before_a_setting_existed_goes_on(run, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "out")
     checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
-    # Version 2 had neither of these
+    # Version 2 had none of these
     del checkpoint["config"]["patience"], checkpoint["measured_on"], checkpoint["best_step"]
+    del checkpoint["config"]["gate"], checkpoint["model_config"]["gate"]
     save(checkpoint, tmp_path / "out" / "last.pt")
+    with refused("gate='open' differs from the checkpoint's 'plain'"):
+        run(init_from="resume", max_iters=13, gate="open")
     assert run(init_from="resume", max_iters=13)[0] == 0
 
 
