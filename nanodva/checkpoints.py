@@ -92,8 +92,8 @@ def resume(cls, given):
                if value != before[name] and name != "init_from"}
     fixed = {field.name for field in fields(ModelConfig)} - {"dropout"} | {"optimizer"}
     for name in changed.keys() & fixed:
-        fail(f"{name}={changed[name]!r} differs from the checkpoint's {before[name]!r}: a run keeps "
-             f"its architecture and optimizer; leave {name} out, or train from scratch")
+        fail(f"{name}={changed[name]!r} differs from the checkpoint's {before[name]!r}: a run "
+             f"keeps its architecture and optimizer; leave {name} out, or train from scratch")
     changes = [f"{name}={value!r} (was {before[name]!r})" for name, value in changed.items()]
     return cfg, checkpoint, changes
 

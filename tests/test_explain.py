@@ -373,13 +373,13 @@ def test_the_looks_are_what_each_pairs_own_value_writes(browser, write, tmp_path
 def without(model, piece):
     """The model with a piece taken away, as a hack in Python would do it."""
     blocks = model.transformer.h
+    # With this gate the factor of u is 1
+    neutral = torch.zeros_like if model.config.gate == "open" else torch.ones_like
     if piece == "layer":
         del blocks[1]
     for block in blocks:
         if piece == "gate":
-            # What is left is a factor of 1: that of an open gate with g = 0
-            one = 0.0 if model.config.gate == "open" else 1.0
-            block.attn.c_gate.register_forward_hook(lambda _, x, out: torch.full_like(out, one))
+            block.attn.c_gate.register_forward_hook(lambda module, x, out: neutral(out))
         elif piece == "norm":
             block.attn.norm = torch.nn.Identity()
         elif piece == "mlp":
