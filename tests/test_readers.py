@@ -54,6 +54,8 @@ def test_a_broken_csv_is_refused_with_the_place(read, table, words):
 def test_json_comes_in_lines_in_an_array_or_one_after_another(read, monkeypatch):
     texts = ["a [b], {c}", "Fi\r\nrst \"line\"", "", "[漢]", "\u2028x"]
     rows = [{"n": {"text": 1}, "text": text, "more": [1, [2]]} for text in texts]
+    # A byte-order mark in front of a text is no part of it
+    rows[0]["text"] = "\ufeff" + rows[0]["text"]
     expected = [text.replace("\r\n", "\n") for text in texts]
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     files = {"a.jsonl": lines, "a.NDJSON": "\ufeff\n" + lines, "lines.json": lines,

@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import pytest
-from conftest import ROOT, SHAKESPEARE, error_of, everything_in, needs_shakespeare, prepare
+from conftest import (
+    ROOT,
+    SHAKESPEARE,
+    SHARD,
+    error_of,
+    everything_in,
+    needs_shakespeare,
+    prepare,
+)
 
 from nanodva import sources
 from nanodva.dataset import read_meta
@@ -134,21 +142,22 @@ def test_tiny_shakespeare_is_downloaded_once(tmp_path, monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What the Hugging Face hub answers about a data set whose files lie in `folder`."""
+    """What the Hugging Face hub answers about the data sets some/NAME in the folders NAME."""
     protocol_version, commit, folder, downloads = "HTTP/1.1", "c" * 40, None, []
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        file = self.folder / path.rpartition("/")[2]
-        if "/tree/" in path:
-            # The set has no folders in it.
-            files = self.folder.iterdir() if path.endswith(self.commit) else []
+        name = re.search("/some/(set|configurations)(?=/)", path + "/")
+        file = self.folder / name[1] / path.rpartition("/")[2] if name else None
+        if name is None:
+            self.answer("", {"X-Error-Code": "RepoNotFound"}, status=404)
+        elif "/tree/" in path:
+            # The sets have no folders in them
+            files = file.parent.iterdir() if path.endswith(self.commit) else []
             self.answer(json.dumps([{"type": "file", "path": found.name, "oid": found.name,
                                      "size": found.stat().st_size} for found in files]))
-        elif path.startswith("/api/datasets/some/"):
-            self.answer(json.dumps({"id": "some/set", "sha": self.commit}))
-        elif "some" not in path:
-            self.answer("", {"X-Error-Code": "RepoNotFound"}, status=404)
+        elif path.startswith("/api/datasets/"):
+            self.answer(json.dumps({"id": f"some/{name[1]}", "sha": self.commit}))
         elif file.exists():
             self.answer(file.read_bytes(), {"ETag": f'"{file.name}"'})
             if self.command == "GET":
@@ -172,63 +181,70 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def from_hub(tmp_path, speeches):
-    """
-    from_hub(source, data_dir): the result of prepare_data.py in a new process, whose hub is ours
-    with one data set, some/set.
-    """
-    Hub.folder = tmp_path / "hub"
-    Hub.folder.mkdir()
-    for shard in (0, 1):
-        shutil.copy(speeches[0] / "parquet" / f"{shard}.parquet",
-                    Hub.folder / f"train-0000{shard}-of-00002.parquet")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                                    "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-        yield lambda source, data_dir: subprocess.run(
-            [sys.executable, ROOT / "prepare_data.py", "mine", f"--input={source}",
-             f"--data_dir={tmp_path / data_dir}"], env=environment, capture_output=True, text=True)
-        server.shutdown()
-
-
-def test_a_configuration_of_a_hub_data_set_is_named(tmp_path, speeches, from_hub):
-    (Hub.folder / "README.md").write_text("""---
+SHARDS = [f"train-0000{shard}-of-00002.parquet" for shard in (0, 1)]
+CONFIGURATIONS = f"""---
 configs:
 - config_name: early
-  data_files: train-00000-of-00002.parquet
+  data_files: {SHARDS[0]}
 - config_name: late
-  data_files: [{split: train, path: train-00001-of-00002.parquet}]
+  data_files: [{{split: train, path: {SHARDS[1]}}}]
 - config_name: lines
   data_files: 0.jsonl.gz
 ---
-""")
-    shutil.copy(speeches[0] / "jsonl.gz" / "0.jsonl.gz", Hub.folder)
-    for source in ("hf:some/set", "hf:some/set:middle"):
-        message = from_hub(source, "none").stderr
-        assert message.startswith(f"error: {source}: which configuration?"), message
-        assert "--input=hf:some/set:early" in message and "early late lines" in message
-        assert message.count("\n") == 1 and "network" not in message
-    assert from_hub("hf:some/set:late", "late").returncode == 0
-    files = read_meta(tmp_path / "late" / "mine")["source"]["files"]
-    assert files == [f"hf://datasets/some/set@{Hub.commit}/train-00001-of-00002.parquet"]
-    assert from_hub("hf:some/set:lines", "lines").returncode == 0
-    assert read_meta(tmp_path / "lines" / "mine")["source"]["documents"] == 40
-    # What the hub answers is no fault of the network either
-    message = from_hub("hf:nobody/nothing", "none").stderr
-    assert "error: hf:nobody/nothing: " in message and "network" not in message
+"""
+# Each data set is prepared in a folder of its own, and how that ended is printed, as JSON
+PREPARE_EACH = """if True:
+    import json, sys, prepare_data
+    from nanodva.errors import UserError
+    ends = []
+    for number, source in enumerate(sys.argv[2:]):
+        try:
+            prepare_data.main(["mine", f"--input={source}", f"--data_dir={sys.argv[1]}/{number}"])
+            ends.append("done")
+        except UserError as error:
+            ends.append(str(error))
+    print(json.dumps(ends))"""
 
 
-def test_a_hub_data_set_comes_through_the_hubs_cache(tmp_path, speeches, from_hub):
+def test_a_hub_data_set_comes_through_the_cache_and_its_configuration_is_named(tmp_path, speeches):
+    """All in one process, since the package datasets takes a second to import."""
+    Hub.folder = tmp_path / "hub"
     Hub.downloads.clear()
-    for data_dir in ("first", "second"):
-        assert from_hub("hf:some/set", data_dir).returncode == 0
-    found = everything_in(tmp_path / "first" / "mine")
-    assert found == everything_in(tmp_path / "second" / "mine")
-    # The second time both files were in the cache.
-    assert sorted(Hub.downloads) == [file.name for file in sorted(Hub.folder.iterdir())]
+    for name in ("set", "configurations"):
+        (Hub.folder / name).mkdir(parents=True)
+        for number, shard in enumerate(SHARDS):
+            shutil.copy(speeches[0] / "parquet" / f"{number}.parquet", Hub.folder / name / shard)
+    shutil.copy(speeches[0] / "jsonl.gz" / "0.jsonl.gz", Hub.folder / "configurations")
+    (Hub.folder / "configurations" / "README.md").write_text(CONFIGURATIONS)
+    several = "hf:some/configurations"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = subprocess.run(
+            [sys.executable, "-c", PREPARE_EACH, tmp_path, "hf:some/set", "hf:some/set", several,
+             f"{several}:middle", f"{several}:late", f"{several}:lines", "hf:nobody/nothing"],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+                "HF_HOME": str(tmp_path / "cache")})
+        server.shutdown()
+    first, second, *unnamed, late, lines, missing = json.loads(result.stdout.splitlines()[-1])
+    assert first == second == late == lines == "done"
+
+    found = everything_in(tmp_path / "0" / "mine")
+    assert found == everything_in(tmp_path / "1" / "mine")
+    # The second time both files were in the cache
+    assert Hub.downloads[:2] == SHARDS and not set(SHARDS[:1]) & set(Hub.downloads[2:])
     local = prepare(tmp_path / "local", "mine", f"--input={speeches[0] / 'parquet'}")
     assert found["train.bin"] == (local / "train.bin").read_bytes()
+    address = f"hf://datasets/some/{{}}@{Hub.commit}/{{}}".format
     files = json.loads(found["meta.json"])["source"]["files"]
-    assert files[0] == f"hf://datasets/some/set@{Hub.commit}/train-00000-of-00002.parquet"
+    assert files == [address("set", shard) for shard in SHARDS]
+
+    for source, message in zip((several, f"{several}:middle"), unnamed, strict=True):
+        assert message.startswith(f"{source}: which configuration?")
+        assert f"--input={several}:early" in message and "early late lines" in message
+    files = read_meta(tmp_path / "4" / "mine")["source"]["files"]
+    assert files == [address("configurations", SHARDS[1])]
+    assert read_meta(tmp_path / "5" / "mine")["source"]["documents"] == SHARD
+    # What the hub answers is no fault of the network
+    assert missing.startswith("hf:nobody/nothing: ")
+    assert not any("network" in message for message in (*unnamed, missing))
