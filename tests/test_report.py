@@ -130,20 +130,19 @@ def test_the_table_shows_drift_and_verdicts_and_seeds_that_never_got_there():
 
 def test_pictures_name_their_lines_and_let_the_page_shine_through(tmp_path):
     path = tmp_path / "race.svg"
-    report.draw_race(results_of(FACTS), ["dva"], path)
+    report.draw_race(results_of(FACTS), path)
     picture = path.read_text()
-    colours = dict.fromkeys(FACTS, report.GREY) | {"dva": report.COLOURS[0].lower()}
-    for name, colour in colours.items():
-        assert re.search(rf"fill: {colour}[^>]*>{re.escape(name)}<", picture)
+    for name, colour in zip(FACTS, report.COLOURS, strict=False):
+        assert re.search(rf"fill: {colour.lower()}[^>]*>{re.escape(name)}<", picture)
     assert "fill: #ffffff" not in picture and "fill: #000000" not in picture
-    report.draw_race(results_of(FACTS), ["dva"], path)
+    report.draw_race(results_of(FACTS), path)
     assert path.read_text() == picture
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
-        report.draw_race(results_of(FACTS), [], tmp_path / "race.svg")
+        report.draw_race(results_of(FACTS), tmp_path / "race.svg")
 
 
 # ---- runs of train.py --------------------------------------------------------------------------

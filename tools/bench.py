@@ -44,12 +44,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import Cache, ModelConfig, attend, attend_in_pieces, explicit_attention, stream
-from nanodva.errors import fail, replacing, run_script
+from nanodva.errors import fail, run_script
 from nanodva.machine import DTYPES, autocast, pick_device
 from nanodva.optimizers import build_optimizers
 from nanodva.settings import build, change, check, read_settings
 from nanodva.weights import build_model
-from tools.report import markdown
+from tools.report import markdown, write_json
 from train import TrainConfig
 
 # The settings that a contender has from this tool, unless it names its own
@@ -131,10 +131,17 @@ def contender(text, settings):
         n_layer = settings.get("n_layer", ModelConfig.n_layer)
         settings |= {"bank_layers": n_layer - 2 * n_layer // 3} | own
     cfg = build(TrainConfig, settings)
-    # On the meta device a block says at no cost what it refuses
-    with torch.device("meta"):
-        build_model(cfg)
+    sketch(cfg)
     return cfg
+
+
+def sketch(cfg):
+    """
+    The model without memory for its weights: at no cost it tells how large it is, or raises
+    UserError for what its block refuses.
+    """
+    with torch.device("meta"):
+        return build_model(cfg)
 
 
 # ---- timing ------------------------------------------------------------------------------------
@@ -264,8 +271,7 @@ def bench_training(contenders, cfg, device):
             times = times if name in times else time_steps({name: entry}, device, cfg.rounds)
             ms = statistics.median(times[name])
             first_ms = first_ms or ms
-            with torch.device("meta"):
-                model = build_model(entry)
+            model = sketch(entry)
             tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.block_size
             flops = model.flops_per_token()
             yield {"training": name, "dtype": dtype, "compile": compiled,
@@ -472,11 +478,6 @@ def readable(value):
     if isinstance(value, float) or type(value) is int:
         return f"{value:,.0f}"
     return str(value)
-
-
-def write_json(report, path):
-    with replacing(path) as file:
-        file.write(json.dumps(report, indent=1).encode())
 
 
 def run_gpu_parts(cfg, given):

@@ -4,7 +4,7 @@ at its own best learning rate, over several seeds, with an interval for every di
 
     python -m tools.race --minutes=10                        a race for a lesson
     python -m tools.race config/race_bpe.py --contenders=gpt2:rotary=True,dva,dva+bank
-    python -m tools.race --match=time --seeds=3 --jobs=2 --highlight=gpt2,dva
+    python -m tools.race --match=time --seeds=3 --jobs=2
 
 A contender is a block, perhaps with +bank (banks in the last third of its layers), perhaps with
 settings of train.py, as in dva+bank:qk_dim=32. The first one is the reference: all others get its
@@ -25,6 +25,7 @@ run then. A run's seconds are its steps times that. Results go to out/race/NAME:
 table.md and race.svg. The same command goes on where it was stopped. Finished runs are kept in
 out/race_runs, and count for other races with the same code, data and machine.
 """
+import bisect
 import hashlib
 import json
 import math
@@ -37,9 +38,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 
 import torch
@@ -55,9 +57,8 @@ from nanodva.errors import UserError, fail, replacing, run_script
 from nanodva.machine import Stop, pick_compile, pick_device, pick_dtype
 from nanodva.settings import build, change, check, read_settings
 from nanodva.tokenizer import Tokenizer
-from nanodva.weights import build_model
-from tools.bench import compile_or_fail, contender, machine_name, own_settings, time_steps
-from tools.report import COLOURS, draw_race, figures_of, table
+from tools.bench import compile_or_fail, contender, machine_name, own_settings, sketch, time_steps
+from tools.report import draw_race, figures_of, table, write_json
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +97,6 @@ class RaceConfig(TrainConfig):
     bank_lrs: str = "16,32,64"               # rates of the banks to begin with, in learning rates
     rounds: int = 20                         # timed steps of each, before the runs and after
     jobs: int = 1                            # runs at a time, which share the CPU's cores
-    highlight: str = ""                      # drawn in colour, four at most; empty: the first four
     overwrite: bool = False                  # take the place of another race of this name
 
     def __post_init__(self):
@@ -108,17 +108,11 @@ class RaceConfig(TrainConfig):
         names = self.contenders.split(",")
         if len(set(names)) < len(names):
             fail(f"contenders={self.contenders!r} names one of them twice")
-        for setting in ("against", "highlight"):
-            for name in split(getattr(self, setting)):
-                if name not in names:
-                    fail(f"{setting}: {name!r} is none of the contenders {', '.join(names)}")
+        self.against = self.against or names[0]
+        for name in self.against.split(","):
+            if name not in names:
+                fail(f"against: {name!r} is none of the contenders {', '.join(names)}")
         self.name = self.name or f"{self.dataset}-{self.match}"
-        self.highlight = self.highlight or ",".join(names[:len(COLOURS)])
-
-
-def split(text):
-    """The parts of a text with commas between them; an empty one has none."""
-    return text.split(",") if text else []
 
 
 def read_rates(name, text):
@@ -176,11 +170,9 @@ def enter(race, given, data, conditions, device):
         "eval_iters": len(data["test"])}
     names = race.contenders.split(",")
     first = contender(names[0], settings)
-    with torch.device("meta"):
-        flops = build_model(first).flops_per_token() * batch_tokens(first) * first.max_iters
-    if race.minutes:
-        # Each run would be compiled anew
-        flops = 0
+    # With --minutes runs are too short to be compiled, each of them anew
+    steps = 0 if race.minutes else first.max_iters
+    flops = sketch(first).flops_per_token() * batch_tokens(first) * steps
     settings |= {"dtype": pick_dtype(first.dtype, device, first.n_embd),
                  "compile": pick_compile(first.compile, device, flops)}
     contenders = {}
@@ -221,28 +213,27 @@ def set_lengths(contenders, race, times, steps):
     return lengths
 
 
-def steps_in_time(contenders, race, times, seconds):
+def fit_in_time(contenders, race, times, seconds):
     """
-    How many steps the first contender can have, at most its own number, so that all runs together
-    are expected to take 0.85 of so many seconds, since machines get slower as they get warm. Where
-    that is hardly any, race.seeds becomes less, down to 2. Raises UserError where it still is.
+    How many steps the first contender can have, at most its own number, if all runs together are
+    to take 0.85 of so many seconds, since machines get slower as they get warm. Where that would
+    be fewer than LEAST_STEPS, race.seeds becomes less, down to 2. Raises UserError where this is
+    not enough.
     """
-    own = next(iter(contenders.values())).max_iters
-    steps, least = own, min(own, LEAST_STEPS)
-    while True:
+    def expected(steps):
         known, later = missing_runs(set_lengths(contenders, race, times, steps), race)
-        expected = seconds_of([*known.values(), *later], times)
-        if expected <= 0.85 * seconds:
-            return steps
-        if steps > least:
-            steps = max(least, int(0.9 * steps))
-        elif race.seeds > 2:
-            steps, race.seeds = own, race.seeds - 1
-        else:
-            enough = race.minutes + (expected / 0.85 - seconds) / 60
-            fail(f"minutes={race.minutes:g} is too short for {len(known) + len(later)} runs of "
-                 f"{least} steps: give {enough:.2g}, or fewer --contenders or --lrs, or a smaller "
-                 f"model")
+        return seconds_of([*known.values(), *later], times) / 0.85
+
+    own = next(iter(contenders.values())).max_iters
+    least = min(own, LEAST_STEPS)
+    while expected(least) > seconds and race.seeds > 2:
+        race.seeds -= 1
+    if expected(least) > seconds:
+        enough = race.minutes + (expected(least) - seconds) / 60
+        fail(f"minutes={race.minutes:g} is too short for runs of {least} steps with {race.seeds} "
+             f"seeds to report: give {enough:.2g}, or fewer --contenders or --lrs, or a smaller "
+             f"model")
+    return bisect.bisect(range(own + 1), seconds, lo=least, key=expected) - 1
 
 
 def seconds_of(runs, times):
@@ -389,113 +380,84 @@ def missing_runs(contenders, race):
 
 # ---- workers -----------------------------------------------------------------------------------
 
-def work(connection, threads):
-    """
-    A worker process: carry out each run that comes through the connection, and answer whether it
-    is finished, or with the UserError that it raised.
-    """
+def begin_worker(threads):
+    """Prepare a new worker process: so many threads, and it ends when the race does."""
     torch.set_num_threads(threads)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        while True:
-            connection.send(carry_out(connection.recv()))
-    except UserError as error:
-        connection.send(error)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        # The race has closed the connection, or the user pressed Ctrl-C twice
-        return
+    threading.Thread(target=end_with_race, daemon=True).start()
 
 
-def end_with_parent():
+def end_with_race():
     """Wait until the race has ended or was killed, and end this process, too."""
-    wait_for_any([multiprocessing.parent_process().sentinel])
+    multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def start_worker(threads):
-    """(process, the race's end of the connection to it)."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=work, args=(theirs, threads))
-    # Ctrl-C goes to all processes of a terminal. A worker ignores it except while it trains.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    process.start()
-    signal.signal(signal.SIGINT, before)
-    # Now only the worker holds its end, so ours tells when the worker has ended
-    theirs.close()
-    return process, ours
+def work(run):
+    """carry_out() in a worker process. One that was told to stop has saved its run, and ends."""
+    if not carry_out(run):
+        os._exit(1)
 
 
 def run_all(contenders, race, times, stop, deadline):
     """
     Carry out the missing runs, race.jobs at a time, until none is needed or a stop is asked for.
-    Where they would end after the deadline, race.seeds becomes less. Raises UserError where a
-    worker does, or where one dies.
+    Where they would end after the deadline, race.seeds becomes less. Raises what a worker raises,
+    and UserError where one dies.
     """
     threads = max(1, torch.get_num_threads() // race.jobs)
-    start, seeds = time.perf_counter(), race.seeds
+    start, seeds = time.time(), race.seeds
     news = f"the plan: {len(contenders)} contenders, seeds to report: {seeds}"
     # The seconds that finished runs took, and those that were expected of each alone. Before there
     # are any, the jobs are expected to share the machine.
     taken, expected = race.jobs, 1.0
-    workers, under_way = {}, {}         # connection: process; connection: (contender, run, begun)
-    try:
-        while not stop.signal:
-            known, later = missing_runs(contenders, race)
-            now = time.perf_counter()
-            left = taken / expected * seconds_of([*known.values(), *later], times)
-            left = (left - sum(now - begun for _, _, begun in under_way.values())) / race.jobs
-            if news and time.time() + left > deadline and not later and race.seeds > 2:
-                race.seeds -= 1
-                continue
-            if race.seeds < seeds:
-                news += f"; too slow for {seeds} seeds, {race.seeds} will be reported"
-                seeds = race.seeds
-            if news:
-                least = "at least " if later and not race.minutes else ""
-                end = time.strftime("%H:%M", time.localtime(time.time() + left))
-                print(f"{news}; runs to go: {least}{len(known) + len(later)}, until about {end}",
-                      flush=True)
-                news = ""
-            running = [run.out_dir for _, run, _ in under_way.values()]
-            waiting = [folder for folder in known if folder not in running]
-            for folder in waiting[:race.jobs - len(under_way)]:
-                idle = [connection for connection in workers if connection not in under_way]
-                if idle:
-                    connection = idle[0]
-                else:
-                    process, connection = start_worker(threads)
-                    workers[connection] = process
-                connection.send(known[folder][1])
-                under_way[connection] = *known[folder], time.perf_counter()
-            if not under_way:
-                return
-            for connection in wait_for_any(list(under_way), timeout=1):
-                name, run, begun = under_way.pop(connection)
-                answer = connection.recv()
-                if isinstance(answer, UserError):
-                    raise answer
-                if not answer:
-                    # It was told to stop, as by Ctrl-C. If the race was not, the run goes on.
-                    continue
-                taken += time.perf_counter() - begun
-                expected += seconds_of([(name, run)], times)
-                passed = tqdm.format_interval(time.perf_counter() - start)
-                bank = f" x {run.bank_lr:g}" if run.bank_layers else ""
-                news = (f"{passed}  {name}, learning rate {run.learning_rate:g}{bank}, seed "
-                        f"{run.seed}: {final_loss(run):.4f} on the first half")
-    except (EOFError, ConnectionError):
-        if not stop.signal:
-            fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
-                 f"{RUNS}, may say more; the same command goes on")
-    finally:
-        # A worker in the middle of a run saves its state before it ends
-        for connection in under_way:
-            workers[connection].terminate()
-        for connection in workers:
-            connection.close()
-        for process in workers.values():
-            process.join()
+    under_way = {}                                      # future: (contender, run, when it began)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(race.jobs, spawn, begin_worker, (threads,)) as pool:
+        try:
+            while not stop.signal:
+                known, later = missing_runs(contenders, race)
+                if news:
+                    left = taken / expected * seconds_of([*known.values(), *later], times)
+                    left -= sum(time.time() - begun for _, _, begun in under_way.values())
+                    end = time.time() + left / race.jobs
+                    if end > deadline and not later and race.seeds > 2:
+                        race.seeds -= 1
+                        continue
+                    if race.seeds < seeds:
+                        news += f"; too slow for {seeds} seeds, {race.seeds} will be reported"
+                        seeds = race.seeds
+                    least = "at least " if later and not race.minutes else ""
+                    print(f"{news}; runs to go: {least}{len(known) + len(later)}, until about "
+                          f"{time.strftime('%H:%M', time.localtime(end))}", flush=True)
+                    news = ""
+                running = [run.out_dir for _, run, _ in under_way.values()]
+                waiting = [folder for folder in known if folder not in running]
+                for folder in waiting[:race.jobs - len(under_way)]:
+                    (name, run), begun = known[folder], time.time()
+                    # Ctrl-C goes to all processes of a terminal. The worker that may start here
+                    # ignores it except while it trains.
+                    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+                    under_way[pool.submit(work, run)] = name, run, begun
+                    signal.signal(signal.SIGINT, before)
+                if not under_way:
+                    return
+                for future in wait(under_way, 1, FIRST_COMPLETED).done:
+                    name, run, begun = under_way.pop(future)
+                    future.result()
+                    taken += time.time() - begun
+                    expected += seconds_of([(name, run)], times)
+                    passed = tqdm.format_interval(time.time() - start)
+                    bank = f" x {run.bank_lr:g}" if run.bank_layers else ""
+                    news = (f"{passed}  {name}, learning rate {run.learning_rate:g}{bank}, seed "
+                            f"{run.seed}: {final_loss(run):.4f} on the first half")
+        except BrokenProcessPool:
+            if not stop.signal:
+                fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
+                     f"{RUNS}, may say more; the same command goes on")
+        finally:
+            # A worker in the middle of a run saves its state before it ends
+            for process in multiprocessing.active_children():
+                process.terminate()
 
 
 # ---- what is written ---------------------------------------------------------------------------
@@ -508,8 +470,7 @@ def facts_of(contenders, race, before, after):
     facts = {}
     for name, cfg in contenders.items():
         tried, best, _ = tune(name, cfg, race)
-        with torch.device("meta"):
-            model = build_model(cfg)
+        model = sketch(cfg)
         sweep = [{"learning_rate": run.learning_rate, "bank_lr": run.bank_lr,
                   "loss": None if result_of(run)["broken"] else final_loss(run)}
                  for run in tried]
@@ -538,11 +499,6 @@ def claim_folder(folder, description, overwrite):
     return new if different else kept
 
 
-def write_json(value, path):
-    with replacing(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
 def commit():
     """The git commit of this code, with -dirty after it where files were changed since."""
     try:
@@ -555,7 +511,7 @@ def commit():
 def main(argv=None):
     began = time.time()
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not any(argument.endswith(".py") for argument in argv if not argument.startswith("-")):
+    if all(argument.startswith("-") for argument in argv):
         argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
     given = read_settings(RaceConfig, argv, without=DECIDED)
     race = build(RaceConfig, given)
@@ -573,20 +529,20 @@ def main(argv=None):
     # The workers of a race that was killed need a moment to end
     with only_writer(folder, patience=10):
         kept = claim_folder(folder, description, race.overwrite)
-        if "before" not in kept:
+        is_new = "before" not in kept
+        if is_new:
             kept["before"] = time_steps(contenders, device, race.rounds)
-        steps, deadline = next(iter(contenders.values())).max_iters, math.inf
+        deadline = math.inf
         if race.minutes:
             # The steps are timed once more at the end
             timing = sum(map(sum, kept["before"].values())) / 1e3
             deadline = began + 60 * race.minutes - 1.2 * timing - 5
-            if "steps" not in kept:
-                seconds = deadline - time.time()
-                kept["steps"] = steps_in_time(contenders, race, kept["before"], seconds)
-                kept["seeds"] = race.seeds
-            steps, race.seeds = kept["steps"], kept["seeds"]
-        write_json(kept, folder / "race.json")
-        contenders = set_lengths(contenders, race, kept["before"], steps)
+        if is_new:
+            kept["steps"] = fit_in_time(contenders, race, kept["before"], deadline - time.time())
+            kept["seeds"] = race.seeds
+            write_json(kept, folder / "race.json")
+        race.seeds = kept["seeds"]
+        contenders = set_lengths(contenders, race, kept["before"], kept["steps"])
         with Stop() as stop:
             run_all(contenders, race, kept["before"], stop, deadline)
         known, later = missing_runs(contenders, race)
@@ -598,7 +554,7 @@ def main(argv=None):
             kept |= {"after": time_steps(contenders, device, race.rounds), "seeds": race.seeds}
             write_json(kept, folder / "race.json")
         facts = facts_of(contenders, race, kept["before"], kept["after"])
-        figures = figures_of(facts, split(race.against))
+        figures = figures_of(facts, race.against.split(","))
         results = {"name": race.name, "rules": rules | {"seeds": race.seeds},
                    "conditions": conditions, "commit": commit(),
                    "python": platform.python_version(), "threads": torch.get_num_threads(),
@@ -609,7 +565,7 @@ def main(argv=None):
             file.write(text.encode())
         print(f"{text}\nall is in {folder}/")
         try:
-            draw_race(results, split(race.highlight), folder / "race.svg")
+            draw_race(results, folder / "race.svg")
         except UserError as error:
             # Without matplotlib there is no picture, but all figures are there
             print(error)

@@ -120,12 +120,17 @@ def is_bracketed(best, tried):
     return any(rate < best for rate in tried) and any(rate > best for rate in tried)
 
 
-# ---- the table ---------------------------------------------------------------------------------
+# ---- tables and files ----------------------------------------------------------------------------
 
 def markdown(rows):
     """A table in Markdown of rows {heading: text}."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (rows[0], *map(dict.values, rows))]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def write_json(value, path):
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def table(results):
@@ -253,28 +258,31 @@ def write_names(axes, ends):
                                       relpos=(0, 0.5)))
 
 
-def draw_race(results, highlight, path):
+def style(i):
+    """The colour and dashes of line number i, as matplotlib's arguments."""
+    return dict(color=COLOURS[i % 4], linestyle=DASHES[i // 4 % 4])
+
+
+def draw_race(results, path):
     """
     Draw each contender's loss against its seconds: the mean of its seeds, and a band from the
-    lowest to the highest. Those in the list `highlight` are in colour, the others grey.
+    lowest to the highest.
     """
-    colours = dict(zip(highlight, COLOURS, strict=False))
     with axes_for(path) as axes:
         ends = []
         for i, (name, fact) in enumerate(results["contenders"].items()):
             runs = [run for run in fact["runs"] if not run["broken"]]
             if not runs:
                 continue
-            colour, line = (colours[name], "-") if name in colours else (GREY, DASHES[i % 4])
             ms = results["figures"][name]["ms_per_step"]
             seconds = [step * ms / 1e3 for step in runs[0]["steps"]]
             losses = list(zip(*(run["test"] for run in runs), strict=True))    # by step, all seeds
             means = [statistics.fmean(values) for values in losses]
-            axes.plot(seconds, means, color=colour, linestyle=line, linewidth=2)
+            axes.plot(seconds, means, linewidth=2, **style(i))
             axes.fill_between(seconds, [min(values) for values in losses],
-                              [max(values) for values in losses], color=colour, alpha=0.2,
+                              [max(values) for values in losses], color=COLOURS[i % 4], alpha=0.2,
                               linewidth=0)
-            ends.append((means[-1], seconds[-1], name, colour))
+            ends.append((means[-1], seconds[-1], name, COLOURS[i % 4]))
         axes.set(xlabel="seconds of training", ylabel="loss on unseen text, nats per token")
         axes.set_title("lower and further left is better", loc="left", fontsize=11)
         if ends:
@@ -315,13 +323,12 @@ def draw_losses(runs, path):
     with axes_for(path) as axes:
         ends, heights = [], []
         for i, (name, records) in enumerate(runs.items()):
-            style = dict(color=COLOURS[i % 4], linestyle=DASHES[i // 4 % 4])
             for loss, width in (("train_loss", 0.5), ("val_loss", 2)):
                 points = [(record["step"], record[loss]) for record in records if loss in record]
-                axes.plot(*zip(*points, strict=True), linewidth=width, **style)
+                axes.plot(*zip(*points, strict=True), linewidth=width, **style(i))
                 # The first tenth of a run would press everything else together
                 heights += [y for x, y in points if x >= points[-1][0] / 10]
-            ends.append((points[-1][1], points[-1][0], name, style["color"]))
+            ends.append((points[-1][1], points[-1][0], name, COLOURS[i % 4]))
         margin = 0.05 * (max(heights) - min(heights)) or 1
         axes.set_ylim(min(heights) - margin, max(heights) + margin)
         axes.set(xlabel="step", ylabel="loss, nats per token")
