@@ -1,6 +1,7 @@
 """tools/race.py: a small race from end to end, and kills."""
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -18,10 +19,9 @@ import torch.nn.functional as F
 from conftest import ROOT, message_of
 
 import train
-from model import BLOCKS
 from nanodva.dataset import open_data
 from nanodva.machine import Stop
-from nanodva.settings import build, change, load_settings, read_settings
+from nanodva.settings import build, change, read_settings
 from nanodva.tokenizer import Tokenizer
 from nanodva.weights import load_model
 from tools import race
@@ -129,6 +129,20 @@ def test_a_race_of_two_from_end_to_end(argv, tmp_path, here, capsys):
     assert "dva+bank" not in (folder / "table.md").read_text()
 
 
+def test_a_worker_comes_to_what_this_process_comes_to(argv, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    race.main(argv(contenders="gpt2:learning_rate=0.01", seeds=1, max_iters=4, rounds=1))
+    assert not multiprocessing.active_children()
+    results = json.loads(Path("out/race/tiny_char-tokens/results.json").read_text())
+    [fact] = results["contenders"].values()
+    [found] = fact["runs"]
+    cfg = build(train.TrainConfig, fact["settings"])
+    run = change(race.run_of(cfg, 0.01, cfg.bank_lr, found["seed"]), out_dir="again")
+    assert race.carry_out(run)
+    here = race.result_of(run)
+    assert here["steps"] == [0, 4] and here == {name: found[name] for name in here}
+
+
 def invented(best_rate, best_bank):
     """A carry_out whose loss is the higher, the farther its rates are from the best ones."""
     def carry_out(run):
@@ -176,6 +190,7 @@ def test_a_race_is_shortened_to_its_minutes(argv, here, monkeypatch, capsys):
     monkeypatch.setattr(race, "time_steps",
                         lambda *_: {"gpt2": [10.0] * 2, "dva": [5.0] * 2, "dva+bank": [5.0] * 2})
     monkeypatch.setattr(race, "time", Clock())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     changes = dict(max_iters=20_000, warmup_iters=2000, contenders="gpt2,dva,dva+bank", seeds=2,
                    lrs="0.001,0.002")
     monkeypatch.setattr(race, "EVALUATED", 100)
@@ -314,19 +329,10 @@ def test_contenders_are_made_from_what_was_given(argv):
     assert contenders["dva:bank_lr=2"].bank_lr == 2
 
 
-def test_a_block_of_ones_own_races_without_banks(argv, monkeypatch):
-    class Mine(torch.nn.Module):
-        def __init__(self, config, banked):
-            super().__init__()
-            self.linear = torch.nn.Linear(config.n_embd, config.n_embd)
-
-        def forward(self, x, idx, cache=None):
-            return x + self.linear(x)
-
-    monkeypatch.setitem(BLOCKS, "mine", Mine)
-    _, contenders = entered(argv(contenders="gpt2,mine"))
-    assert race.carry_out(race.run_of(contenders["mine"], 0.01, 8.0, 1))
-    assert "cannot hold a bank" in message_of(entered, argv(contenders="mine+bank"))
+def test_a_block_of_ones_own_races_without_banks(argv):
+    _, contenders = entered(argv(contenders="gpt2,mean"))
+    assert race.carry_out(race.run_of(contenders["mean"], 0.01, 8.0, 1))
+    assert "cannot hold a bank" in message_of(entered, argv(contenders="mean+bank"))
 
 
 def test_equal_time_gives_each_the_reference_time(argv):
@@ -529,23 +535,3 @@ def test_a_race_that_is_killed_leaves_no_process(argv, tmp_path, lines):
 def test_a_wrong_race_is_one_line_and_leaves_nothing(argv, tmp_path, changes, message):
     assert message in message_of(race.main, argv(**changes))
     assert not (tmp_path / "out").exists()
-
-
-def test_help_offers_what_the_race_obeys_and_nothing_else(capsys):
-    with pytest.raises(SystemExit) as end:
-        race.main(["--help"])
-    offered = set(re.findall(r"^  --(\w+)=", capsys.readouterr().out, re.MULTILINE))
-    assert end.value.code == 0 and not offered & set(race.DECIDED)
-    assert {"contenders", "seeds", "seed", "n_layer", "max_iters", "optimizer", "jobs"} <= offered
-
-
-def test_it_runs_as_a_script_from_any_folder(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "tools" / "race.py", "--contenders=gpt9"],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: no ") and "data/shakespeare_char" in done.stderr
-
-
-@pytest.mark.parametrize("preset", sorted(ROOT.glob("config/race_*.py")), ids=str)
-def test_the_presets_are_races(preset):
-    load_settings(race.RaceConfig, [str(preset)])
