@@ -130,7 +130,6 @@ def test_all_that_a_gpu_is_asked_for_is_accepted():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_one_file_gathers_what_a_gpu_is_asked_for_whatever_fails(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(bench, "GPU_PARTS", [
         ["--what=train", "--contenders=dva:n_embd=0"], ["--what=attention", "--dtypes=float16"]])

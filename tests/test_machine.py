@@ -124,8 +124,8 @@ def test_logits_with_a_cache_are_those_without(name, kind, dtype):
         assert distance < PRECISION[dtype]
 
 
-@each_device
-@each_dtype
+@pytest.mark.parametrize("name, dtype", [("cpu", "bfloat16"),
+                                         *itertools.product(DEVICES[1:], PRECISION)])
 def test_a_run_trains_saves_resumes_and_samples(run, tmp_path, capsys, name, dtype):
     settings = dict(device=name, dtype=dtype, block="dva", bank_layers=1, optimizer="muon")
     run("straight", **settings)
@@ -236,12 +236,12 @@ class CountedTensors(TorchDispatchMode):
 
 
 @each_device
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", [
-    "gpt2", "dva+bank", "gpt2+bank:rotary=True", "dva:value_dim=192", "dva:vocab_size=65",
-    "dva:n_layer=2:n_embd=128:vocab_size=8000"])
-def test_a_steps_memory_is_about_what_is_said(name, dtype, kind):
-    cfg = contender(f"{kind}:dtype={dtype}:compile=False", dict(
+    "gpt2:dtype=float32", "gpt2+bank:rotary=True:dtype=bfloat16", "dva:value_dim=192:dtype=float32",
+    "dva+bank:dtype=bfloat16", "dva:vocab_size=65:dtype=float32",
+    "dva:n_layer=2:n_embd=128:vocab_size=8000:dtype=bfloat16"])
+def test_a_steps_memory_is_about_what_is_said(name, kind):
+    cfg = contender(f"{kind}:compile=False", dict(
         n_layer=3, n_head=4, n_embd=96, block_size=128, vocab_size=2000, batch_size=8,
         gradient_accumulation_steps=2))
     device = torch.device(name)
@@ -262,6 +262,19 @@ def test_a_run_warns_where_a_step_takes_more_memory_than_there_is(run, monkeypat
     status, printed = run(max_iters=1, batch_size=40, device="cpu", dtype="float32")
     assert status == 0 and ("lower --batch_size=40" in printed) == warned
     assert re.search(r"float32, about \d MB;", printed)
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: np.empty(2**50),
+                                      lambda: [None] * 2**58])
+def test_too_much_memory_is_one_line(allocate):
+    with refused("out of memory", "lower --batch_size=7"), machine.naming_memory(
+            "lower --batch_size=7"):
+        allocate()
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shape"), machine.naming_memory("lower --batch_size"):
+        torch.ones(2).view(3)
 
 
 # ---- what is chosen ------------------------------------------------------------------------------
@@ -332,21 +345,6 @@ def test_compiling_is_for_long_runs_where_a_compiler_is(monkeypatch, tmp_path, c
     assert not machine.pick_compile("auto", CPU, 1e16)
     assert not machine.pick_compile(True, CPU, 1e16)
     assert "compile=True: on cpu torch.compile needs g++" in capsys.readouterr().out
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: np.empty(2**50),
-                                      lambda: [None] * 2**58])
-def test_too_much_memory_is_one_line(allocate):
-    with refused("out of memory", "lower --batch_size=7"), machine.naming_memory(
-            "lower --batch_size=7"):
-        allocate()
-
-
-def test_other_errors_keep_their_traceback():
-    with pytest.raises(RuntimeError, match="shape"), machine.naming_memory("lower --batch_size"):
-        torch.ones(2).view(3)
 
 
 # ---- signals -------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,10 @@ from conftest import (
     command_line,
     comparable,
     ending_of,
+    ids_of,
     oracle,
     refused,
+    tokens,
 )
 from safetensors.torch import load_file, save_file
 
@@ -29,20 +30,15 @@ from nanodva.checkpoints import FORMAT, load_checkpoint
 from nanodva.weights import OPENAI, load_model, read_weights
 from tools import convert
 
-SHAPES = [dict(n_layer=1, n_head=1, n_embd=16, vocab_size=97),
-          dict(n_layer=3, n_head=4, n_embd=32, vocab_size=130),
-          dict(n_layer=2, n_head=5, n_embd=40, vocab_size=65)]
+SMALL = dict(n_layer=1, n_head=1, n_embd=8, vocab_size=97)
+SHAPE = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=130)
 
 
 @torch.no_grad()
 def assert_same_model(ours, theirs):
-    """The same logits on a full window, and the same 100 tokens after a prompt."""
-    idx = torch.randint(theirs.config.vocab_size, (2, 128),
-                        generator=torch.Generator().manual_seed(3))
+    """The same logits on a full window, which by far most wrong weights would change."""
+    idx = tokens(2, 128, theirs.config.vocab_size)
     torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
-    text = generate(ours, idx[:, :4], 100, temperature=0)
-    assert torch.equal(text, theirs.generate(idx[:, :4], max_new_tokens=100, do_sample=False))
-    assert len(text.unique()) > 5
 
 
 def write_nanogpt(path, theirs, dataset="tiny_char", prefix="", masks=False, **changes):
@@ -66,18 +62,22 @@ def write_nanogpt(path, theirs, dataset="tiny_char", prefix="", masks=False, **c
 
 # ---- GPT-2 from Hugging Face ---------------------------------------------------------------------
 
-@pytest.mark.parametrize("activation, gelu", [("gelu_new", "tanh"), ("gelu", "exact")])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_hugging_face_gpt2_comes_in(tmp_path, shape, activation, gelu):
+@pytest.mark.parametrize("shape, activation, gelu", [
+    (SHAPE, "gelu_new", "tanh"), (dict(n_layer=2, n_head=5, n_embd=40, vocab_size=65), "gelu",
+                                  "exact")], ids=str)
+def test_a_hugging_face_gpt2_comes_in_and_writes_the_same(tmp_path, shape, activation, gelu):
     theirs = oracle(activation, **shape)
     theirs.save_pretrained(tmp_path)
-    ours = load_model(str(tmp_path))
+    ours, prompt = load_model(str(tmp_path)), tokens(2, 4, 65)
     assert (ours.config.gelu, ours.config.bias, ours.training) == (gelu, True, False)
     assert_same_model(ours, theirs)
+    text = generate(ours, prompt, 100, temperature=0)
+    assert torch.equal(text, theirs.generate(prompt, max_new_tokens=100, do_sample=False))
+    assert len(text.unique()) > 5
 
 
 def test_openais_files_have_no_prefix_and_hold_masks(tmp_path):
-    theirs = oracle(**SHAPES[1])
+    theirs = oracle(**SHAPE)
     theirs.transformer.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     assert "wte.weight" in state
@@ -98,7 +98,7 @@ def test_openais_names_come_from_the_hubs_cache_in_the_sizes_of_their_config(hub
 @pytest.mark.parametrize("settings", [{}, {"max_shard_size": "20KB"}], ids=["one", "shards"])
 @pytest.mark.parametrize("pickled", [False, True])
 def test_shards_and_pickled_files_come_in(tmp_path, settings, pickled):
-    theirs = oracle(**SHAPES[1])
+    theirs = oracle(**SHAPE)
     theirs.save_pretrained(tmp_path, **settings)
     assert (len(list(tmp_path.glob("model*.safetensors"))) > 2) == bool(settings)
     if pickled:
@@ -123,7 +123,7 @@ def to_pytorch_bin(folder):
 
 
 def test_positions_are_cropped_and_never_made_up(tmp_path):
-    theirs = oracle(**SHAPES[1])
+    theirs = oracle(**SHAPE)
     theirs.save_pretrained(tmp_path)
     ours, idx = load_model(str(tmp_path), block_size=8, dropout=0.1), torch.arange(16).view(2, 8)
     assert ours.config.dropout == 0.1 and ours.transformer.wpe.weight.shape == (8, 32)
@@ -160,7 +160,7 @@ def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path
     ({"n_head": None}, "do not belong together"), ({"n_head": 3}, "do not belong together")],
     ids=str)
 def test_a_config_that_is_no_gpt2_is_refused(tmp_path, changes, words):
-    oracle(**SHAPES[1]).save_pretrained(tmp_path)
+    oracle(**SHAPE).save_pretrained(tmp_path)
     theirs = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(theirs | changes))
     with refused(words):
@@ -170,7 +170,7 @@ def test_a_config_that_is_no_gpt2_is_refused(tmp_path, changes, words):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("damage", [b"{", b"", b"\xff" * 100, b"[]"])
 def test_a_damaged_file_is_refused(tmp_path, name, damage):
-    oracle(**SHAPES[0]).save_pretrained(tmp_path)
+    oracle(**SMALL).save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(damage)
     with refused(str(tmp_path)):
         load_model(str(tmp_path))
@@ -186,7 +186,7 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path, hub, monkeypa
         train.main(["--init_from=gpt2-large", "--batch_size=0"])
     with refused("train first, or name another run's folder"):
         load_model(str(tmp_path / "nothing"))
-    oracle(**SHAPES[0]).save_pretrained(tmp_path / "theirs")
+    oracle(**SMALL).save_pretrained(tmp_path / "theirs")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with refused("pip install safetensors"):
         load_model(str(tmp_path / "theirs"))
@@ -309,7 +309,7 @@ def test_what_is_assumed_of_tokens_is_said_and_can_be_overridden(tmp_path, capsy
     ("", False, True), ("_orig_mod.", False, False), ("module.", True, True),
     ("_orig_mod.module.", True, False), ("module._orig_mod.", False, True)])
 def test_a_nanogpt_checkpoint_comes_in(tmp_path, prefix, masks, bias):
-    theirs = oracle("gelu", biases=bias, **SHAPES[1])
+    theirs = oracle("gelu", biases=bias, **SHAPE)
     write_nanogpt(tmp_path / "ckpt.pt", theirs, prefix=prefix, masks=masks, bias=bias)
     for source in (tmp_path, tmp_path / "ckpt.pt"):
         ours = load_model(str(source))
@@ -339,10 +339,9 @@ def test_a_nanogpt_checkpoint_trains_on(tmp_path, data_dir):
     for name in ("n_layer", "n_head", "n_embd", "qk_dim"):
         del settings[name]
     train.main(command_line(settings))
-    tokens = np.fromfile(data_dir / "tiny_char" / "val.bin", "uint16").astype("int64")
-    count = (len(tokens) - 1) // 64
-    x = torch.from_numpy(tokens[:count * 64]).view(count, 64)
-    y = torch.from_numpy(tokens[1:count * 64 + 1]).view(count, 64)
+    ids = torch.from_numpy(ids_of(data_dir / "tiny_char", "val").astype("int64"))
+    count = (len(ids) - 1) // 64
+    x, y = ids[:count * 64].view(count, 64), ids[1:count * 64 + 1].view(count, 64)
     with torch.no_grad():
         expected = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
     first = comparable(tmp_path / "on")[0]
@@ -372,7 +371,7 @@ class Harm:
 @pytest.mark.parametrize("main", [sample.main, train.main])
 def test_no_foreign_checkpoint_is_unpickled(tmp_path, monkeypatch, main):
     monkeypatch.chdir(tmp_path)
-    write_nanogpt("ckpt.pt", oracle(**SHAPES[0]))
+    write_nanogpt("ckpt.pt", oracle(**SMALL))
     torch.save(torch.load("ckpt.pt", weights_only=True) | {"config": Harm()}, "ckpt.pt")
     with refused("ckpt.pt is refused: it calls for"):
         main(["--init_from=ckpt.pt"])
@@ -538,7 +537,7 @@ def test_a_data_set_in_the_tokens_of_a_folder(tmp_path, portuguese, capsys):
         prepare_data.main(prepare)
     save_tokenizer(portuguese, tmp_path / "theirs", "tokenizer.json")
     prepare_data.main(prepare)
-    ids = np.fromfile(tmp_path / "maca" / "train.bin", "uint16").tolist()
+    ids = ids_of(tmp_path / "maca", "train").tolist()
     assert ids == portuguese.encode(text[:int(0.9 * len(text))]).ids
     # Fine-tune on it, and give the result back
     train.main(command_line(dict(init_from=tmp_path / "theirs", dataset="maca", data_dir=tmp_path,
