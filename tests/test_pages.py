@@ -129,3 +129,33 @@ def test_make_clean_removes_what_make_made_and_distclean_asks_for_more(tmp_path)
                        capture_output=True)
         found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
         assert found == set(left)
+
+
+@pytest.mark.skipif(not shutil.which("make") or not shutil.which("tar"), reason="needs make, tar")
+def test_make_offline_writes_a_folder_that_installs_from_its_wheels(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ["requirements.txt", "constraints.txt", "requirements-dev.txt", ".venv/installed",
+                 "out-demo/last.pt", "data/mine/train.bin", "tools/output.py",
+                 "nanoDVA-offline/wheels/of_another_system.whl"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".venv" / "bin").mkdir()
+    for program in ("python", "pip"):
+        path = tmp_path / ".venv" / "bin" / program
+        path.write_text(f'#!/bin/sh\necho {program} "$@" >> called\n')
+        path.chmod(0o755)
+
+    def make(target, folder, *options):
+        return subprocess.run(["make", target, *options], cwd=folder, text=True, check=True,
+                              capture_output=True).stdout
+    make("offline", tmp_path)
+    assert (tmp_path / "called").read_text().count("pip download") == 2
+    folder = tmp_path / "nanoDVA-offline"
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found == {"Makefile", "requirements.txt", "constraints.txt", "requirements-dev.txt",
+                     "called", "data/mine/train.bin", "tools/output.py",
+                     "wheels/of_another_system.whl"}
+    installs = [line for line in make("demo", folder, "-n").splitlines() if "pip install" in line]
+    assert len(installs) == 2 and all("--no-index --find-links wheels" in line for line in installs)
+    (tmp_path / ".venv" / "installed").unlink()
+    assert "--no-index" not in make("demo", tmp_path, "-n")
