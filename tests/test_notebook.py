@@ -1,0 +1,50 @@
+"""nanodva.ipynb runs from top to bottom, shortened, and is committed without outputs."""
+import json
+import sys
+import types
+
+import matplotlib
+from conftest import PLAY, ROOT
+
+import model
+import prepare_data
+import train
+
+CELLS = json.loads((ROOT / "nanodva.ipynb").read_text())["cells"]
+CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
+
+
+def test_no_outputs_are_committed():
+    assert CODE and all(cell["outputs"] == [] and cell["execution_count"] is None
+                        for cell in CELLS if cell["cell_type"] == "code")
+
+
+def test_the_cells_run_one_after_another(tmp_path, monkeypatch, capsys):
+    prepare, learn = prepare_data.main, train.main
+    monkeypatch.setattr(prepare_data, "main", lambda argv: prepare([*argv, f"--input={PLAY}"]))
+    monkeypatch.setattr(train, "main", lambda argv: learn([*argv, "--max_iters=4", "--batch_size=2",
+                                                           "--eval_interval=2", "--eval_iters=1"]))
+    monkeypatch.setattr(model, "BLOCKS", dict(model.BLOCKS))
+    # IPython is there in a notebook alone
+    display = types.ModuleType("IPython.display")
+    shown = []
+    display.HTML = lambda filename: shown.append(filename)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
+    # As in Colab, where the project is a folder beside the notebook
+    (tmp_path / "nanoDVA").mkdir()
+    for name in ("config", "model.py"):
+        (tmp_path / "nanoDVA" / name).symlink_to(ROOT / name)
+    names = {"__name__": "__main__"}
+    for number, code in enumerate(CODE):
+        exec(compile(code, f"code cell {number} of nanodva.ipynb", "exec"), names)
+    out = capsys.readouterr().out
+    assert out.count("\nROMEO:") == 2 and "largest difference" in out
+    assert names["s"].sum(dim=-1).sub(1).abs().max() < 1e-5
+    assert (names["slow"] - names["fast"]).abs().max() < 1e-5
+    assert (tmp_path / "nanoDVA" / shown[0]).exists()
+    # The block without a gate has learnt something else
+    first, second = (list(names["losses"](folder, "val_loss"))[1]
+                     for folder in ("out-notebook", "out-notebook-no-gate"))
+    assert len(first) == 3 and first[-1] != second[-1]
