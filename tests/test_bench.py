@@ -12,8 +12,8 @@ from nanodva.errors import UserError
 from tools import bench
 
 SHAPE = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=8", "--qk_dim=4",
-         "--vocab_size=19", "--batch_size=2", "--rounds=3", "--compiles=False",
-         "--dtypes=float32", "--max_new_tokens=8", "--num_samples=2", "--device=cpu"]
+         "--vocab_size=19", "--batch_size=2", "--rounds=3", "--dtype=float32",
+         "--max_new_tokens=8", "--num_samples=2", "--device=cpu"]
 
 
 def parts_of(folder, *argv):
@@ -25,21 +25,23 @@ def parts_of(folder, *argv):
 
 
 def test_it_times_every_contender_and_prints_what_it_writes(tmp_path, capsys):
-    parts = dict(parts_of(tmp_path, "--contenders=gpt2,dva:value_dim=32,dva+bank"))
+    parts = dict(parts_of(tmp_path, "--contenders=gpt2,dva:value_dim=32,dva+bank:dtype=bfloat16"))
     printed = capsys.readouterr().out
     assert list(parts) == ["train", "sample"]
     train, sample = parts["train"], parts["sample"]
-    assert [row["training"] for row in train] == ["gpt2", "dva:value_dim=32", "dva+bank"]
+    assert [row["training"] for row in train] == ["gpt2", "dva:value_dim=32",
+                                                  "dva+bank:dtype=bfloat16"]
+    assert [row["dtype"] for row in train] == ["float32", "float32", "bfloat16"]
     for row in train:
         assert len(row["steps_ms"]) == 3
         assert row["ms per step"] == statistics.median(row["steps_ms"])
         assert row["ratio to the first"] == row["ms per step"] / train[0]["ms per step"]
         assert row["tokens/s"] == pytest.approx(2 * 8 / row["ms per step"] * 1e3)
-        assert f"| {row['training']} | float32 | False | {row['parameters']:,} |" in printed
-    # In float32: keys and values of three layers, once with a layer that has a bank and so no
-    # values; and a token id of 8 bytes
+        assert f"| {row['training']} | {row['dtype']} | False | {row['parameters']:,} |" in printed
+    # Keys and values of three layers, at last in bfloat16 and with a layer that has a bank and so
+    # no values; and a token id of 8 bytes
     held = [row["cache bytes per token"] for row in sample]
-    assert held == [3 * 2 * 16 * 4 + 8, 3 * (4 + 32) * 4 + 8, (3 * 4 + 2 * 16) * 4 + 8]
+    assert held == [3 * 2 * 16 * 4 + 8, 3 * (4 + 32) * 4 + 8, (3 * 4 + 2 * 16) * 2 + 8]
     assert all(row["tokens/s"] > 0 and row["tokens/s of 2 texts"] > 0 for row in sample)
 
 
@@ -132,7 +134,7 @@ def test_all_that_a_gpu_is_asked_for_is_accepted():
 @pytest.mark.slow
 def test_one_file_gathers_what_a_gpu_is_asked_for_whatever_fails(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(bench, "GPU_PARTS", [
-        ["--what=train", "--contenders=dva:n_embd=0"], ["--what=attention", "--dtypes=float16"]])
+        ["--what=train", "--contenders=dva:n_embd=0"], ["--what=attention", "--dtype=float16"]])
     parts = parts_of(tmp_path, "--what=gpu", "--rounds=1", "--minutes=9")
     assert [name for name, _ in parts] == ["attention"]
     # What the user gives comes before what a GPU would be asked for
@@ -178,9 +180,10 @@ def test_torch_compile_fails_rather_than_give_up_in_silence():
     ("--contenders=gtp2", "choose from gpt2"),
     ("--contenders=dva:qk=3", "unknown setting 'qk'"),
     ("--contenders=dva:", "then :setting=value"),
-    ("--dtypes=int8", "dtypes: 'int8' is none of float32, bfloat16, float16"),
-    ("--what=all", "what: 'all' is none of"),
-    ("--what=gpu,train", "gpu stands alone"),
+    ("--dtype=int8", "dtype='int8': choose from auto, float32, bfloat16, float16"),
+    ("--contenders=dva:dtype=auto", "say outright which dtype"),
+    ("--what=all", "what='all': name one or more of train, profile"),
+    ("--what=gpu,train", "or gpu alone"),
     ("--block=dva", "block on the command line: this tool decides it"),
     ("--rounds=0", "rounds=0: it must be at least 1")])
 def test_a_wrong_argument_is_one_line(argument, message):

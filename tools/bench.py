@@ -10,9 +10,9 @@ Time training steps, attention and sampling at any size, and see where a step's 
     python -m tools.bench --what=gpu --minutes=10                 all that a GPU is asked for
 
 A contender is a block, perhaps with +bank (a bank in the last third of its layers), perhaps with
-settings of train.py: dva+bank:qk_dim=32:optimizer=muon. Figures are medians, and ratios are to the
-first contender. On a CPU, whose speed drifts, contenders take turns step by step; on a GPU, whose
-memory is short, each runs alone, and its row tells the most memory that it held.
+settings of train.py: dva+bank:dtype=float32:compile=True. Times of steps are medians, and ratios
+are to the first contender. On a CPU, whose speed drifts, contenders take turns step by step; on a
+GPU, whose memory is short, each runs alone, and its row tells the most memory that it held.
 
 --what=gpu is for a GPU's first ten minutes: 124M, batches of 12, bfloat16; the most important part
 first. Each part is a process of its own, so that one which fails, hangs or runs out of memory costs
@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.nn.utils import clip_grad_norm_
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 from tqdm import tqdm
 
 # So that python tools/bench.py finds the modules above this folder, too
@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import Cache, ModelConfig, attend, attend_in_pieces, explicit_attention, stream
 from nanodva.errors import fail, run_script
-from nanodva.machine import DTYPES, autocast, pick_device
+from nanodva.machine import DTYPES, autocast, pick_compile, pick_device, pick_dtype
 from nanodva.optimizers import build_optimizers
 from nanodva.settings import build, change, check, read_settings
 from nanodva.weights import build_model
@@ -53,16 +53,17 @@ from tools.report import markdown, write_json
 from train import TrainConfig
 
 # The settings that a contender has from this tool, unless it names its own
-SHARED = ("batch_size", "gradient_accumulation_steps", "optimizer")
+SHARED = ("batch_size", "gradient_accumulation_steps", "optimizer", "dtype", "compile")
 # Steps before the timed ones, in which memory is found and kernels are compiled
 WARM_UP = 2
 # What --what=gpu runs, in this order
-GPU_SETTINGS = ["--batch_size=12", "--dtypes=bfloat16", "--rounds=10"]
-GPU_PARTS = [["--what=train", "--compiles=True", "--contenders=gpt2,dva"],
+GPU_SETTINGS = ["--batch_size=12", "--dtype=bfloat16", "--rounds=10"]
+GPU_PARTS = [["--what=train", "--compile=True", "--contenders=gpt2,dva"],
              ["--what=attention"],
-             ["--what=profile", "--compiles=True", "--contenders=gpt2,dva"],
-             ["--what=train", "--compiles=False", "--contenders=gpt2,dva"],
-             ["--what=train", "--compiles=True", "--contenders=gpt2:rotary=True,dva+bank"],
+             ["--what=attention", "--compile=True"],
+             ["--what=profile", "--compile=True", "--contenders=gpt2,dva"],
+             ["--what=train", "--contenders=gpt2,dva"],
+             ["--what=train", "--compile=True", "--contenders=gpt2:rotary=True,dva+bank"],
              ["--what=sample", "--contenders=gpt2,dva,dva+bank"]]
 
 
@@ -73,8 +74,8 @@ class BenchConfig(ModelConfig):
     batch_size: int = 1                      # sequences per micro-batch
     gradient_accumulation_steps: int = 1     # micro-batches per step
     optimizer: str = "adamw"                 # adamw or muon
-    dtypes: str = "float32,bfloat16"         # types to time, with commas between
-    compiles: str = "False,True"             # without torch.compile and with it
+    dtype: str = "auto"                      # auto, float32, bfloat16, float16
+    compile: bool = False                    # use torch.compile
     rounds: int = 5                          # timed steps of each, after two to warm up
     max_new_tokens: int = 512                # sampled in a timing
     num_samples: int = 8                     # texts in a batch, in addition to one alone
@@ -86,19 +87,10 @@ class BenchConfig(ModelConfig):
         super().__post_init__()
         check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, rounds=1,
                                max_new_tokens=2, num_samples=1, minutes=0),
-              choices=dict(optimizer=["adamw", "muon"]))
-        lists = dict(what=[*PARTS, "gpu"], dtypes=DTYPES, compiles=["False", "True"])
-        for name, options in lists.items():
-            for part in getattr(self, name).split(","):
-                if part not in options:
-                    fail(f"{name}: {part!r} is none of {', '.join(options)}")
-        if "gpu" in self.what and self.what != "gpu":
-            fail(f"what={self.what!r}: gpu stands alone, it has parts of its own")
-
-    def ways(self):
-        """The pairs (dtype, whether to compile) to time."""
-        return [(dtype, compiled == "True") for dtype in self.dtypes.split(",")
-                for compiled in self.compiles.split(",")]
+              choices=dict(optimizer=["adamw", "muon"], dtype=["auto", *DTYPES]))
+        if self.what != "gpu" and not set(self.what.split(",")) <= PARTS.keys():
+            fail(f"what={self.what!r}: name one or more of {', '.join(PARTS)} with commas between, "
+                 f"or gpu alone")
 
 
 # ---- contenders --------------------------------------------------------------------------------
@@ -113,6 +105,8 @@ def own_settings(text):
     own = read_settings(TrainConfig, [f"--{pair}" for pair in pairs])
     if "block" in own:
         fail(f"contender {text!r}: its block stands in front, without 'block='")
+    if "auto" in (own.get("dtype"), own.get("compile")):
+        fail(f"contender {text!r}: say outright which dtype, and whether to compile")
     return dict(own)
 
 
@@ -157,10 +151,8 @@ def timed(device, function, *arguments):
 
 def synchronize(device):
     """Wait until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    if device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory(device):
@@ -236,49 +228,40 @@ def training_step(cfg, device):
 
 def time_steps(contenders, device, rounds):
     """
-    {name: milliseconds of each of `rounds` training steps} of contenders {name: TrainConfig},
+    Yield (name, milliseconds of each of `rounds` training steps) of contenders {name: TrainConfig},
     whose dtype and compile are decided: in turn, but on a GPU one contender after another. Raises
     RuntimeError where one does not fit into memory.
     """
     compile_or_fail()
-    if device.type == "cuda" and len(contenders) > 1:
-        return {name: time_steps({name: cfg}, device, rounds)[name]
-                for name, cfg in contenders.items()}
-    steps = {name: training_step(cfg, device) for name, cfg in contenders.items()}
-    times = {name: [] for name in contenders}
-    for turn in tqdm(range(WARM_UP + rounds), "timing", leave=False, delay=2, disable=None):
-        for name in contenders:
-            ms = timed(device, steps[name])
-            if turn >= WARM_UP:
-                times[name].append(round(ms, 4))
-    if device.type == "cuda":
+    groups = [[name] for name in contenders] if device.type == "cuda" else [list(contenders)]
+    for group in groups:
+        steps = {name: training_step(contenders[name], device) for name in group}
+        times = {name: [] for name in group}
+        for turn in tqdm(range(WARM_UP + rounds), "timing", leave=False, delay=2, disable=None):
+            for name in group:
+                ms = timed(device, steps[name])
+                if turn >= WARM_UP:
+                    times[name].append(round(ms, 4))
         del steps
         release()
-    return times
+        yield from times.items()
 
 
 # ---- the parts: each yields rows {heading: value} ----------------------------------------------
 
 def bench_training(contenders, cfg, device):
-    """Step times, one row for each contender, dtype and way to run."""
-    for dtype, compiled in cfg.ways():
-        group = {name: change(entry, dtype=dtype, compile=compiled)
-                 for name, entry in contenders.items()}
-        times = {} if device.type == "cuda" else time_steps(group, device, cfg.rounds)
-        first_ms = None
-        for name, entry in group.items():
-            peak_memory(device)
-            times = times if name in times else time_steps({name: entry}, device, cfg.rounds)
-            ms = statistics.median(times[name])
-            first_ms = first_ms or ms
-            model = sketch(entry)
-            tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.block_size
-            flops = model.flops_per_token()
-            yield {"training": name, "dtype": dtype, "compile": compiled,
-                   "parameters": model.num_params(), "FLOPs per token": flops, "ms per step": ms,
-                   "ratio to the first": ms / first_ms, "tokens/s": tokens / ms * 1e3,
-                   "GFLOP/s": tokens * flops / ms / 1e6, **peak_memory(device),
-                   "steps_ms": times[name]}
+    """Step times, one row for each contender."""
+    first_ms = None
+    peak_memory(device)
+    for name, times in time_steps(contenders, device, cfg.rounds):
+        entry, model = contenders[name], sketch(contenders[name])
+        ms, flops = statistics.median(times), model.flops_per_token()
+        first_ms = first_ms or ms
+        tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.block_size
+        yield {"training": name, "dtype": entry.dtype, "compile": entry.compile,
+               "parameters": model.num_params(), "FLOPs per token": flops, "ms per step": ms,
+               "ratio to the first": ms / first_ms, "tokens/s": tokens / ms * 1e3,
+               "GFLOP/s": tokens * flops / ms / 1e6, **peak_memory(device), "steps_ms": times}
 
 
 # Which part of a step an operation belongs to, by its name; the first that fits counts. A kernel
@@ -295,28 +278,24 @@ def bench_profile(contenders, cfg, device):
     of the step, and the rest, in which the device waits for launches and for Python.
     """
     compile_or_fail()
-    activities, time_of = [ProfilerActivity.CPU], "self_cpu_time_total"
-    if device.type == "cuda":
-        activities, time_of = [*activities, ProfilerActivity.CUDA], "self_device_time_total"
-    for dtype, compiled in cfg.ways():
-        if compiled:
-            # Let the kernels that are made for a CPU be named, too
-            torch._inductor.config.cpp.enable_kernel_profile = True
-        for name, entry in contenders.items():
-            step = training_step(change(entry, dtype=dtype, compile=compiled), device)
-            ms = [timed(device, step) for _ in range(WARM_UP + cfg.rounds)][WARM_UP:]
-            with profile(activities=activities, record_shapes=True) as profiler:
-                for _ in range(cfg.rounds):
-                    step()
-            parts = dict.fromkeys([*PARTS_OF_A_STEP, "optimizer", ""], 0.0)
-            for event in profiler.events():
-                parts[part_of_step(event, entry.vocab_size)] += getattr(event, time_of)
-            parts = {part: us / 1e3 / cfg.rounds for part, us in parts.items() if part}
-            rest = max(0.0, statistics.median(ms) - sum(parts.values()))
-            yield {"profile": name, "dtype": dtype, "compile": compiled,
-                   "ms per step": statistics.median(ms), **parts, "launches, waiting": rest}
-            del step
-            release()
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    # Let the kernels that are made for a CPU be named, too
+    torch._inductor.config.cpp.enable_kernel_profile = True
+    for name, entry in contenders.items():
+        step = training_step(entry, device)
+        ms = [timed(device, step) for _ in range(WARM_UP + cfg.rounds)][WARM_UP:]
+        with profile(record_shapes=True) as profiler:
+            for _ in range(cfg.rounds):
+                step()
+        parts = dict.fromkeys([*PARTS_OF_A_STEP, "optimizer", ""], 0.0)
+        for event in profiler.events():
+            parts[part_of_step(event, entry.vocab_size)] += getattr(event, time_of)
+        parts = {part: us / 1e3 / cfg.rounds for part, us in parts.items() if part}
+        rest = max(0.0, statistics.median(ms) - sum(parts.values()))
+        yield {"profile": name, "dtype": entry.dtype, "compile": entry.compile,
+               "ms per step": statistics.median(ms), **parts, "launches, waiting": rest}
+        del step
+        release()
 
 
 def part_of_step(event, vocab_size):
@@ -340,15 +319,14 @@ def bench_attention(contenders, cfg, device):
     Milliseconds of one layer's attention, forward and backward, in each way to compute it. A way
     that fails says why in its row.
     """
-    for dtype, compiled in cfg.ways():
-        for name, (function, heads, *widths) in ways_of_attention(cfg).items():
-            row = {"attention": name, "dtype": dtype, "compile": compiled}
-            peak_memory(device)
-            try:
-                row["ms"] = attention_ms(function, heads, *widths, dtype, compiled, cfg, device)
-            except RuntimeError as error:
-                row["ms"] = str(error).strip().partition("\n")[0]
-            yield row | peak_memory(device)
+    for name, (function, heads, *widths) in ways_of_attention(cfg).items():
+        row = {"attention": name, "dtype": cfg.dtype, "compile": cfg.compile}
+        peak_memory(device)
+        try:
+            row["ms"] = attention_ms(function, heads, *widths, cfg, device)
+        except RuntimeError as error:
+            row["ms"] = str(error).strip().partition("\n")[0]
+        yield row | peak_memory(device)
 
 
 def ways_of_attention(cfg):
@@ -369,12 +347,12 @@ def ways_of_attention(cfg):
     return ways
 
 
-def attention_ms(function, heads, qk_width, value_width, dtype, compiled, cfg, device):
+def attention_ms(function, heads, qk_width, value_width, cfg, device):
     """Median milliseconds of a forward and backward pass of function(q, k, v), as in training."""
     # Launches overlap with the work before them, as they do in a step of many layers
     calls = 50 if device.type == "cuda" else 1
     q, k, v = inputs = [torch.randn(cfg.batch_size, cfg.block_size, width, device=device,
-                                    dtype=getattr(torch, dtype), requires_grad=True)
+                                    dtype=getattr(torch, cfg.dtype), requires_grad=True)
                         for width in (qk_width, qk_width, value_width)]
     upstream = torch.randn_like(v)
 
@@ -382,11 +360,11 @@ def attention_ms(function, heads, qk_width, value_width, dtype, compiled, cfg, d
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in inputs)
         return function(q, k, v).transpose(1, 2).flatten(2)
 
-    forward = torch.compile(layer, dynamic=False) if compiled else layer
+    forward = torch.compile(layer, dynamic=False) if cfg.compile else layer
 
     def both_ways():
         for _ in range(calls):
-            with autocast(device, dtype):
+            with autocast(device, cfg.dtype):
                 y = forward(*inputs)
             torch.autograd.grad(y, inputs, upstream)
 
@@ -406,11 +384,12 @@ def unpadded_pieces(q, k, v, width=128):
 def bench_sampling(contenders, cfg, device):
     """
     Tokens per second for one text and for num_samples at once, and the bytes that the KV cache
-    holds for each token, one row for each contender and dtype.
+    holds for each token, one row for each contender.
     """
     for name, entry in contenders.items():
         torch.manual_seed(0)
-        model = build_model(entry).to(device).eval()
+        # As sample.py does: the weights are cast once, and not at every token
+        model = build_model(entry).to(device, getattr(torch, entry.dtype)).eval()
         length = min(cfg.max_new_tokens, entry.block_size)
 
         def sample(count, length, model=model):
@@ -418,25 +397,22 @@ def bench_sampling(contenders, cfg, device):
             for _ in stream(model, start, length):
                 continue
 
-        for dtype in cfg.dtypes.split(","):
-            # As sample.py does: the weights are cast once, and not at every token
-            model.to(getattr(torch, dtype))
-            timed(device, sample, 1, min(length, 8))                   # warms up
-            one_ms = timed(device, sample, 1, length) / length
-            many_ms = timed(device, sample, cfg.num_samples, length) / length
-            cache = Cache(2)
-            model(torch.zeros(1, 2, dtype=torch.long, device=device), cache=cache)
-            held = [*cache.keys.values(), *cache.values.values(), cache.ids]
-            yield {"sampling": name, "dtype": dtype, "tokens/s": 1e3 / one_ms,
-                   f"tokens/s of {cfg.num_samples} texts": cfg.num_samples * 1e3 / many_ms,
-                   "cache bytes per token": sum(x.nbytes for x in held) // 2}
+        timed(device, sample, 1, min(length, 8))                       # warms up
+        one_ms = timed(device, sample, 1, length) / length
+        many_ms = timed(device, sample, cfg.num_samples, length) / length
+        cache = Cache(2)
+        model(torch.zeros(1, 2, dtype=torch.long, device=device), cache=cache)
+        held = [*cache.keys.values(), *cache.values.values(), cache.ids]
+        yield {"sampling": name, "dtype": entry.dtype, "tokens/s": 1e3 / one_ms,
+               f"tokens/s of {cfg.num_samples} texts": cfg.num_samples * 1e3 / many_ms,
+               "cache bytes per token": sum(x.nbytes for x in held) // 2}
 
 
 @torch.no_grad()
 def bench_transformers(contenders, cfg, device):
     """
     Tokens per second of GPT-2 and of Hugging Face's model of the same shape, each writing one text
-    with its own cache, greedily, in turn; one row for each dtype.
+    with its own cache, greedily, in turn; one row.
     """
     if not importlib.util.find_spec("transformers"):
         fail("what=transformers needs the package transformers:  pip install transformers")
@@ -444,6 +420,8 @@ def bench_transformers(contenders, cfg, device):
     shape = {key: getattr(cfg, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     theirs = GPT2LMHeadModel(GPT2Config(n_positions=cfg.block_size, eos_token_id=None, **shape))
     ours = build_model(cfg)
+    for model in (ours, theirs):
+        model.to(device, getattr(torch, cfg.dtype)).eval()
     start = torch.zeros(1, 1, dtype=torch.long, device=device)
     length = min(cfg.max_new_tokens, cfg.block_size - 1)
 
@@ -455,14 +433,11 @@ def bench_transformers(contenders, cfg, device):
         theirs.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=length,
                         do_sample=False, pad_token_id=0)
 
-    for dtype in cfg.dtypes.split(","):
-        for model in (ours, theirs):
-            model.to(device, getattr(torch, dtype)).eval()
-        ms = [(timed(device, write), timed(device, write_theirs)) for _ in range(cfg.rounds + 1)]
-        ours_ms, theirs_ms = (statistics.median(times) for times in zip(*ms[1:], strict=True))
-        yield {"sampling": "gpt2", "dtype": dtype, "tokens/s": length * 1e3 / ours_ms,
-               "transformers' tokens/s": length * 1e3 / theirs_ms,
-               "ratio of times": statistics.median(mine / other for mine, other in ms[1:])}
+    ms = [(timed(device, write), timed(device, write_theirs)) for _ in range(cfg.rounds + 1)][1:]
+    ours_ms, theirs_ms = (statistics.median(times) for times in zip(*ms, strict=True))
+    yield {"sampling": "gpt2", "dtype": cfg.dtype, "tokens/s": length * 1e3 / ours_ms,
+           "transformers' tokens/s": length * 1e3 / theirs_ms,
+           "ratio of times": statistics.median(mine / other for mine, other in ms)}
 
 
 PARTS = {"train": bench_training, "profile": bench_profile, "attention": bench_attention,
@@ -517,8 +492,10 @@ def main(argv=None):
         return
     device = pick_device(cfg.device)
     compile_or_fail()
+    cfg = change(cfg, dtype=pick_dtype(cfg.dtype, device, cfg.n_embd),
+                 compile=pick_compile(cfg.compile, device, flops=0))
     # A contender's defaults are those of this tool, and then those of train.py
-    own = {name: getattr(cfg, name) for name in SHARED} | given
+    own = given | {name: getattr(cfg, name) for name in SHARED}
     contenders = {text: contender(text, own) for text in cfg.contenders.split(",")}
     report = {"machine": machine_name(device), "device": str(device), "torch": torch.__version__,
               "threads": torch.get_num_threads(), "parts": []}

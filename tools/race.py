@@ -175,13 +175,10 @@ def enter(race, given, data, conditions, device):
     flops = sketch(first).flops_per_token() * batch_tokens(first) * steps
     settings |= {"dtype": pick_dtype(first.dtype, device, first.n_embd),
                  "compile": pick_compile(first.compile, device, flops)}
-    contenders = {}
+    contenders, refused = {}, {*DECIDED, *COMMON} - {"learning_rate", "bank_lr"}
     for name in names:
-        own = own_settings(name)
-        for setting in own.keys() & {*DECIDED, *COMMON} - {"learning_rate", "bank_lr"}:
+        for setting in own_settings(name).keys() & refused:
             fail(f"contender {name!r}: {setting} is not for a contender to set")
-        if "auto" in (own.get("dtype"), own.get("compile")):
-            fail(f"contender {name!r}: say outright which dtype, and whether to compile")
         contenders[name] = contender(name, settings)
     return contenders
 
@@ -531,7 +528,7 @@ def main(argv=None):
         kept = claim_folder(folder, description, race.overwrite)
         is_new = "before" not in kept
         if is_new:
-            kept["before"] = time_steps(contenders, device, race.rounds)
+            kept["before"] = dict(time_steps(contenders, device, race.rounds))
         deadline = math.inf
         if race.minutes:
             # The steps are timed once more at the end
@@ -551,7 +548,8 @@ def main(argv=None):
                   file=sys.stderr)
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))
         if "after" not in kept:
-            kept |= {"after": time_steps(contenders, device, race.rounds), "seeds": race.seeds}
+            kept["after"] = dict(time_steps(contenders, device, race.rounds))
+            kept["seeds"] = race.seeds
             write_json(kept, folder / "race.json")
         facts = facts_of(contenders, race, kept["before"], kept["after"])
         figures = figures_of(facts, race.against.split(","))
