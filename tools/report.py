@@ -68,7 +68,7 @@ def steps_to(steps, losses, target):
     The step at which the losses, evaluated at `steps`, first reached the target, by straight lines
     between them; infinite where they never did.
     """
-    if losses and losses[0] <= target:
+    if losses[0] <= target:
         return steps[0]
     for i in range(1, len(losses)):
         if losses[i] <= target:
@@ -223,10 +223,10 @@ def plus_minus(figure, digits, seeds, factor=1.0):
 # ---- the pictures ------------------------------------------------------------------------------
 
 @contextmanager
-def axes_for(path):
+def axes_for(path, title):
     """
-    Axes to draw on in a with block, after which they are saved as SVG. Raises UserError where
-    there is no matplotlib.
+    Axes to draw on in a with block, after which each labelled line gets its name, and the picture
+    is saved as SVG. Raises UserError where there is no matplotlib.
     """
     try:
         import matplotlib
@@ -240,21 +240,25 @@ def axes_for(path):
     with matplotlib.rc_context(greys | fixed):
         axes = Figure(figsize=(8, 4.5)).subplots()
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(title, loc="left", fontsize=11)
         yield axes
+        write_names(axes)
         with replacing(path) as file:
             axes.figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
 
 
-def write_names(axes, ends):
-    """Write each name at the end of its line; ends are (height, x, name, colour)."""
+def write_names(axes):
+    """Write the label of each line that has one at the line's end."""
+    lines = [line for line in axes.lines if not line.get_label().startswith("_")]
     bottom, top = axes.get_ylim()
-    height, right = bottom, 1.03 * max(x for _, x, _, _ in ends)
-    for y, x, name, colour in sorted(ends):
+    height, right = bottom, 1.03 * max((line.get_xdata()[-1] for line in lines), default=0)
+    for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
+        x, y = line.get_xydata()[-1]
         # One name above the other, each with a thin line to its end
         height = max(y, height + (top - bottom) / 18)
-        axes.annotate(name, (x, y), (right, height), color=colour, va="center",
-                      annotation_clip=False,
-                      arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.5,
+        axes.annotate(line.get_label(), (x, y), (right, height), color=line.get_color(),
+                      va="center", annotation_clip=False,
+                      arrowprops=dict(arrowstyle="-", color=line.get_color(), linewidth=0.5,
                                       relpos=(0, 0.5)))
 
 
@@ -268,8 +272,8 @@ def draw_race(results, path):
     Draw each contender's loss against its seconds: the mean of its seeds, and a band from the
     lowest to the highest.
     """
-    with axes_for(path) as axes:
-        ends = []
+    with axes_for(path, "lower and further left is better") as axes:
+        finals = []
         for i, (name, fact) in enumerate(results["contenders"].items()):
             runs = [run for run in fact["runs"] if not run["broken"]]
             if not runs:
@@ -278,41 +282,35 @@ def draw_race(results, path):
             seconds = [step * ms / 1e3 for step in runs[0]["steps"]]
             losses = list(zip(*(run["test"] for run in runs), strict=True))    # by step, all seeds
             means = [statistics.fmean(values) for values in losses]
-            axes.plot(seconds, means, linewidth=2, **style(i))
+            axes.plot(seconds, means, label=name, linewidth=2, **style(i))
             axes.fill_between(seconds, [min(values) for values in losses],
-                              [max(values) for values in losses], color=COLOURS[i % 4], alpha=0.2,
-                              linewidth=0)
-            ends.append((means[-1], seconds[-1], name, COLOURS[i % 4]))
+                              [max(values) for values in losses], color=style(i)["color"],
+                              alpha=0.2, linewidth=0)
+            finals.append(means[-1])
         axes.set(xlabel="seconds of training", ylabel="loss on unseen text, nats per token")
-        axes.set_title("lower and further left is better", loc="left", fontsize=11)
-        if ends:
-            lowest, highest = min(ends)[0], max(ends)[0]
+        if finals:
             # The first steps would press everything else together
-            top = highest + max(0.25, 3 * (highest - lowest))
-            axes.set_ylim(lowest - 0.1 * (top - lowest), top)
-            write_names(axes, ends)
+            top = max(finals) + max(0.25, 3 * (max(finals) - min(finals)))
+            axes.set_ylim(min(finals) - 0.1 * (top - min(finals)), top)
 
 
 def draw_gaps(lines, path):
     """Draw the lines of read_gaps() against the size. Bars are the 95 % intervals."""
     sizes = sorted({size for points in lines.values() for size, _ in points})
-    with axes_for(path) as axes:
-        ends = []
-        for i, (line, points) in enumerate(lines.items()):
+    with axes_for(path, "below the grey line, DVA is better") as axes:
+        for i, (name, points) in enumerate(lines.items()):
             points = sorted(points, key=lambda point: point[0])
             # Side by side, so that the bars do not hide each other
             places = [sizes.index(size) + 0.04 * (i - (len(lines) - 1) / 2) for size, _ in points]
             means = [gap["mean"] for _, gap in points]
             margins = [0 if gap["high"] is None else gap["high"] - gap["mean"]
                        for _, gap in points]
-            axes.errorbar(places, means, margins, color=COLOURS[i % 4], marker="o", linewidth=2,
+            axes.plot(places, means, label=name, marker="o", linewidth=2, **style(i))
+            axes.errorbar(places, means, margins, fmt="none", ecolor=style(i)["color"],
                           elinewidth=1, capsize=3)
-            ends.append((means[-1], places[-1], line, COLOURS[i % 4]))
         axes.axhline(0, color=GREY, linewidth=1)
         axes.set_xticks(range(len(sizes)), [label for _, label in sizes])
         axes.set(ylabel="difference of the losses, nats per token")
-        axes.set_title("below the grey line, DVA is better", loc="left", fontsize=11)
-        write_names(axes, ends)
 
 
 def draw_losses(runs, path):
@@ -320,21 +318,17 @@ def draw_losses(runs, path):
     Draw the losses of runs {name: records of metrics.jsonl} against the step: on val as a strong
     line, of the training batches as a thin one.
     """
-    with axes_for(path) as axes:
-        ends, heights = [], []
+    with axes_for(path, "strong: unseen text; thin: training text; lower is better") as axes:
+        heights = []
         for i, (name, records) in enumerate(runs.items()):
-            for loss, width in (("train_loss", 0.5), ("val_loss", 2)):
+            for loss, label, width in (("train_loss", None, 0.5), ("val_loss", name, 2)):
                 points = [(record["step"], record[loss]) for record in records if loss in record]
-                axes.plot(*zip(*points, strict=True), linewidth=width, **style(i))
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=width, **style(i))
                 # The first tenth of a run would press everything else together
                 heights += [y for x, y in points if x >= points[-1][0] / 10]
-            ends.append((points[-1][1], points[-1][0], name, COLOURS[i % 4]))
         margin = 0.05 * (max(heights) - min(heights)) or 1
         axes.set_ylim(min(heights) - margin, max(heights) + margin)
         axes.set(xlabel="step", ylabel="loss, nats per token")
-        axes.set_title("strong: unseen text; thin: training text; lower is better", loc="left",
-                       fontsize=11)
-        write_names(axes, ends)
 
 
 # ---- what is drawn -----------------------------------------------------------------------------
@@ -347,28 +341,23 @@ class ReportConfig:
 
 def read_gaps(path):
     """
-    {line: [(size, gap), ...]} of a file as --gaps= names it; a size is (number, text). Raises
-    UserError where a gap is not there, or the file holds something else.
+    {line: [(size, gap), ...]} of a file as --gaps= names it, beside the races' folders; a size is
+    (number, text). Raises UserError where a race does not have a gap.
     """
-    try:
-        lines = json.loads(path.read_bytes())
-        return {line: [read_gap(path.parent, *gap) for gap in gaps]
-                for line, gaps in lines.items()}
-    except (json.JSONDecodeError, TypeError, AttributeError):
-        fail(f"{path} must hold {{line: [[RACE, OURS, THEIRS], ...]}}; docs/race/gaps.json is an "
-             f"example")
-
-
-def read_gap(folder, race, ours, theirs):
-    """(size of the models, comparison of ours with theirs) of a race in the folder."""
-    results = json.loads((folder / race / "results.json").read_bytes())
-    known = {f"{name} to {other}": gap for name, entry in results["figures"].items()
-             for other, gap in entry["against"].items() if gap["mean"] is not None}
-    if f"{ours} to {theirs}" not in known:
-        fail(f"{race} knows no gap of {ours!r} to {theirs!r}, but of {', '.join(known)}")
-    shape = next(iter(results["contenders"].values()))["settings"]
-    layers, width = shape["n_layer"], shape["n_embd"]
-    return (layers * width**2, f"{layers} layers x {width}"), known[f"{ours} to {theirs}"]
+    lines = {}
+    for line, gaps in json.loads(path.read_bytes()).items():
+        lines[line] = []
+        for race, ours, theirs in gaps:
+            results = json.loads((path.parent / race / "results.json").read_bytes())
+            known = {f"{name} to {other}": gap for name, entry in results["figures"].items()
+                     for other, gap in entry["against"].items() if gap["mean"] is not None}
+            if f"{ours} to {theirs}" not in known:
+                fail(f"{race} knows no gap of {ours!r} to {theirs!r}, but of {', '.join(known)}")
+            shape = next(iter(results["contenders"].values()))["settings"]
+            layers, width = shape["n_layer"], shape["n_embd"]
+            size = layers * width**2, f"{layers} layers x {width}"
+            lines[line].append((size, known[f"{ours} to {theirs}"]))
+    return lines
 
 
 def read_run(folder):
