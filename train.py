@@ -227,22 +227,20 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
              f"ids stand for other text")
 
     # -- model and optimizers
-    torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
-    model = build_model(cfg, weights).to(device)
+    # On the meta device a model takes no memory, so what is too large is told before it is made
+    with torch.device("meta"):
+        outline = build_model(cfg)
     batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    flops = model.flops_per_token()
+    flops = outline.flops_per_token()
     # Rank 0 decides for all, and a resumed run keeps what was decided
     steps = 0 if cfg.eval_only else cfg.max_iters - step
     dtype = machine.pick_dtype(cfg.dtype, device, cfg.n_embd)
     is_compiled = machine.pick_compile(cfg.compile, device, flops * batch_tokens * steps)
     cfg = change(cfg, **machine.from_rank_0({"dtype": dtype, "compile": is_compiled}))
-    # Told before the optimizers and the first step take it
-    needed, present = machine.training_memory(model, cfg, device), machine.memory_of(device)
-    if present and needed > present:
-        say(f"warning: a step takes about {needed / 1e9:.1f} GB, and {device} has "
-            f"{present / 1e9:.1f}: lower --batch_size={cfg.batch_size}, and raise "
-            f"--gradient_accumulation_steps as much to train on as many tokens per step")
+    needed = machine.check_memory(outline, cfg, device)
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
+    model = build_model(cfg, weights).to(device)
     optimizers = build_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     measured_on = {"data": meta["sha256"]["val"], "windows": count_windows(data["val"], cfg),

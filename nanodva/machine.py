@@ -5,6 +5,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -212,6 +213,29 @@ def memory_of(device):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def check_memory(model, cfg, device):
+    """
+    The bytes that training_memory() says, with a warning where they are more than the device has.
+    Raises UserError where its memory cannot even hold the weights.
+    """
+    needed, present = training_memory(model, cfg, device), memory_of(device) or math.inf
+    count = model.num_params()
+    have = f"{device} has {present / 1e9:.1f} GB of memory"
+    if 4 * count > present:
+        fail(f"n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={cfg.vocab_size}: these "
+             f"{count / 1e6:,.0f} M parameters take {4 * count / 1e9:,.1f} GB, and {have}: make "
+             f"the model smaller")
+    if 16 * count > present:
+        say(f"warning: to train {count / 1e6:,.0f} M parameters takes at least "
+            f"{16 * count / 1e9:,.1f} GB, and {have}: lower --n_layer={cfg.n_layer} or "
+            f"--n_embd={cfg.n_embd}")
+    elif needed > present:
+        say(f"warning: a step takes about {needed / 1e9:,.1f} GB, and {have}: lower "
+            f"--batch_size={cfg.batch_size}, and raise --gradient_accumulation_steps as much to "
+            f"train on as many tokens per step")
+    return needed
 
 
 @contextlib.contextmanager

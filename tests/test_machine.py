@@ -255,13 +255,21 @@ def test_a_steps_memory_is_about_what_is_said(name, kind):
     assert said < machine.memory_of(device)
 
 
-@pytest.mark.parametrize("present, warned", [(2**20, True), (2**40, False), (None, False)])
+@pytest.mark.parametrize("present, warning", [
+    (2**20, "lower --batch_size=40"), (2**16, "lower --n_layer=2"), (2**40, ""), (None, "")])
 def test_a_run_warns_where_a_step_takes_more_memory_than_there_is(run, monkeypatch, present,
-                                                                  warned):
+                                                                  warning):
     monkeypatch.setattr(machine, "memory_of", lambda device: present)
     status, printed = run(max_iters=1, batch_size=40, device="cpu", dtype="float32")
-    assert status == 0 and ("lower --batch_size=40" in printed) == warned
+    assert status == 0 and ("warning" in printed) == (warning != "") and warning in printed
     assert re.search(r"float32, about \d MB;", printed)
+
+
+def test_weights_that_no_memory_holds_are_refused_before_they_are_made(run, tmp_path):
+    """80 GB a matrix, on a computer that would begin to swap"""
+    with refused("n_embd=100000", "GB of memory: make the model smaller"):
+        run(n_embd=100_000, device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: np.empty(2**50),
