@@ -380,6 +380,8 @@ def missing_runs(contenders, race):
 def begin_worker(threads):
     """Prepare a new worker process: so many threads, and it ends when the race does."""
     torch.set_num_threads(threads)
+    # Its bars need no lock that other processes share, which a worker that is ended would leave
+    tqdm.set_lock(threading.RLock())
     threading.Thread(target=end_with_race, daemon=True).start()
 
 
