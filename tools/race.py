@@ -404,31 +404,17 @@ def run_all(contenders, race, times, stop, deadline):
     and UserError where one dies.
     """
     threads = max(1, torch.get_num_threads() // race.jobs)
-    start, seeds = time.time(), race.seeds
-    news = f"the plan: {len(contenders)} contenders, seeds to report: {seeds}"
+    start, under_way = time.time(), {}                  # future: (contender, run, when it began)
     # The seconds that finished runs took, and those that were expected of each alone. Before there
     # are any, the jobs are expected to share the machine.
     taken, expected = race.jobs, 1.0
-    under_way = {}                                      # future: (contender, run, when it began)
+    announce(f"the plan: {len(contenders)} contenders, seeds to report: {race.seeds}", contenders,
+             race, times, under_way, taken / expected, deadline)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(race.jobs, spawn, begin_worker, (threads,)) as pool:
         try:
             while not stop.signal:
-                known, later = missing_runs(contenders, race)
-                if news:
-                    left = taken / expected * seconds_of([*known.values(), *later], times)
-                    left -= sum(time.time() - begun for _, _, begun in under_way.values())
-                    end = time.time() + left / race.jobs
-                    if end > deadline and not later and race.seeds > 2:
-                        race.seeds -= 1
-                        continue
-                    if race.seeds < seeds:
-                        news += f"; too slow for {seeds} seeds, {race.seeds} will be reported"
-                        seeds = race.seeds
-                    least = "at least " if later and not race.minutes else ""
-                    print(f"{news}; runs to go: {least}{len(known) + len(later)}, until about "
-                          f"{time.strftime('%H:%M', time.localtime(end))}", flush=True)
-                    news = ""
+                known, _ = missing_runs(contenders, race)
                 running = [run.out_dir for _, run, _ in under_way.values()]
                 waiting = [folder for folder in known if folder not in running]
                 for folder in waiting[:race.jobs - len(under_way)]:
@@ -447,8 +433,9 @@ def run_all(contenders, race, times, stop, deadline):
                     expected += seconds_of([(name, run)], times)
                     passed = tqdm.format_interval(time.time() - start)
                     bank = f" x {run.bank_lr:g}" if run.bank_layers else ""
-                    news = (f"{passed}  {name}, learning rate {run.learning_rate:g}{bank}, seed "
-                            f"{run.seed}: {final_loss(run):.4f} on the first half")
+                    announce(f"{passed}  {name}, learning rate {run.learning_rate:g}{bank}, seed "
+                             f"{run.seed}: {final_loss(run):.4f} on the first half", contenders,
+                             race, times, under_way, taken / expected, deadline)
         except BrokenProcessPool:
             if not stop.signal:
                 fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
@@ -457,6 +444,28 @@ def run_all(contenders, race, times, stop, deadline):
             # A worker in the middle of a run saves its state before it ends
             for process in multiprocessing.active_children():
                 process.terminate()
+
+
+def announce(news, contenders, race, times, under_way, pace, deadline):
+    """
+    Print the news, how many runs are missing, and when they should end if each takes `pace` times
+    what is expected of it alone. Where that is after the deadline, race.seeds becomes less, down
+    to 2.
+    """
+    planned = race.seeds
+    while True:
+        known, later = missing_runs(contenders, race)
+        left = pace * seconds_of([*known.values(), *later], times)
+        left -= sum(time.time() - begun for _, _, begun in under_way.values())
+        end = time.time() + left / race.jobs
+        if end <= deadline or later or race.seeds <= 2:
+            break
+        race.seeds -= 1
+    if race.seeds < planned:
+        news += f"; too slow for {planned} seeds, {race.seeds} will be reported"
+    least = "at least " if later and not race.minutes else ""
+    print(f"{news}; runs to go: {least}{len(known) + len(later)}, until about "
+          f"{time.strftime('%H:%M', time.localtime(end))}", flush=True)
 
 
 # ---- what is written ---------------------------------------------------------------------------
