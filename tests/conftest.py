@@ -14,7 +14,10 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 # For the processes that tests start, too
@@ -27,9 +30,10 @@ from torch import nn
 
 import model
 import prepare_data
+import sample
 import train
 from model import BLOCKS, GPT, ModelConfig
-from nanodva.checkpoints import load_checkpoint
+from nanodva.checkpoints import FORMAT, load_checkpoint, save
 from nanodva.errors import UserError
 
 torch.set_num_threads(1)
@@ -189,6 +193,30 @@ def finished(trained, tmp_path):
     return contents(tmp_path / "out")
 
 
+BETWEEN = "\n---------------\n"
+
+
+@pytest.fixture
+def texts(trained, capsys):
+    """texts(**settings): what sample.main() writes, after the tiny run or another; a list."""
+    def texts(**changes):
+        settings = dict(out_dir=trained, num_samples=1, max_new_tokens=20, device="cpu",
+                        dtype="float32", start="ab")
+        status, out = ending_of(sample.main, command_line(settings | changes), capsys)
+        assert status == 0 and out.endswith(BETWEEN)
+        return out.split(BETWEEN)[:-1]
+    return texts
+
+
+def save_run(folder, model, tokenizer, dataset=None):
+    """A run's folder with this model in best.pt; tokenizer is the dict that tells its tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save({"format": FORMAT, "model": model.state_dict(), "model_config": asdict(model.config),
+          "config": {"dataset": dataset}, "step": 1, "best_val_loss": 1.0, "tokenizer": tokenizer},
+         folder / "best.pt")
+    return folder
+
+
 def ending_of(main, argv, capsys):
     """(exit status, what it printed) of a script's main() in this process."""
     capsys.readouterr()
@@ -198,6 +226,12 @@ def ending_of(main, argv, capsys):
     except SystemExit as end:
         status = end.code
     return status, capsys.readouterr().out
+
+
+def python(code, *arguments, **environment):
+    """A new Python in the project's folder has run the code: the process, with its output."""
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT,
+                          env=os.environ | environment, capture_output=True, text=True)
 
 
 @contextmanager
@@ -248,8 +282,9 @@ def send(number):
 # ---- what runs leave behind ----------------------------------------------------------------------
 
 def contents(folder):
-    """{name: bytes} of the files in a folder, but for the lock of its one writer."""
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "lock"}
+    """{path: bytes, or None for a folder} of all in a folder but the lock of its one writer."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in Path(folder).rglob("*") if path.name != "lock"}
 
 
 def records(out_dir):
@@ -351,12 +386,6 @@ def prepare(data_dir, *arguments):
 
 def ids_of(folder, split):
     return np.fromfile(folder / f"{split}.bin", dtype=prepare_data.read_meta(folder)["dtype"])
-
-
-def everything_in(folder):
-    """{path: bytes} of all files and {path: None} of all folders."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-            for path in folder.rglob("*")}
 
 
 def message_of(function, *arguments):

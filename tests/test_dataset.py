@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import PLAY, error_of, everything_in, ids_of, prepare, refused
+from conftest import PLAY, contents, error_of, ids_of, prepare, refused
 
 from nanodva.dataset import read_meta
 from nanodva.errors import UserError
@@ -19,7 +19,7 @@ def test_check_and_read_meta_refuse_what_meta_does_not_describe(tmp_path, capsys
     folder = prepare(tmp_path, "shakespeare_char", f"--input={PLAY}")
     main(check)
     assert "shakespeare_char is sound: 170,532 tokens" in capsys.readouterr().out
-    good = everything_in(folder)
+    good = contents(folder)
     meta = json.loads(good["meta.json"])
 
     def refused(name, data):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 from nanodva.errors import UserError, run_script
 
@@ -21,10 +21,9 @@ def test_a_file_gets_every_character_whatever_the_console_is(console):
             print("Ελλάδα 🙂 \\udcff")
             errors.fail("Ελλάδα")
         errors.run_script(main)"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
-                            env=os.environ | {"PYTHONIOENCODING": console})
-    assert result.stdout.decode() == "Ελλάδα 🙂 ?\n"
-    assert result.stderr.decode() == "error: Ελλάδα\n" and result.returncode == 2
+    result = python(code, PYTHONIOENCODING=console)
+    assert result.stdout == "Ελλάδα 🙂 ?\n"
+    assert result.stderr == "error: Ελλάδα\n" and result.returncode == 2
 
 
 @pytest.mark.parametrize("error, status, err", [

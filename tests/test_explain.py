@@ -10,16 +10,14 @@ import select
 import shutil
 import subprocess
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import ROOT, refused, save_run, shaken, tiny
 
-from model import BLOCKS, GPT, ModelConfig, generate
-from nanodva.checkpoints import FORMAT, save
+from model import BLOCKS, generate
 from nanodva.tokenizer import Tokenizer
 from tools import explain as tool
 
@@ -38,21 +36,8 @@ each_system = pytest.mark.parametrize("system", [
 
 def build(**changes):
     """A tiny model with random weights, large enough that its strengths are far from equal."""
-    torch.manual_seed(1)
-    settings = dict(n_layer=2, n_head=2, n_embd=16, qk_dim=8, block_size=48,
-                    vocab_size=len(ALPHABET))
-    model = GPT(ModelConfig(**settings | changes)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.3)
-    return model
-
-
-def save_run(folder, model, tokenizer, dataset=None):
-    folder.mkdir(parents=True)
-    save({"format": FORMAT, "model": model.state_dict(), "model_config": asdict(model.config),
-          "config": {"dataset": dataset}, "tokenizer": tokenizer.spec}, folder / "best.pt")
-    return folder
+    settings = dict(n_layer=2, n_embd=16, block_size=48, vocab_size=len(ALPHABET), bias=False)
+    return shaken(tiny(**settings | changes))
 
 
 def load(folder):
@@ -70,10 +55,10 @@ def runs(tmp_path_factory, characters, gpt2_files):
     """{name: folder} of small runs."""
     folder = tmp_path_factory.mktemp("runs")
     models = {
-        "dva": (build(block="dva", bank_layers=1), characters),
-        "gpt2": (build(block="gpt2", block_size=64), characters),
+        "dva": (build(block="dva", bank_layers=1), characters.spec),
+        "gpt2": (build(block="gpt2", block_size=64), characters.spec),
         # A padded table: its last 20 rows are no tokens
-        "bpe": (build(block="dva", vocab_size=3020), Tokenizer({"kind": "gpt2:3000"}))}
+        "bpe": (build(block="dva", vocab_size=3020), Tokenizer({"kind": "gpt2:3000"}).spec)}
     return {name: save_run(folder / name, *parts) for name, parts in models.items()}
 
 
@@ -132,16 +117,16 @@ def test_a_page_takes_the_place_of_a_page_alone(write, tmp_path):
 
 def test_models_that_no_page_can_hold(write, tmp_path, characters, monkeypatch):
     with refused("block='mean'", "dva and gpt2", "tools/explain.html"):
-        write(save_run(tmp_path / "mean", build(block="mean"), characters))
+        write(save_run(tmp_path / "mean", build(block="mean"), characters.spec))
     model = build(block="dva")
     with torch.no_grad():
         model.transformer.h[0].attn.c_q.weight[0, 0] = 1e6
-    save_run(tmp_path / "large", model, characters)
+    save_run(tmp_path / "large", model, characters.spec)
     with refused("h.0.attn.c_q.weight", "65504"):
         write(tmp_path / "large")
     # A tokenizer that was trained elsewhere may have its special tokens first
     spec = Tokenizer({"kind": "gpt2:300"}).spec | {"kind": "bpe", "end_of_text": 0}
-    save_run(tmp_path / "first", build(vocab_size=300), Tokenizer(spec))
+    save_run(tmp_path / "first", build(vocab_size=300), spec)
     with refused("to be the last token", "it is number 0"):
         write(tmp_path / "first")
     monkeypatch.setattr(tool, "MOST_PARAMETERS", model.num_params() - 1)
@@ -323,7 +308,7 @@ def differ(found, expected):
 
 @each_system
 def test_the_page_computes_what_model_py_does(browser, write, tmp_path, characters, system):
-    folder = save_run(tmp_path / "run", build(**system), characters)
+    folder = save_run(tmp_path / "run", build(**system), characters.spec)
     browser.open(write(folder)[0])
     ids, wanted = characters.encode(TEXT)[:30], [(0, 3), (7, 5), (29, 10), (20, 11)]
     model, idx = load(folder), torch.tensor([ids])
@@ -346,7 +331,8 @@ def test_the_page_computes_what_model_py_does(browser, write, tmp_path, characte
 def test_the_looks_are_what_each_pairs_own_value_writes(browser, write, tmp_path, characters, gate,
                                                         formula):
     """The brute force that the fast way avoids: all (T, T, M) values of the pairs."""
-    folder = save_run(tmp_path / "run", build(block="dva", bank_layers=1, gate=gate), characters)
+    model = build(block="dva", bank_layers=1, gate=gate)
+    folder = save_run(tmp_path / "run", model, characters.spec)
     browser.open(write(folder)[0])
     assert formula in browser.text("p.dva")[0]
     ids, inputs, model = characters.encode(TEXT)[:12], [], load(folder)
@@ -392,7 +378,7 @@ def without(model, piece):
 @pytest.mark.parametrize("block, gate", [("dva", "plain"), ("dva", "open"), ("gpt2", "plain")])
 def test_each_switch_takes_away_what_it_says(browser, write, tmp_path, characters, block, gate):
     model = build(block=block, gate=gate, n_layer=3, rotary=True)
-    folder = save_run(tmp_path / "run", model, characters)
+    folder = save_run(tmp_path / "run", model, characters.spec)
     browser.open(write(folder)[0])
     ids = characters.encode(TEXT)[:30]
     for piece in ["layer", "rotary", *(["gate", "norm"] if block == "dva" else ["mlp"])]:
@@ -566,7 +552,7 @@ def test_against_another_run(browser, write, runs, characters, data_dir, tmp_pat
     meta = json.loads((data_dir / "tiny_char" / "meta.json").read_text())
     tokenizer = Tokenizer(meta["tokenizer"])
     V = tokenizer.vocab_size
-    ours, theirs = (save_run(tmp_path / name, build(block=block, vocab_size=V), tokenizer,
+    ours, theirs = (save_run(tmp_path / name, build(block=block, vocab_size=V), meta["tokenizer"],
                              "tiny_char") for name, block in (("ours", "dva"), ("rival", "gpt2")))
     page, _ = write(ours, "abc", against=theirs, data_dir=data_dir)
     browser.open(page)

@@ -1,7 +1,6 @@
 """prepare_data.py on real text, against tiktoken on whole strings."""
 import json
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -9,13 +8,13 @@ import pytest
 from conftest import (
     FORMATS,
     PLAY,
-    ROOT,
     SHAKESPEARE,
+    contents,
     error_of,
-    everything_in,
     ids_of,
     needs_shakespeare,
     prepare,
+    python,
     refused,
 )
 from hypothesis import given
@@ -113,14 +112,12 @@ def test_a_text_is_never_held_as_a_whole(tmp_path):
     """25 MB with emoji, of which Python makes 100 MB when it holds them in one string."""
     text = ("It was the best of times, it was the worst of times. " * 400 + "🙂\n").encode()
     (tmp_path / "long.txt").write_bytes(text * (25_000_000 // len(text)))
-    code = f"""if True:
+    result = python(f"""if True:
         import pathlib, re, prepare_data
         argv = ["long_char", "--input={tmp_path}/long.txt", "--data_dir={tmp_path}"]
         prepare_data.main([*argv, "--num_proc=2"])
         status = pathlib.Path("/proc/self/status")
-        print(re.search(r"VmHWM: +(\\d+)", status.read_text().replace("\\t", " "))[1])"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                            check=True)
+        print(re.search(r"VmHWM: +(\\d+)", status.read_text().replace("\\t", " "))[1])""")
     assert int(result.stdout.splitlines()[-1]) < 110_000
     assert read_meta(tmp_path / "long_char")["bytes"]["train"] > 22_000_000
 
@@ -179,8 +176,8 @@ def test_every_format_and_any_number_of_workers_give_the_same_bytes(tmp_path, sp
     assert all(other == bins[0] for other in bins)
     again = prepare(tmp_path / "again", "mine", f"--input={speeches[0] / kind}", "--num_proc=3",
                     "--tokenizer=gpt2:1000")
-    assert everything_in(again) == everything_in(folder)
-    assert sorted(everything_in(folder)) == ["meta.json", "train.bin", "val.bin"]
+    assert contents(again) == contents(folder)
+    assert sorted(contents(folder)) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_max_tokens_takes_whole_documents_from_the_front(tmp_path, bpe, speeches):
@@ -296,11 +293,10 @@ def test_killed_it_leaves_the_old_set_or_none_and_then_ends_the_same(tmp_path, s
                                                                      number):
     """While the files are written; before the new ones are moved; before the last of them is."""
     argv = ["mine_char", f"--input={speeches[0] / 'parquet'}"]
-    whole = everything_in(prepare(tmp_path / "whole", *argv))
+    whole = contents(prepare(tmp_path / "whole", *argv))
     folder = prepare(tmp_path / "killed", "mine_char", f"--input={PLAY}")
-    old = everything_in(folder)
-    killed = subprocess.run([sys.executable, "-c", KILLED, place, str(number), *argv,
-                             f"--data_dir={tmp_path / 'killed'}"], cwd=ROOT)
+    old = contents(folder)
+    killed = python(KILLED, place, number, *argv, f"--data_dir={tmp_path / 'killed'}")
     assert killed.returncode == -signal.SIGKILL and (folder / "partial").exists()
     if place == "write":
         assert read_meta(folder, deep=True)
@@ -310,7 +306,7 @@ def test_killed_it_leaves_the_old_set_or_none_and_then_ends_the_same(tmp_path, s
         with refused("no ", "meta.json"):
             read_meta(folder)
     prepare(tmp_path / "killed", *argv)
-    assert everything_in(folder) == whole
+    assert contents(folder) == whole
 
 
 def test_a_failed_command_leaves_nothing_behind(tmp_path, speeches):
@@ -322,9 +318,9 @@ def test_a_failed_command_leaves_nothing_behind(tmp_path, speeches):
         error_of("mine", *arguments, f"--data_dir={data_dir}")
         assert not (tmp_path / "new").exists()
     folder = prepare(data_dir, "mine", f"--input={PLAY}", "--tokenizer=char")
-    before = everything_in(folder)
+    before = contents(folder)
     error_of("mine", f"--input={empty}", f"--data_dir={data_dir}")
-    assert everything_in(folder) == before
+    assert contents(folder) == before
 
 
 def test_stopped_while_files_are_moved_it_leaves_no_mixture_that_looks_whole(tmp_path):

@@ -3,31 +3,16 @@ import codecs
 import io
 import re
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import BLOCKS, command_line, ending_of, refused
+from conftest import BETWEEN, BLOCKS, command_line, refused, save_run
 
 import sample
 from model import GPT, ModelConfig, generate, stream
-from nanodva.checkpoints import FORMAT, load_checkpoint, save
+from nanodva.checkpoints import load_checkpoint
 from nanodva.tokenizer import Tokenizer
 from nanodva.weights import load_model
-
-BETWEEN = "\n---------------\n"
-
-
-@pytest.fixture
-def texts(trained, capsys):
-    """texts(**settings): what sample.main() writes after the tiny run, a list of texts."""
-    def texts(**changes):
-        settings = dict(out_dir=trained, num_samples=1, max_new_tokens=20, device="cpu",
-                        dtype="float32", start="ab")
-        status, out = ending_of(sample.main, command_line(settings | changes), capsys)
-        assert status == 0 and out.endswith(BETWEEN)
-        return out.split(BETWEEN)[:-1]
-    return texts
 
 
 @pytest.fixture
@@ -67,8 +52,7 @@ def test_texts_made_together_end_each_with_the_stop_token(texts, alphabet):
 def test_a_text_ends_with_the_stop_text_wherever_tokens_end(tmp_path, texts):
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=1000, n_layer=1, n_head=1, n_embd=8, block_size=16))
-    save({"format": FORMAT, "model": model.state_dict(), "model_config": asdict(model.config),
-          "tokenizer": {"kind": "gpt2:1000"}}, tmp_path / "best.pt")
+    save_run(tmp_path, model, {"kind": "gpt2:1000"})
     settings = dict(out_dir=tmp_path, num_samples=4, temperature=2, max_new_tokens=60, top_k=0,
                     start="one stop, and")
     # Letters of two tokens, of which the second goes on
@@ -141,22 +125,20 @@ def test_end_of_text_alone_is_its_token_and_in_a_text_it_is_text():
     assert len(sample.encode_prompt("a<|endoftext|>", gpt2)) > 2
 
 
-def test_characters_that_span_tokens_are_put_together(tmp_path, capsys):
+def test_characters_that_span_tokens_are_put_together(tmp_path, texts):
     """A random model over GPT-2's tokens writes many a token that ends inside a character."""
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=257, n_layer=1, n_head=1, n_embd=8, block_size=16))
-    save({"format": FORMAT, "model": model.state_dict(), "model_config": asdict(model.config),
-          "tokenizer": {"kind": "gpt2:257"}}, tmp_path / "best.pt")
-    argv = [f"--out_dir={tmp_path}", "--num_samples=2", "--start=é", "--max_new_tokens=100",
-            "--temperature=2", "--top_k=0", "--dtype=float32"]
-    _, out = ending_of(sample.main, argv, capsys)
+    save_run(tmp_path, model, {"kind": "gpt2:257"})
+    found = texts(out_dir=tmp_path, num_samples=2, start="é", max_new_tokens=100, temperature=2,
+                  top_k=0)
     torch.manual_seed(1337)
     tokenizer = Tokenizer({"kind": "gpt2:257"})
     ids = torch.tensor([tokenizer.encode("é")] * 2)
     expected = [tokenizer.decode(row).decode(errors="replace")
                 for row in generate(model.eval(), ids, 100, temperature=2).tolist()]
     # A last character that is cut off is not written
-    assert [text.rstrip("\ufffd") for text in out.split(BETWEEN)[:-1]] \
+    assert [text.rstrip("\ufffd") for text in found] \
         == [text.rstrip("\ufffd") for text in expected]
 
 

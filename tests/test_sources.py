@@ -1,23 +1,20 @@
 """sources.py: files of every kind, good and broken, and downloads from servers of our own."""
 import gzip
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from conftest import (
-    ROOT,
     SHAKESPEARE,
     SHARD,
+    contents,
     error_of,
-    everything_in,
     needs_shakespeare,
     prepare,
+    python,
 )
 
 from nanodva import sources
@@ -219,18 +216,16 @@ def test_a_hub_data_set_comes_through_the_cache_and_its_configuration_is_named(t
     several = "hf:some/configurations"
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        result = subprocess.run(
-            [sys.executable, "-c", PREPARE_EACH, tmp_path, "hf:some/set", "hf:some/set", several,
-             f"{several}:middle", f"{several}:late", f"{several}:lines", "hf:nobody/nothing"],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {
-                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
-                "HF_HOME": str(tmp_path / "cache")})
+        result = python(PREPARE_EACH, tmp_path, "hf:some/set", "hf:some/set", several,
+                        f"{several}:middle", f"{several}:late", f"{several}:lines",
+                        "hf:nobody/nothing", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "cache"),
+                        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
     first, second, *unnamed, late, lines, missing = json.loads(result.stdout.splitlines()[-1])
     assert first == second == late == lines == "done"
 
-    found = everything_in(tmp_path / "0" / "mine")
-    assert found == everything_in(tmp_path / "1" / "mine")
+    found = contents(tmp_path / "0" / "mine")
+    assert found == contents(tmp_path / "1" / "mine")
     # The second time both files were in the cache
     assert Hub.downloads[:2] == SHARDS and not set(SHARDS[:1]) & set(Hub.downloads[2:])
     local = prepare(tmp_path / "local", "mine", f"--input={speeches[0] / 'parquet'}")

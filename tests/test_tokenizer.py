@@ -1,12 +1,9 @@
 """tokenizer.py against tiktoken's GPT-2, and against byte-pair encoding spelled out in Python."""
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import regex
-from conftest import PLAY, ROOT
+from conftest import PLAY, python
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -103,10 +100,8 @@ def without_a_network(tmp_path):
     without_a_network(code): the result of a new Python process, because tiktoken keeps what it has
     loaded. Its cache is empty, and no server listens at the proxy's port.
     """
-    environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path),
-                                "HTTPS_PROXY": "http://127.0.0.1:9"}
-    return lambda code: subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
-                                       capture_output=True, text=True)
+    return lambda code: python(code, TIKTOKEN_CACHE_DIR=str(tmp_path),
+                               HTTPS_PROXY="http://127.0.0.1:9")
 
 
 def test_the_first_tokens_travel_with_the_spec(without_a_network):
@@ -148,10 +143,8 @@ def test_without_a_network_the_error_says_what_to_do(without_a_network):
 
 
 def test_importing_loads_no_large_package():
-    code = """if True:
+    result = python("""if True:
         import sys, prepare_data
         large = {"datasets", "huggingface_hub", "pyarrow", "tiktoken", "torch", "tqdm", "xxhash"}
-        print(large & set(sys.modules))"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                            check=True)
+        print(large & set(sys.modules))""")
     assert result.stdout == "set()\n"

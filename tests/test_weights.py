@@ -212,7 +212,7 @@ def save_tokenizer(theirs, folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
-def test_a_folders_own_tokens_are_used(tmp_path, portuguese, kind, capsys):
+def test_a_folders_own_tokens_are_used(tmp_path, portuguese, texts, kind):
     """Whatever their number is."""
     theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=310)
     theirs.save_pretrained(tmp_path)
@@ -225,12 +225,10 @@ def test_a_folders_own_tokens_are_used(tmp_path, portuguese, kind, capsys):
             # In a text these are no tokens, as <|endoftext|> is not
             assert ids == portuguese.encode(text).ids
         assert tokenizer.decode(ids).decode() == text
-    argv = command_line(dict(out_dir=tmp_path, start="Não", num_samples=1, max_new_tokens=20,
-                             temperature=0, device="cpu", dtype="float32"))
-    _, out = ending_of(sample.main, argv, capsys)
     ids = theirs.generate(torch.tensor([portuguese.encode("Não").ids]), max_new_tokens=20,
                           do_sample=False)[0].tolist()
-    assert out == portuguese.decode(ids, skip_special_tokens=False) + "\n---------------\n"
+    written = portuguese.decode(ids, skip_special_tokens=False)
+    assert texts(out_dir=tmp_path, start="Não", temperature=0) == [written]
 
 
 def test_gpt2s_own_tokens_are_recognised(tmp_path, gpt2_files):
@@ -275,15 +273,14 @@ def test_all_rows_are_kept_where_they_are_tokens(tmp_path, portuguese):
     assert load_model(tmp_path).config.vocab_size == 50304
 
 
-def test_a_row_for_an_added_token_is_never_drawn(tmp_path, capsys):
+def test_a_row_for_an_added_token_is_never_drawn(tmp_path, texts):
     """As after transformers' resize_token_embeddings(50258)."""
     theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50258)
     with torch.no_grad():
         theirs.transformer.wte.weight[50257] *= 100
     theirs.save_pretrained(tmp_path)
-    argv = command_line(dict(out_dir=tmp_path, num_samples=2, max_new_tokens=50, device="cpu"))
-    status, out = ending_of(sample.main, argv, capsys)
-    assert status == 0 and len(out) > 100
+    assert all(len(text) > 50 for text in texts(out_dir=tmp_path, num_samples=2, start="\n",
+                                                max_new_tokens=50))
     ours, idx = load_model(str(tmp_path)), torch.arange(50)[None]
     assert ours(idx, idx)[0].argmax(-1).max() == 50257
     assert ours.tokenizer.vocab_size == 50257
@@ -317,17 +314,14 @@ def test_a_nanogpt_checkpoint_comes_in(tmp_path, prefix, masks, bias):
         assert_same_model(ours, theirs)
 
 
-def test_a_nanogpt_checkpoint_samples(tmp_path, data_dir, capsys):
+def test_a_nanogpt_checkpoint_samples(tmp_path, data_dir, texts):
     meta = prepare_data.read_meta(data_dir / "tiny_char")
     theirs = oracle("gelu", n_layer=2, n_head=2, n_embd=16, vocab_size=meta["vocab_size"])
     write_nanogpt(tmp_path / "ckpt.pt", theirs)
     alphabet = meta["tokenizer"]["alphabet"]
-    argv = command_line(dict(out_dir=tmp_path, data_dir=data_dir, num_samples=1, device="cpu",
-                             max_new_tokens=100, temperature=0, start=alphabet[3],
-                             dtype="float32"))
-    _, out = ending_of(sample.main, argv, capsys)
     ids = theirs.generate(torch.tensor([[3]]), max_new_tokens=100, do_sample=False)[0]
-    assert out == "".join(alphabet[i] for i in ids) + "\n---------------\n"
+    assert texts(out_dir=tmp_path, data_dir=data_dir, max_new_tokens=100, temperature=0,
+                 start=alphabet[3]) == ["".join(alphabet[i] for i in ids)]
 
 
 def test_a_nanogpt_checkpoint_trains_on(tmp_path, data_dir):
@@ -405,18 +399,14 @@ def test_a_run_of_ours_comes_in(run, tmp_path):
     assert torch.equal(model(idx, idx)[0], ours(idx, idx)[0])
 
 
-def test_a_folder_that_is_called_gpt2_is_the_folder(run, tmp_path, monkeypatch, hub, capsys):
+def test_a_folder_that_is_called_gpt2_is_the_folder(run, texts, tmp_path, monkeypatch, hub):
     hub("gpt2", n_layer=4, n_head=1, n_embd=8, vocab_size=50257)
     monkeypatch.chdir(tmp_path)
     run("gpt2", max_iters=2)
     assert load_model(Path("gpt2")).config.n_layer == load_model("./gpt2").config.n_layer == 2
     assert load_model("gpt2").config.n_layer == 4
-    # Two characters of the run's alphabet, and 50 more of them
-    argv = ["--start=ab", "--num_samples=1", "--max_new_tokens=50", "--device=cpu"]
-    _, out = ending_of(sample.main, ["--out_dir=gpt2", *argv], capsys)
-    assert len(out.split("\n---")[0]) == 52
-    _, out = ending_of(sample.main, ["--init_from=gpt2", *argv], capsys)
-    assert len(out.split("\n---")[0]) > 52
+    # Two characters of the run's alphabet and 20 more, or 20 longer tokens
+    assert len(texts(out_dir="gpt2")[0]) == 22 < len(texts(init_from="gpt2")[0])
 
 
 def test_more_banks_than_the_default_has_layers(tmp_path, data_dir):
@@ -467,13 +457,9 @@ def test_a_mistake_in_a_readers_block_keeps_its_traceback(run, tmp_path, monkeyp
         assert caught.value is error
 
 
-def test_a_text_in_gives_a_text_out(run, tmp_path, capsys):
-    run(block="dva", max_iters=2)
-    model = load_model(tmp_path / "out")
-    argv = command_line(dict(out_dir=tmp_path / "out", start="ab", num_samples=1, temperature=0,
-                             max_new_tokens=40, device="cpu", dtype="float32"))
-    _, out = ending_of(sample.main, argv, capsys)
-    assert generate(model, "ab", 40, temperature=0) == out.removesuffix("\n---------------\n")
+def test_a_text_in_gives_a_text_out(trained, texts):
+    model = load_model(trained)
+    assert [generate(model, "ab", 20, temperature=0)] == texts(temperature=0)
     with pytest.raises(TypeError, match="give token ids"):
         generate(GPT(model.config), "ab")
 
