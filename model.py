@@ -586,18 +586,20 @@ class HeadLoss(torch.autograd.Function):
         if with_gradients:
             dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         narrow = weight.to(dtype)
+        # One buffer, changed in place: fresh pages for each chunk would take longer than its exp
+        buffer = x.new_empty(min(512, len(x)), len(weight), dtype=dtype)
         for rows in range(0, len(x), 512):
             rows = slice(rows, rows + 512)
             h, counts = x[rows].to(dtype), targets[rows, None] >= 0    # (512, C), (512, 1)
             target = targets[rows, None].clamp(min=0)
-            logits = (h @ narrow.T).float()                            # (512, V)
-            norm = logits.logsumexp(dim=-1, keepdim=True)
-            total += ((norm - logits.gather(1, target)) * counts).sum()
+            logits = torch.mm(h, narrow.T, out=buffer[:len(h)]).float()            # (512, V)
+            top, right = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
+            exps = logits.sub_(top).exp_()
+            sums = exps.sum(dim=-1, keepdim=True)
+            total += ((sums.log() + top - right) * counts).sum()
             if with_gradients:
                 # Of the loss by the logits: their softmax, less 1 at the target
-                d = logits.sub_(norm).exp_()
-                d.scatter_add_(1, target, torch.full_like(norm, -1.0))
-                d = d.mul_(counts).to(dtype)
+                d = exps.mul_(counts / sums).scatter_add_(1, target, -counts.float()).to(dtype)
                 dx[rows] = d @ narrow
                 dw = dw.addmm_(d.T, h) if dtype == dw.dtype else dw.add_(d.T @ h)
         ctx.save_for_backward(dx, dw)
