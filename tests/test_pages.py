@@ -27,10 +27,10 @@ def commands():
     """(page, command) of each line in the pages' blocks of code, and in their texts, that runs."""
     found = []
     for page, text in TEXTS.items():
-        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
         # A notebook marks the shell's lines with !
-        lines = [command.removeprefix("!") for block in blocks for line in block.splitlines()
-                 for command in line.split(" && ")]
+        lines = [command.removeprefix("!") for block in blocks for line in block.split("\n")
+                 for command in line.strip().split(" && ")]
         inline = re.findall(r"`((?:python|make) [^`]+)`", text)
         lines += [code.replace("\n", " ") for code in inline]
         found += [(page, re.split(r"   | # ", line)[0]) for line in lines
@@ -54,7 +54,9 @@ def parse(command):
         # What stands before the script is torchrun's own
         words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")):]]
     script, *arguments = words[2:] if words[1] == "-m" else words[1:]
-    if script == "venv":
+    if script == "-c":
+        compile(arguments[0], "page", "exec")
+    elif script == "venv":
         assert arguments == [".venv"]                                  # as in the Makefile
     elif script == "pytest":
         assert all((ROOT / path).exists() for path in arguments if not path.startswith("-"))

@@ -1,0 +1,106 @@
+"""The exercises of docs/dva.md, and their solutions: each command as it is typed, shortened."""
+import importlib
+import inspect
+import re
+import shlex
+import textwrap
+
+import pytest
+from conftest import PLAY, ROOT, records
+from test_race import Here
+
+import model
+import prepare_data
+from model import DynamicValueAttention
+from tools import race
+
+PAGE = (ROOT / "docs" / "dva.md").read_text().partition("## Exercises")[2]
+SOLUTIONS = (ROOT / "docs" / "solutions.md").read_text()
+# {number of the exercise: [arguments of python]}
+COMMANDS = {int(number): [shlex.split(line) for line in re.findall(r"^ +python (.*)", text, re.M)]
+            for number, text in re.findall(r"^(\d)\. (.*?)(?=^\d\. |\Z)", PAGE, re.M | re.S)}
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--qk_dim=8", "--batch_size=2"]
+SHORT = ["--max_iters=4", "--warmup_iters=1"]
+SHORTER = {"train.py": [*TINY, *SHORT, "--lr_decay_iters=4", "--eval_iters=1"],
+           "tools.race": [*TINY, *SHORT, "--minutes=0", "--seeds=2", "--rounds=1", "--lrs=3e-3"],
+           "tools.bench": ["--n_layer=12", "--n_head=2", "--n_embd=16", "--rounds=1"],
+           "tools.report": []}
+
+
+def type_in(arguments):
+    """What `python ARGUMENTS` does, in this process and shortened."""
+    if arguments[0] == "-c":
+        exec(arguments[1], {})
+        return
+    script, *arguments = arguments[1:] if arguments[0] == "-m" else arguments
+    importlib.import_module(script.removesuffix(".py")).main([*arguments, *SHORTER[script]])
+
+
+@pytest.fixture
+def lesson(tmp_path_factory, tmp_path, monkeypatch):
+    """A folder with the presets and, as plays_char, one of the plays."""
+    folder = tmp_path_factory.getbasetemp() / "exercises"
+    if not folder.exists():
+        prepare_data.main(["plays_char", f"--input={PLAY}", f"--data_dir={folder}"])
+    for name, path in ("config", ROOT / "config"), ("data", folder):
+        (tmp_path / name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(race, "ProcessPoolExecutor", lambda *arguments: Here())
+
+
+def final_loss(out_dir):
+    return records(out_dir)[-1]["val_loss"]
+
+
+def test_each_exercise_has_commands_and_folders_of_its_own():
+    assert list(COMMANDS) == [1, 2, 3, 4, 5] and all(COMMANDS.values())
+    folders = [word for commands in COMMANDS.values() for arguments in commands
+               for word in arguments if word.startswith("--out_dir=")]
+    assert len(folders) == len(set(folders)) == 5 and "--out_dir=out-demo" not in folders
+    assert all(f"## {number}. " in SOLUTIONS for number in COMMANDS)
+
+
+def test_without_the_gate(lesson, monkeypatch):
+    with_gate, without, picture = COMMANDS[1]
+    type_in(with_gate)
+    source, edits = re.subn(r" \* g\b", "", inspect.getsource(DynamicValueAttention.forward))
+    assert edits == 1
+    names = dict(vars(model))
+    exec(textwrap.dedent(source), names)
+    monkeypatch.setattr(DynamicValueAttention, "forward", names["forward"])
+    type_in(without)
+    assert final_loss("out-gate") != final_loss("out-no-gate")
+    type_in(picture)
+
+
+def test_positions(lesson):
+    for command in COMMANDS[2]:
+        type_in(command)
+    found = [final_loss(word.partition("=")[2]) for command in COMMANDS[2] for word in command
+             if word.startswith("--out_dir=")]
+    assert len(set(found)) == 3
+
+
+def test_the_weights_are_those_of_the_solution(capsys):
+    for command in COMMANDS[3]:
+        type_in(command)
+    for count in capsys.readouterr().out.split():
+        assert f"{int(count):,}" in SOLUTIONS
+
+
+def test_the_cache_holds_what_the_solution_says(capsys):
+    type_in(COMMANDS[4][0])
+    rows = re.findall(r"^\| (\S+) \|.*\| ([\d,]+) \|$", capsys.readouterr().out, re.M)
+    # 12 layers, keys of 16, 64 and 64 channels, values of 16 and none in banks, and the token's id
+    assert rows == [("gpt2", "1,544"), ("dva", "3,848"), ("dva:bank_layers=12", "3,080")]
+
+
+def test_a_block_of_ones_own(lesson, tmp_path, monkeypatch):
+    [code] = re.findall(r"```python\n(class .*?)```", SOLUTIONS, re.S)
+    names = dict(vars(model))
+    exec(code, names)
+    monkeypatch.setattr(model, "BLOCKS", names["BLOCKS"])
+    [command] = COMMANDS[5]
+    type_in(command)
+    table = (tmp_path / "out" / "race" / "plays_char-tokens" / "table.md").read_text()
+    assert "| mine |" in table and "| dva |" in table
