@@ -1,5 +1,6 @@
 """Training: what a step is made of, what a run finds, and what is refused before it begins."""
 import gc
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from conftest import BLOCKS, comparable, contents, records, refused, send
 
 import train
 from model import GPT
+from nanodva import machine
 from nanodva.checkpoints import load_checkpoint
 from nanodva.dataset import table_rows
 from nanodva.machine import Stop
@@ -121,6 +123,50 @@ def test_every_block_trains_saves_and_samples(run, texts, tmp_path, block):
     assert load_checkpoint(tmp_path / "out" / "best.pt")["model_config"]["block"] == block
     [text] = texts(out_dir=tmp_path / "out", max_new_tokens=40)
     assert text.startswith("ab") and len(text) == 42
+
+
+class Terminal(io.StringIO):
+    """A terminal that does not tell its size, as a new pseudo-terminal."""
+
+    def __init__(self):
+        super().__init__()
+        self.descriptor, self.other = os.openpty()
+
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        return self.descriptor
+
+    def close(self):
+        os.close(self.descriptor)
+        os.close(self.other)
+        super().close()
+
+
+@pytest.mark.parametrize("err, out", [("terminal", "terminal"), ("terminal", "file"),
+                                      ("file", "file")])
+def test_a_terminal_gets_a_bar_with_the_loss_and_a_file_gets_lines(run, tmp_path, monkeypatch,
+                                                                   err, out):
+    with Terminal() as terminal, io.StringIO() as file:
+        kinds = {"terminal": terminal, "file": file}
+        monkeypatch.setattr(sys, "stderr", kinds[err])
+        monkeypatch.setattr(sys, "stdout", kinds[out])
+        run()
+        shown, written = terminal.getvalue(), file.getvalue()
+    losses = [f"loss {record['train_loss']:.4f}" for record in records(tmp_path / "out")
+              if "train_loss" in record]
+    # Each log line once: in the bar, or as a line of its own
+    assert all(loss in shown for loss in losses) == ("terminal" == err)
+    assert all(f"{loss}, lr" in written for loss in losses) == ("file" == out)
+    assert ", lr" not in shown and "step 5: train loss" in (written if out == "file" else shown)
+
+
+def test_of_many_processes_one_shows_a_bar(monkeypatch):
+    with Terminal() as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(machine, "RANK", 1)
+        assert list(machine.bar(range(3))) == [0, 1, 2] and terminal.getvalue() == ""
 
 
 def test_intervals_never_change_the_training(run, tmp_path):
