@@ -58,8 +58,7 @@ class TrainConfig(ModelConfig):
     beta1: float = 0.9                       # AdamW
     beta2: float = 0.95                      # AdamW
     grad_clip: float = 1.0                   # gradient clipping: its largest norm; 0: no clipping
-    decay_lr: bool = True                    # warm-up, then a decay down to min_lr
-    decay_shape: str = "cosine"              # cosine, or linear, which suits short runs
+    decay_lr: bool = True                    # warm-up, then a cosine down to min_lr
     warmup_iters: int = 2000                 # steps of linear warm-up
     lr_decay_iters: int = 600000             # the step at which min_lr is reached
     min_lr: float = 6e-5                     # the schedule's end; usually learning_rate / 10
@@ -86,8 +85,7 @@ class TrainConfig(ModelConfig):
                                lr_decay_iters=0, min_lr=0, learning_rate=0, weight_decay=0,
                                grad_clip=0, embedding_lr=0, bank_lr=0, beta1=0, beta2=0, seed=0,
                                patience=0),
-              choices=dict(optimizer=["adamw", "muon"], decay_shape=["cosine", "linear"],
-                           backend=["auto", "nccl", "gloo"],
+              choices=dict(optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
                            dtype=["auto", *DTYPES], compile=[True, False, "auto"]))
         if not self.out_dir:
             fail("out_dir is empty: name a folder, as in --out_dir=out")

@@ -13,17 +13,14 @@ GAMMA = dict(betas=(0.96, 0.95), eps=1e-10, weight_decay=0.0, lr_multiple=25.0)
 
 
 def learning_rate(step, cfg):
-    """
-    A linear warm-up, then half a cosine from learning_rate down to min_lr, and min_lr after. Short
-    runs end lower with a straight line down to nearly zero (arXiv 2502.15938).
-    """
+    """A linear warm-up, then half a cosine from learning_rate down to min_lr, and min_lr after."""
     if not cfg.decay_lr:
         return cfg.learning_rate
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
-    done = min(1, (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters))
-    share = 1 - done if cfg.decay_shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
+    done = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+    return cfg.min_lr + cosine * (cfg.learning_rate - cfg.min_lr)
 
 
 def set_learning_rate(optimizers, lr):
