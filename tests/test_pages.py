@@ -116,8 +116,8 @@ def test_python_on_the_pages_is_python():
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_make_clean_removes_what_make_made_and_distclean_asks_for_more(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
-    made = [".venv/installed", "out-demo/last.pt", "out-try/last.pt", "data/plays_char/val.bin",
-            "tools/__pycache__/x"]
+    made = [".venv/installed", "nanoDVA-offline/wheels/x", "out-demo/last.pt", "out-try/last.pt",
+            "data/plays_char/val.bin", "tools/__pycache__/x"]
     written = ["out/last.pt", "out-my run/last.pt", "data/mine/train.bin"]
     # Of "out-my run" the second word is no name of its own
     others = ["Makefile", "data/mine/mine.txt", "run"]
