@@ -129,14 +129,10 @@ def test_resume_with_other_settings_says_so_and_means_it(run, finished, tmp_path
     groups = load_checkpoint(tmp_path / "out" / "last.pt")["optimizers"][0]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.3, 0.3, 0]
     assert groups[0]["betas"] == (0.9, 0.9)
-
-
-def test_a_resumed_run_writes_its_own_settings(run, finished, tmp_path):
-    run(init_from="resume", max_iters=14, learning_rate=2e-3)
     headers = [record for record in records(tmp_path / "out") if "config" in record]
     assert [header["step"] for header in headers] == [-1, 11]
-    assert [header["config"]["learning_rate"] for header in headers] == [1e-2, 2e-3]
-    assert headers[1]["config"]["max_iters"] == 14 and headers[1]["params"] == headers[0]["params"]
+    assert [header["config"]["learning_rate"] for header in headers] == [1e-2, 1e-5]
+    assert headers[1]["params"] == headers[0]["params"]
     # The end of the first run is replaced by the step in its place
     assert [record["step"] for record in comparable(tmp_path / "out")] == list(range(15))
 

@@ -1,5 +1,4 @@
 """sources.py: files of every kind, good and broken, and downloads from servers of our own."""
-import gzip
 import json
 import re
 import shutil
@@ -77,36 +76,22 @@ def test_a_folder_without_texts_says_what_is_there(tmp_path):
 
 
 def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
+    """test_readers.py has that of the other formats."""
     shard = (speeches[0] / "parquet" / "0.parquet").read_bytes()
-    row = b'{"text": "a"}\n'
 
     def refused(name, data, *arguments):
         (tmp_path / name).write_bytes(data)
         return error_of("x", f"--input={tmp_path / name}", *arguments, f"--data_dir={tmp_path}")
 
-    assert "at position 1,000,004" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
-    assert "line 3 of" in refused("a.jsonl", row + b"\n" + b'{"text": "b\xff"}\n')
-    assert "line 2 of" in refused("a.jsonl", row + b'{"text": "a"\n')
-    assert "is no JSON object" in refused("a.jsonl", b"[1]\n")
-    assert "column 'text' of" in refused("a.jsonl", b'{"text": 5}\n')
-    assert "no column 'body': choose with --column= from n text" in \
-        refused("b.jsonl", b'{"n": 1, "text": "a"}\n', "--column=body")
     assert "no column 'body': choose with --column= from n text" in \
         refused("a.parquet", shard, "--column=body")
     assert "column 'n' of" in refused("a.parquet", shard, "--column=n")
     assert "cannot read" in refused("a.parquet", shard[:1000])
     assert "snappy" in refused("a.parquet", shard[:4000] + bytes(400) + shard[4400:])
-    assert "ended before" in refused("a.jsonl.gz", gzip.compress(row)[:-9])
+    assert "at position 1,000,004" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
     assert "gzip" in refused("a.txt.gz", b"plain")
-    assert "neither may be empty" in refused("b.txt", b"")
-    assert "neither may be empty" in refused("c.jsonl", b"")
-
-
-def test_half_a_surrogate_pair_does_not_stop_the_work(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud83d"}\n{"text": null}\n' * 2)
-    (tmp_path / "b.txt").write_text("a text for the other split")
-    folder = prepare(tmp_path, "x_char", f"--input={tmp_path}", "--val_fraction=0.5")
-    assert "?" in read_meta(folder)["tokenizer"]["alphabet"]
+    for name in ("b.txt", "c.jsonl"):
+        assert "neither may be empty" in refused(name, b"")
 
 
 # ---- downloads -----------------------------------------------------------------------------------

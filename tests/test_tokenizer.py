@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanodva.errors import UserError
-from nanodva.tokenizer import WORDS, Tokenizer, bpe_size, same_tokenizer
+from nanodva.tokenizer import WORDS, Tokenizer, same_tokenizer
 
 TEXTS = ["", "To be, or not to be:\n\n\tthat's the  question", "wörd 漢字 \u00a0 x ' 12\x1c\n",
          "\U0001f642\U0001f642", "a <|endoftext|> b <|endoftext|", "<|endoftext|>", " " * 100]
@@ -40,12 +40,6 @@ def test_gpt2_has_its_size_and_end_of_text():
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
     assert tokenizer.spec == {"kind": "gpt2"}
     assert tokenizer.decode([50256]) == b"<|endoftext|>"
-
-
-def test_a_token_may_end_inside_a_character():
-    tokenizer = Tokenizer({"kind": "gpt2"})
-    first = tokenizer.decode(tokenizer.encode("漢")[:1])
-    assert 0 < len(first) < 3 and "漢".encode().startswith(first)
 
 
 @pytest.mark.parametrize("size, tokens", [(1024, 96_785), (1025, 96_783), (4096, 78_468),
@@ -88,10 +82,6 @@ def test_characters():
 def test_an_unknown_kind_is_one_line_that_names_the_kinds(kind):
     with pytest.raises(UserError, match="char, gpt2, gpt2:N with N from 257 to 50257"):
         Tokenizer({"kind": kind})
-
-
-def test_sizes_of_the_kinds():
-    assert [bpe_size(kind) for kind in ("gpt2", "gpt2:257", "gpt2:50257")] == [50257, 257, 50257]
 
 
 @pytest.fixture
