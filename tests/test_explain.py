@@ -235,8 +235,8 @@ class Browser:
         found = json.dumps(selector)
         return self.value(f"[...document.querySelectorAll({found})].map(e => e.textContent)")
 
-    def click(self, selector):
-        """Click in the middle of the first element that a selector finds."""
+    def click(self, selector, until=QUIET):
+        """Click in the middle of the first element that a selector finds, and wait."""
         found = json.dumps(selector)
         x, y = self.value(f"(() => {{ const e = document.querySelector({found});"
                           f" e.scrollIntoView({{ block: 'center' }});"
@@ -244,6 +244,7 @@ class Browser:
                           f" return [b.x + b.width / 2, b.y + b.height / 2]; }})()")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        self.until(until)
 
     def copy(self):
         """The text of the coloured copy under the text."""
@@ -397,7 +398,6 @@ def test_a_switch_changes_all_panels_and_the_loss(browser, write, runs, characte
     before, idx = browser.text("#expected b"), torch.tensor([characters.encode(TEXT[:40])])
     for box in ("gate", "norm", "rotary"):
         browser.click(f"#switches [name={box}]")
-    browser.until(QUIET)
     model = load(runs["dva"])
     losses = [model(idx[:, :-1], idx[:, 1:])[1].item()]
     for piece in ("gate", "norm", "rotary"):
@@ -410,7 +410,6 @@ def test_a_switch_changes_all_panels_and_the_loss(browser, write, runs, characte
     browser.click("#switches [name=gate]")
     browser.click("#switches [name=norm]")
     browser.click("#switches [name=rotary]")
-    browser.until(QUIET)
     assert browser.text("#expected b") == before
 
 
@@ -489,7 +488,6 @@ def test_typing_and_continuing_by_key(browser, write, runs, characters):
     assert browser.text("#wanted") == browser.text("#expected label:nth-child(2) bdi")
     assert browser.value("document.activeElement.checked")
     browser.click("#expected label:nth-child(3) input")
-    browser.until(QUIET)
     browser.choose("against", str(ids[-1]))
     name = browser.text("#expected label:nth-child(3) bdi")[0]
     logits = model(torch.tensor([ids[:-1]]))[0][0, -1]
@@ -520,10 +518,8 @@ def test_stop_and_the_seed(browser, write):
     for seed in (1, 1, 2):
         browser.open(write("dva", "the cat")[0])
         browser.choose("seed", str(seed))
-        browser.click("#go")
-        browser.until("state.ids.length > 20")
+        browser.click("#go", until="state.ids.length > 20")
         browser.click("#stop")
-        browser.until(QUIET)
         texts.append(browser.value("document.getElementById('text').value"))
         assert 20 < len(texts[-1]) < 207
         assert not browser.value("document.getElementById('go').disabled")
@@ -567,14 +563,10 @@ def test_against_another_run(browser, write, runs, characters, data_dir, tmp_pat
     assert browser.text("#losses th")[1:] == [str(ours), str(theirs)]
 
     browser.click("#copy")
-    browser.until(QUIET)
     assert browser.text("#origin") == ["This is a text of yours."]
-    browser.click("#go")
-    browser.until("state.ids.length > 60")
+    browser.click("#go", until="state.ids.length > 60")
     browser.click("#stop")
-    browser.until(QUIET)
     browser.click("#copy")
-    browser.until(QUIET)
     assert browser.text("#origin")[0].startswith(f"{ours} wrote a part of this text, which favours")
 
     # The other one takes over all panels

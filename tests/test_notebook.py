@@ -3,7 +3,6 @@ import json
 import sys
 import types
 
-import matplotlib
 from conftest import PLAY, ROOT
 
 import model
@@ -30,7 +29,7 @@ def test_the_cells_run_one_after_another(tmp_path, monkeypatch, capsys):
     shown = []
     display.HTML = lambda filename: shown.append(filename)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    matplotlib.use("agg")
+    monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(tmp_path)
     # As in Colab, where the project is a folder beside the notebook
     (tmp_path / "nanoDVA").mkdir()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, message_of
+from conftest import ROOT, command_line, ids_of, message_of, records
 
 import train
 from nanodva.dataset import open_data
@@ -53,8 +53,7 @@ def argv(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def argv(**changes):
-        settings = TINY | {"data_dir": data_dir} | changes
-        return [f"--{name}={value}" for name, value in settings.items()]
+        return command_line(TINY | {"data_dir": data_dir} | changes)
 
     return argv
 
@@ -287,18 +286,16 @@ def test_the_losses_are_those_of_the_two_halves(argv, tmp_path, data_dir):
     halves = race.halve(open_data(run), 16, 500)
     with Stop() as stop:
         train.train(run, torch.device("cpu"), stop, data=halves)
-    records = [json.loads(line) for line in
-               Path(run.out_dir, "metrics.jsonl").read_text().splitlines()]
-    tokens = np.fromfile(data_dir / "tiny_char" / "val.bin", "uint16").astype("int64")
-    half = len(tokens) // 2
-    model = load_model(str(Path(run.out_dir, "last.pt")))
-    for part, name in ((tokens[:half], "val_loss"), (tokens[half:], "test_loss")):
+    ids = torch.from_numpy(ids_of(data_dir / "tiny_char", "val").astype("int64"))
+    half = len(ids) // 2
+    model = load_model(Path(run.out_dir, "last.pt"))
+    for part, name in ((ids[:half], "val_loss"), (ids[half:], "test_loss")):
         # All windows of 16 that fit
-        part = torch.from_numpy(part[:(len(part) - 1) // 16 * 16 + 1])
+        part = part[:(len(part) - 1) // 16 * 16 + 1]
         with torch.no_grad():
             logits, _ = model(part[:-1].view(-1, 16), part[1:].view(-1, 16))
         loss = F.cross_entropy(logits.flatten(0, 1), part[1:]).item()
-        assert records[-1][name] == pytest.approx(loss, abs=1e-5)
+        assert records(run.out_dir)[-1][name] == pytest.approx(loss, abs=1e-5)
 
 
 def test_a_rate_that_breaks_counts_as_infinitely_bad(argv):
