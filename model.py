@@ -453,6 +453,8 @@ def generate(model, idx, max_new_tokens=100, **options):
         if tokenizer is None:
             raise TypeError("a text needs model.tokenizer, as load_model() sets it in "
                             "nanodva/weights.py; without it give token ids, a tensor (B, T)")
+        if not idx:
+            raise ValueError("the prompt is empty: give at least one character, such as a new line")
         ids = torch.tensor([tokenizer.encode(idx)], device=model.lm_head.weight.device)
         options = {"num_tokens": tokenizer.vocab_size} | options
         [row, *_] = generate(model, ids, max_new_tokens, **options).tolist()

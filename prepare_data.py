@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 # First of all, since it says in one line which package is missing
-from nanodva.errors import fail, run_script
+from nanodva.errors import check_folder, fail, run_script
 
 # isort: split
 import numpy as np
@@ -228,9 +228,10 @@ def prepare(config, folder, partial):
     if not (is_near or is_single or config.is_plays or count > FEW):
         partial, tokens, sizes = balance(partial, dtype, documents, config.val_fraction, tokenizer,
                                          end)
-    if 0 in tokens.values():
+    # A model learns from a token and the one after it
+    if min(tokens.values()) < 2:
         fail(f"{config.name}: {tokens['train']:,} tokens for train and {tokens['val']:,} for val, "
-             "but neither may be empty: give more text, or another --val_fraction than "
+             "and each needs at least 2: give more text, or another --val_fraction than "
              f"{config.val_fraction}")
     source = describe(config.name, sources) | ({} if is_single else {"documents": count})
     write_meta(partial, tokenizer, dtype, tokens, sizes, source)
@@ -320,6 +321,7 @@ def name_in(argv):
 def main(argv=None):
     config = load_settings(PrepareConfig, name_in(sys.argv[1:] if argv is None else argv))
     folder = Path(config.data_dir) / config.name
+    check_folder("data_dir", folder.parent)
     try:
         if config.adopt:
             adopt(folder)

@@ -4,7 +4,6 @@ A run's folder: its checkpoints, last.pt to go on from and best.pt to sample fro
 import json
 import math
 import os
-import pickle
 import re
 import zipfile
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from model import ModelConfig
-from nanodva.errors import UserError, fail, replacing
+from nanodva.errors import UserError, check_folder, fail, replacing
 from nanodva.machine import say
 from nanodva.settings import build
 
@@ -45,13 +44,16 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        fail(f"{path} is refused: it calls for {code[1] if code else 'code'}, and only tensors, "
-             f"numbers and text are read")
+    except (FileNotFoundError, PermissionError):
+        raise
     except Exception as error:
         # zipfile and torch raise a dozen kinds for a file that is no checkpoint
-        fail(f"{path} is not a checkpoint, or a damaged one: {str(error)[:200]}")
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            fail(f"{path} is refused: it calls for {code[1]}, and only tensors, numbers and text "
+                 f"are read")
+        fail(f"{path} is not a checkpoint, or a damaged one: name another, such as best.pt or "
+             f"last.pt in the run's folder, or train anew")
 
 
 def load_checkpoint(path):
@@ -150,11 +152,13 @@ def only_writer(folder, patience=0):
     Make the folder and hold its lock, which the system frees when this process ends, in whatever
     way. Raises UserError where another process keeps it for so many seconds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / "lock").acquire(timeout=patience)
     except Timeout:
         fail(f"another process writes in {folder}: wait for it, stop it, or give another folder")
+    except OSError as error:
+        fail(f"cannot write in {folder}: {error.strerror}; give another folder as --out_dir")
     with held:
         yield
 
@@ -197,7 +201,11 @@ def settle(out_dir):
 
 
 def recover(out_dir):
-    """settle() what a run that was killed before its first save had set aside."""
+    """
+    settle() what a run that was killed before its first save had set aside. Raises UserError where
+    out_dir is a file or lies under one.
+    """
+    check_folder("out_dir", out_dir)
     if written_by_run(out_dir, ".old"):
         with only_writer(out_dir, patience=10):
             settle(out_dir)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanodva.errors import fail, replacing
+from nanodva.errors import check_folder, fail, replacing
 from nanodva.readers import PIECE
 from nanodva.sources import BUILT_IN, sha256
 from nanodva.tokenizer import Tokenizer
@@ -146,6 +146,7 @@ def read_meta(folder, deep=False):
     another size than meta.json states; with `deep` also for another sha256 or an impossible id.
     """
     folder = Path(folder)
+    check_folder("data_dir", folder.parent)
     again = f"run python prepare_data.py {shlex.quote(folder.name)}"
     if folder.name not in BUILT_IN:
         again += " --input=PATH"

@@ -45,6 +45,17 @@ def run_script(main):
     raise SystemExit(status)
 
 
+def check_folder(name, path):
+    """Raise UserError where the Path of the setting `name` is a file, or cannot be there."""
+    try:
+        found = next((part for part in (path, *path.parents) if part.exists()), None)
+    except OSError as error:
+        fail(f"{name}={path}: {error.strerror}; give another folder")
+    if found and not found.is_dir():
+        hint = f": did you mean --{name}={found.parent}?" if found.suffix == ".pt" else ""
+        fail(f"{name}={path}: {found} is a file, and a folder is wanted{hint}")
+
+
 @contextmanager
 def replacing(path):
     """

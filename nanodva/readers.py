@@ -344,11 +344,12 @@ def read_parquet(source, config, watch):
 def check_column(where, column, columns, value=None):
     """Raise UserError if there is no such column, or if its value is neither text nor null."""
     others = " ".join(name for name in columns if name != column)
+    choose = f"choose with --column= from {others}" if others else "it has no other"
     if column not in columns:
-        fail(f"{where} has no column {column!r}: choose with --column= from {others}")
+        fail(f"{where} has no column {column!r}: {choose}")
     if value is not None and not isinstance(value, str):
-        fail(f"column {column!r} of {where} is no text: choose another with --column= from "
-             f"{others}")
+        fail(f"column {column!r} of {where} is no text but {repr(value)[:40]}: {choose}; a text "
+             f"stands in quotes")
 
 
 READERS = {".txt": read_plain, ".text": read_plain, ".jsonl": read_json, ".ndjson": read_json,

@@ -214,6 +214,8 @@ def coerce(name, value, kind, where):
     if kind in (bool, str, bool | str) and isinstance(value, kind) and "\0" not in str(value):
         return value                              # no path may hold a NUL
     wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "text")
+    if kind in (int, float) and is_number(value) and abs(value) >= 2**63:
+        wanted += f" below {'2**63' if kind is int else '2**1023'}"
     fail(f"{name}={shown(value)} {where}: it must be {wanted}")
 
 

@@ -147,6 +147,11 @@ def read_weights(source):
         config = asdict(config_of(state, weights["model_config"]))
     except UserError as error:
         fail(f"{source}: weights and settings do not belong together: {error}")
+    for name, p in state.items():
+        # Its smallest and its largest number take less memory than asking for each of them
+        if not torch.stack(p.aminmax()).isfinite().all():
+            fail(f"{source}: {name} holds numbers that are not finite, as after a training that "
+                 f"diverged: take an earlier checkpoint, or train with a lower --learning_rate")
     del config["dropout"]
     spec, assumed, rows = weights["tokenizer"], "", config["vocab_size"]
     if spec is None and TOKENS <= rows <= PADDED:

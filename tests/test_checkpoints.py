@@ -83,6 +83,7 @@ MISTAKES = {
     "too few rows": (dict(vocab_size=5), "vocab_size=5"),
     "no such data set": (dict(dataset="missing"), "missing/train.bin"),
     "no such data folder": (dict(data_dir="missing"), "missing/tiny_char/train.bin"),
+    "a file as data folder": (dict(data_dir="{wrong}/half.pt"), "half.pt is a file, and a folder"),
     "damaged data": (dict(data_dir="{wrong}", dataset="cut"), "is not what its meta.json"),
     "a window longer than val": (dict(block_size=501), "block_size=501 needs at least 502"),
     "no such device": (dict(device="cuda:77"), "device='cuda:77' is not on this machine"),
@@ -131,13 +132,16 @@ def test_a_log_elsewhere_that_cannot_begin_loses_nothing(run, finished, tmp_path
     assert contents(tmp_path / "out") == finished
 
 
-@pytest.mark.parametrize("out_dir", ["file", "file/below", "x" * 300, "/proc/nothing"])
-def test_an_out_dir_that_cannot_be_is_an_error_of_the_disk(run, tmp_path, out_dir):
-    """run_script makes one line of it."""
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError):
-        run(out_dir)
-    assert contents(tmp_path) == {"file": b"in the way"}
+@pytest.mark.parametrize("init_from", ["scratch", "resume"])
+@pytest.mark.parametrize("out_dir, words", [
+    ("last.pt", "did you mean --out_dir={folder}?"), ("file/below", "{folder}/file is a file"),
+    ("x" * 300, "File name too long; give another folder"), ("/proc/nothing", "/proc/nothing")])
+def test_an_out_dir_that_cannot_be_is_named(run, tmp_path, init_from, out_dir, words):
+    for name in ("file", "last.pt"):
+        (tmp_path / name).write_text("in the way")
+    with refused("out_dir", words.format(folder=tmp_path)):
+        run(out_dir, init_from=init_from)
+    assert contents(tmp_path) == dict.fromkeys(("file", "last.pt"), b"in the way")
 
 
 def test_a_second_run_in_a_folder_is_refused(run, finished, tmp_path):
@@ -280,7 +284,7 @@ def a_zip_file(path):
         archive.writestr("readme.txt", "hello")
 
 
-NO_CHECKPOINT = "is not a checkpoint, or a damaged one"
+NO_CHECKPOINT = "is not a checkpoint, or a damaged one: name another, such as best.pt"
 # What stands in the place of last.pt: (how to make it, from the bytes of a good one; the error)
 DAMAGED = {
     "code": (lambda path, whole: torch.save({"format": FORMAT, "model": Harm(path.parent / "harm")},
@@ -289,6 +293,7 @@ DAMAGED = {
         pickle.dumps(Harm(path.parent / "harm"), protocol=2)), "is refused"),
     "nothing": (lambda path, whole: path.write_bytes(b""), NO_CHECKPOINT),
     "text": (lambda path, whole: path.write_bytes(b"hello\n"), NO_CHECKPOINT),
+    "a page": (lambda path, whole: path.write_text("# nanoDVA\n\nA minimal"), NO_CHECKPOINT),
     "half": (lambda path, whole: path.write_bytes(whole[:len(whole) // 2]), NO_CHECKPOINT),
     "a byte too few": (lambda path, whole: path.write_bytes(whole[:-1]), NO_CHECKPOINT),
     "one wrong bit": (lambda path, whole: path.write_bytes(one_wrong_bit(whole)), "is damaged"),

@@ -345,7 +345,11 @@ def test_wrong_settings_are_one_line(tmp_path):
     assert "max_tokens=-1" in error_of("x", text, "--max_tokens=-1")
     assert f"--input='{tmp_path}/a b.txt': no such" in error_of("x", f"--input={tmp_path}/a b.txt")
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in error_of("x", text, f"--data_dir={tmp_path / 'file'}")
+    file = tmp_path / "file"
+    assert f"data_dir={file}: {file} is a file" in error_of("x", text, f"--data_dir={file}")
+    file.write_text("ab")
+    assert "1 tokens for train and 1 for val, and each needs at least 2" in error_of(
+        "x_char", f"--input={file}", f"--data_dir={tmp_path}")
     assert "encoding='klingon'" in error_of("x", text, "--encoding=klingon")
 
 

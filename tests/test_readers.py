@@ -78,7 +78,9 @@ def test_json_comes_in_lines_in_an_array_or_one_after_another(read, monkeypatch)
     ("a.jsonl", '{"text": "a"}\n\n{"text": "b"\n', "line 3 of"),
     ("a.jsonl", '{"text": "a"}\n["text"]\n', "line 2 of"),
     ("a.jsonl", '{"text": "a"}\n{"text": [5], "n": 1, "body": ""}\n',
-     "is no text: choose another with --column= from n body"),
+     "is no text but [5]: choose with --column= from n body"),
+    ("a.jsonl", '{"text": 5}\n', "is no text but 5: it has no other; a text stands in quotes"),
+    ("a.jsonl", '{}\n', "no column 'text': it has no other"),
     ("a.jsonl", "[" * 100_000, "object 1 of")])
 def test_broken_json_is_refused_with_the_place(read, name, data, words):
     with refused(words):

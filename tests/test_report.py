@@ -184,7 +184,7 @@ def test_several_runs_are_one_picture_and_unlike_texts_are_named(tmp_path, monke
         write_run(Path(f"run{i}"), [(4.0, 4.0), (3.0, 3.0 + i / 10)], "b" if i == 5 else "a")
     report.main(["run0", "run1", "run2", "run3", "run4"])
     assert "differ" not in capsys.readouterr().out
-    picture = Path("out", "loss.svg").read_text()
+    picture = Path("run0", "loss.svg").read_text()
     assert all(f">run{i}<" in picture for i in range(5))
     # The fifth has the colour of the first, and dashes
     dashed = "stroke-dasharray: [0-9.,]+; stroke-dashoffset: 0; stroke: "

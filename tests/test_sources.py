@@ -91,7 +91,7 @@ def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
     assert "at position 1,000,004" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
     assert "gzip" in refused("a.txt.gz", b"plain")
     for name in ("b.txt", "c.jsonl"):
-        assert "neither may be empty" in refused(name, b"")
+        assert "each needs at least 2: give more text" in refused(name, b"")
 
 
 # ---- downloads -----------------------------------------------------------------------------------

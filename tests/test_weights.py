@@ -1,5 +1,6 @@
 """Weights from the world of GPT-2 and nanoGPT, with transformers as the oracle."""
 import json
+import math
 import re
 import sys
 from dataclasses import asdict
@@ -28,7 +29,7 @@ import train
 from model import GPT, ModelConfig, generate
 from nanodva.checkpoints import FORMAT, load_checkpoint
 from nanodva.weights import OPENAI, load_model, read_weights
-from tools import convert
+from tools import convert, explain
 
 SMALL = dict(n_layer=1, n_head=1, n_embd=8, vocab_size=97)
 SHAPE = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=130)
@@ -462,6 +463,24 @@ def test_a_text_in_gives_a_text_out(trained, texts):
     assert [generate(model, "ab", 20, temperature=0)] == texts(temperature=0)
     with pytest.raises(TypeError, match="give token ids"):
         generate(GPT(model.config), "ab")
+    with pytest.raises(ValueError, match="the prompt is empty: give at least one character"):
+        generate(model, "")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_broken_weights_are_refused_before_anything_is_written(run, finished, tmp_path, number):
+    """As a training leaves them that diverged"""
+    path = tmp_path / "out" / "best.pt"
+    broken = load_checkpoint(path)
+    broken["model"]["transformer.ln_f.weight"][3] = number
+    torch.save(broken, path)
+    words = "transformer.ln_f.weight holds numbers that are not finite"
+    for command in (lambda: sample.main([f"--out_dir={path.parent}"]),
+                    lambda: explain.main([f"--out_dir={path.parent}"]),
+                    lambda: run("new", init_from=path)):
+        with refused(words, "take an earlier checkpoint"):
+            command()
+    assert not (tmp_path / "new").exists() and not (path.parent / "explain.html").exists()
 
 
 def test_the_pages_lines_of_python_do_what_they_say(run, tmp_path, monkeypatch, capsys):

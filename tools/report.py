@@ -336,7 +336,7 @@ def draw_losses(runs, path):
 @dataclass
 class ReportConfig:
     gaps: str = ""           # a file that names gaps of races, beside the races' folders
-    picture: str = ""        # the file to write; empty: loss.svg in the run's folder, or in out
+    picture: str = ""        # the file to write; empty: loss.svg in the first run's folder
 
 
 def read_gaps(path):
@@ -383,7 +383,7 @@ def main(argv=None):
         path = Path(cfg.picture or Path(cfg.gaps).with_suffix(".svg"))
         draw_gaps(read_gaps(Path(cfg.gaps)), path)
     else:
-        path = Path(cfg.picture or Path(runs[0] if len(runs) == 1 else "out", "loss.svg"))
+        path = Path(cfg.picture or Path(runs[0], "loss.svg"))
         records = {run: read_run(run) for run in runs}
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_losses(records, path)
