@@ -2,7 +2,6 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,12 +135,6 @@ def test_pictures_name_their_lines_and_let_the_page_shine_through(tmp_path):
     assert "fill: #ffffff" not in picture and "fill: #000000" not in picture
     report.draw_race(results_of(FACTS), path)
     assert path.read_text() == picture
-
-
-def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        report.draw_race(results_of(FACTS), tmp_path / "race.svg")
 
 
 # ---- runs of train.py --------------------------------------------------------------------------

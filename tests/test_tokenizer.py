@@ -35,13 +35,6 @@ def test_gpt2_is_tiktokens_and_a_special_token_in_a_text_is_text(bpe, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
 
 
-def test_gpt2_has_its_size_and_end_of_text():
-    tokenizer = Tokenizer({"kind": "gpt2"})
-    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
-    assert tokenizer.spec == {"kind": "gpt2"}
-    assert tokenizer.decode([50256]) == b"<|endoftext|>"
-
-
 @pytest.mark.parametrize("size, tokens", [(1024, 96_785), (1025, 96_783), (4096, 78_468),
                                           (4097, 78_463), (50257, 64_387)])
 def test_the_first_tokens_of_gpt2_encode_a_play(size, tokens):

