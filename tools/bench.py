@@ -277,7 +277,6 @@ def bench_profile(contenders, cfg, device):
     Where the milliseconds of a training step go: the device's time in the operations of each part
     of the step, and the rest, in which the device waits for launches and for Python.
     """
-    compile_or_fail()
     time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     # Let the kernels that are made for a CPU be named, too
     torch._inductor.config.cpp.enable_kernel_profile = True

@@ -10,11 +10,15 @@ terminal gets the five tokens that gave most to what is expected after the promp
 """
 import base64
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+
+# So that python tools/explain.py finds the modules above this folder, too
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import ModelConfig
 from nanodva.errors import UserError, fail, replacing, run_script
