@@ -226,10 +226,9 @@ def fit_in_time(contenders, race, times, seconds):
     while expected(least) > seconds and race.seeds > 2:
         race.seeds -= 1
     if expected(least) > seconds:
-        enough = race.minutes + (expected(least) - seconds) / 60
+        enough = math.ceil(race.minutes + (expected(least) - seconds) / 60)
         fail(f"minutes={race.minutes:g} is too short for runs of {least} steps with {race.seeds} "
-             f"seeds to report: give {enough:.2g}, or fewer --contenders or --lrs, or a smaller "
-             f"model")
+             f"seeds to report: give {enough}, or fewer --contenders or --lrs, or a smaller model")
     return bisect.bisect(range(own + 1), seconds, lo=least, key=expected) - 1
 
 
