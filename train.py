@@ -259,6 +259,12 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
         parallel = DistributedDataParallel(compiled)
         # The one buffer, the rotary table, is the same in all processes
         parallel.broadcast_buffers = False
+        # After its first pass DDP sums gradients in another order. That pass comes to nothing, so
+        # that the step after a restart gives the same bits as it would have given without one.
+        with machine.autocast(device, cfg.dtype):
+            unused = get_batch(data["train"], cfg, step, RANK, device)
+            parallel(*unused, return_logits=False)[1].backward()
+        model.zero_grad()
     wandb_log = open_wandb(cfg)
 
     with ExitStack() as held:

@@ -175,11 +175,11 @@ def compile_or_fail():
     """
     Let torch.compile fail where it would give up. It does so without a word once it has seen
     eight versions of a function, and GPT.forward has some for every model: what is called
-    compiled would not be.
+    compiled would not be. These are the names that torch 2.6 has, too.
     """
-    torch._dynamo.config.recompile_limit = 1000
-    torch._dynamo.config.accumulated_recompile_limit = 10000
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.cache_size_limit = 1000
+    torch._dynamo.config.accumulated_cache_size_limit = 10000
+    torch._dynamo.config.fail_on_cache_limit_hit = True
 
 
 def machine_name(device):
