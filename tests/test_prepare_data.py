@@ -266,7 +266,7 @@ def test_of_few_documents_equal_ones_are_treated_alike(tmp_path, bpe):
 
 # ---- kills, failures, mistakes -------------------------------------------------------------------
 
-# Kill the process where it calls a function for the nth time, or when it has written n documents
+# Kills itself before it writes a document or moves a file: the nth, counted from 0
 KILLED = """if True:
     import itertools, os, signal, sys, prepare_data
     place, left, argv = sys.argv[1], itertools.count(int(sys.argv[2]), -1), sys.argv[3:]

@@ -36,7 +36,7 @@ SHAPE = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=130)
 
 @torch.no_grad()
 def assert_same_model(ours, theirs):
-    """The same logits on a full window, which by far most wrong weights would change."""
+    """The same logits on a full window."""
     idx = tokens(2, 128, theirs.config.vocab_size)
     torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
 
