@@ -236,6 +236,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     is_compiled = machine.pick_compile(cfg.compile, device, flops * batch_tokens * steps)
     cfg = change(cfg, **machine.from_rank_0({"dtype": dtype, "compile": is_compiled}))
     needed = machine.check_memory(outline, cfg, device)
+    if device.type == "cpu" and needed > 1e9:
+        machine.return_large_tensors()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
     model = build_model(cfg, weights).to(device)

@@ -4,6 +4,7 @@ import itertools
 import re
 import shutil
 import signal
+import sys
 import sysconfig
 import weakref
 from pathlib import Path
@@ -251,6 +252,20 @@ def test_a_steps_memory_is_about_what_is_said(name, kind):
         said = machine.training_memory(build_model(cfg), cfg, device)
     assert 0.75 < said / counted.peak < 1.25
     assert said < machine.memory_of(device)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has glibc's malloc")
+def test_a_large_tensors_memory_goes_back_to_the_system():
+    """Also from between others, where glibc by itself would keep it"""
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    torch.ones(7_000_000)                  # 28 MB: from now on glibc keeps what is smaller
+    machine.return_large_tensors()
+    kept = [torch.ones(3_000_000) for _ in range(20)]
+    before = resident()
+    del kept[::2]
+    assert before - resident() > 60e6 and len(kept) == 10
 
 
 @pytest.mark.parametrize("present, warning", [

@@ -405,6 +405,16 @@ def test_a_stopped_row_stays_stopped_and_the_stream_ends_with_the_last():
     assert all((row[end:] == 7).all() for row, end in zip(out, ends, strict=True))
 
 
+@pytest.mark.parametrize("K, N", [(256, 300), (256, 301), (768, 96), (24, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_single_row_is_multiplied_in_halves(K, N, bias):
+    layer = model_module.Linear(K, N, bias=bias)
+    for shape in ((1, 1, K), (1, K), (K,), (1, 2, K)):
+        x = torch.randn(1, 3, 2 * K)[:, :, ::2][0, :math.prod(shape) // K].reshape(shape)
+        torch.testing.assert_close(layer(x), torch.nn.Linear.forward(layer, x), atol=1e-5,
+                                   rtol=1e-5)
+
+
 def test_a_prompt_is_read_once_for_all_its_texts(monkeypatch):
     model, idx, rows = shaken(tiny(block="dva", bank_layers=1)), tokens(2, 9), []
     torch.manual_seed(4)
