@@ -330,7 +330,8 @@ def main(argv=None):
                 prepare(config, folder, partial)
         meta = read_meta(folder, deep=config.check)
     except OSError as error:
-        fail(f"{error.filename or config.data_dir}: {error.strerror or error}")
+        fail(f"{error.filename or config.data_dir}: {error.strerror or error}; another place is "
+             f"named with --data_dir")
     name = f"{folder} is sound" if config.check else folder
     documents = meta.get("source", {}).get("documents")
     print(f"{name}: {meta['tokens']['train']:,} tokens for train, {meta['tokens']['val']:,} for "

@@ -72,7 +72,8 @@ def read_prompt(start, tokenizer):
     try:
         data = sys.stdin.buffer.read() if start == "-" else Path(name).read_bytes()
     except OSError as error:
-        fail(f"cannot read the prompt {name}: {error.strerror}")
+        fail(f"cannot read the prompt {name!r}: {error.strerror}; name a text, as in "
+             f"--start=FILE:prompt.txt")
     return decode_text(data, f"the prompt {name}")
 
 

@@ -87,8 +87,9 @@ class TrainConfig(ModelConfig):
                                patience=0),
               choices=dict(optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
                            dtype=["auto", *DTYPES], compile=[True, False, "auto"]))
-        if not self.out_dir:
-            fail("out_dir is empty: name a folder, as in --out_dir=out")
+        for name in ("out_dir", "dataset", "data_dir"):
+            if not getattr(self, name):
+                fail(f"{name} is empty: give a name, as in --{name}={getattr(TrainConfig, name)}")
         if max(self.beta1, self.beta2) >= 1:
             fail(f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1")
         if self.decay_lr and self.min_lr > self.learning_rate:

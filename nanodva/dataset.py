@@ -156,7 +156,7 @@ def read_meta(folder, deep=False):
         if not (folder / name).is_file():
             if name == "meta.json":
                 again += ", or with --adopt if nanoGPT has prepared it"
-            if folder.parent.name == folder.parent.parent.name:
+            if folder.parent.name and folder.parent.name == folder.parent.parent.name:
                 # --dataset=data/mine
                 again = f"did you mean the data set {folder.name}, without its folder?"
             # The whole path, for somebody who has gone to another folder.

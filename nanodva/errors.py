@@ -56,6 +56,17 @@ def check_folder(name, path):
         fail(f"{name}={path}: {found} is a file, and a folder is wanted{hint}")
 
 
+def check_new(name, path, suffix):
+    """
+    Raise UserError where the setting `name` gives a path to write that is a folder, or a file with
+    another suffix than what is written has: a checkpoint would be lost.
+    """
+    path = Path(path)
+    if path.is_dir() or path.exists() and path.suffix != suffix:
+        fail(f"{name}={str(path)!r} is there and is no {suffix}: name a new file, as in "
+             f"{path}{suffix}")
+
+
 @contextmanager
 def replacing(path):
     """
@@ -64,7 +75,11 @@ def replacing(path):
     """
     aside = Path(f"{path}.tmp")
     try:
-        with open(aside, "wb") as file:
+        file = open(aside, "wb")
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}; name another place")
+    try:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -62,7 +62,7 @@ def pick_device(name):
         present.append("mps")
     present.append("cpu")
     if name not in ("auto", *present):
-        fail(f"device={name!r} is not on this machine: there are {', '.join(present)}")
+        fail(f"device={name!r} is not on this machine: choose from {', '.join(present)}")
     device = torch.device(present[0] if name == "auto" else name)
     if device.type == "cuda" and WORLD > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -167,6 +167,7 @@ def test_a_gpu_is_kept_no_longer_than_it_may(tmp_path, monkeypatch, minutes, out
     ("--what=all", "what='all': name one or more of train, profile"),
     ("--what=gpu,train", "or gpu alone"),
     ("--block=dva", "block on the command line: this tool decides it"),
+    ("--json=/", "json='/' is there and is no .json"),
     ("--rounds=0", "rounds=0: it must be at least 1")])
 def test_a_wrong_argument_is_one_line(argument, message):
     with pytest.raises(UserError) as error:

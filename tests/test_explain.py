@@ -108,7 +108,7 @@ def test_a_page_takes_the_place_of_a_page_alone(write, tmp_path):
     checkpoint = tmp_path / "best.pt"
     checkpoint.write_bytes(b"weights")
     for dest in (checkpoint, tmp_path):
-        with refused("is there and is no page"):
+        with refused("is there and is no .html: name a new file"):
             write("dva", dest=dest)
     assert checkpoint.read_bytes() == b"weights"
     write("dva")

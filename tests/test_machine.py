@@ -307,7 +307,7 @@ def test_auto_is_the_fastest_device_that_is_there():
 
 @pytest.mark.parametrize("name", ["cuda:99", "cpu:", "tpu", "meta", "", "cuda:-1", "CPU"])
 def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
-    with refused(f"device={name!r} is not on this machine: there are", "cpu"):
+    with refused(f"device={name!r} is not on this machine: choose from", "cpu"):
         machine.pick_device(name)
 
 

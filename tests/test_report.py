@@ -188,6 +188,9 @@ def test_several_runs_are_one_picture_and_unlike_texts_are_named(tmp_path, monke
 
 @pytest.mark.parametrize("argv, message", [
     ([], "what shall be drawn"), (["run", "--gaps=gaps.json"], "what shall be drawn"),
+    (["--gaps=empty/metrics.jsonl"], "gaps='empty/metrics.jsonl' cannot be read"),
+    (["--gaps=nowhere"], "name a file like docs/race/gaps.json"),
+    (["empty", "--picture=empty/metrics.jsonl"], "is there and is no .svg: name a new file"),
     (["nowhere"], "no nowhere/metrics.jsonl: give the out_dir"),
     (["empty"], "metrics.jsonl holds no evaluation yet")])
 def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, argv, message):
@@ -195,7 +198,7 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, argv, message):
     write_run(Path("empty"), [])
     with pytest.raises(UserError, match=re.escape(message)):
         report.main(argv)
-    assert not list(tmp_path.rglob("*.svg"))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["metrics.jsonl"]
 
 
 # ---- gaps of several races ---------------------------------------------------------------------

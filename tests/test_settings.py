@@ -114,6 +114,7 @@ WHOLE = "it must be a whole number"
     ("--eval_only=yes", "True or False"), ("--out_dir=a\0b", "it must be text"),
     ("--compile=maybe", "choose from True, False, auto"), ("--rotary=maybe", "rotary='maybe'"),
     ("--block=dvaa", "block='dvaa': choose from gpt2"), ("--seed=-1", "seed=-1: it must be at"),
+    ("--dataset=", "dataset is empty: give a name, as in --dataset=openwebtext"),
     ("--seed=1e30", WHOLE + " below 2**63"),
     ("--dropout=1", "dropout=1.0: it must be below 1"), ("--batch_size=0", "batch_size=0: it must"),
     ("--dropout=-0.1", "dropout=-0.1: it must be at least 0"), ("--max_iters=-1", "max_iters=-1"),

@@ -44,7 +44,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import Cache, ModelConfig, attend, attend_in_pieces, explicit_attention, stream
-from nanodva.errors import fail, run_script
+from nanodva.errors import check_new, fail, run_script
 from nanodva.machine import DTYPES, autocast, pick_compile, pick_device, pick_dtype
 from nanodva.optimizers import build_optimizers
 from nanodva.settings import build, change, check, read_settings
@@ -91,6 +91,8 @@ class BenchConfig(ModelConfig):
         if self.what != "gpu" and not set(self.what.split(",")) <= PARTS.keys():
             fail(f"what={self.what!r}: name one or more of {', '.join(PARTS)} with commas between, "
                  f"or gpu alone")
+        if self.json:
+            check_new("json", self.json, ".json")
 
 
 # ---- contenders --------------------------------------------------------------------------------

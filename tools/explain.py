@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import ModelConfig
-from nanodva.errors import UserError, fail, replacing, run_script
+from nanodva.errors import UserError, check_new, fail, replacing, run_script
 from nanodva.settings import check, load_settings
 from nanodva.tokenizer import Tokenizer, same_tokenizer
 from nanodva.weights import build_model, read_weights
@@ -194,8 +194,7 @@ def main(argv=None):
     # No text in the data can end the script element that holds it
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     dest = Path(cfg.dest or Path(cfg.out_dir if Path(cfg.out_dir).is_dir() else "", "explain.html"))
-    if dest.is_dir() or dest.exists() and dest.suffix != ".html":
-        fail(f"dest={str(dest)!r} is there and is no page: name a new file, as in {dest}.html")
+    check_new("dest", dest, ".html")
     with replacing(dest) as file:
         template = Path(__file__).with_suffix(".html").read_bytes()
         file.write(template.replace(b"{{DATA}}", text.encode()))

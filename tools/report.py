@@ -20,7 +20,7 @@ from pathlib import Path
 # So that python tools/report.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from nanodva.errors import fail, replacing, run_script
+from nanodva.errors import check_new, fail, replacing, run_script
 from nanodva.settings import load_settings
 
 # The 97.5 % quantile of Student's t for 1, 2 ... 10 degrees of freedom
@@ -345,7 +345,11 @@ def read_gaps(path):
     (number, text). Raises UserError where a race does not have a gap.
     """
     lines = {}
-    for line, gaps in json.loads(path.read_bytes()).items():
+    try:
+        wanted = json.loads(path.read_bytes()).items()
+    except (OSError, ValueError, AttributeError) as error:
+        fail(f"gaps={str(path)!r} cannot be read ({error}): name a file like docs/race/gaps.json")
+    for line, gaps in wanted:
         lines[line] = []
         for race, ours, theirs in gaps:
             results = json.loads((path.parent / race / "results.json").read_bytes())
@@ -381,9 +385,11 @@ def main(argv=None):
              "--gaps=FILE")
     if cfg.gaps:
         path = Path(cfg.picture or Path(cfg.gaps).with_suffix(".svg"))
+        check_new("picture", path, ".svg")
         draw_gaps(read_gaps(Path(cfg.gaps)), path)
     else:
         path = Path(cfg.picture or Path(runs[0], "loss.svg"))
+        check_new("picture", path, ".svg")
         records = {run: read_run(run) for run in runs}
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_losses(records, path)
