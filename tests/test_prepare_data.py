@@ -20,8 +20,8 @@ from conftest import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanodva import dataset, readers
 from nanodva.dataset import SPLITS, read_meta
-from nanodva.readers import PIECE
 from nanodva.sources import SHAKESPEARE_SHA256
 from nanodva.tokenizer import Tokenizer
 from prepare_data import whole_words
@@ -72,9 +72,11 @@ def test_the_first_of_gpt2s_tokens(tmp_path, speeches):
 @pytest.mark.parametrize("unit", [
     "To be, or not  to be:\n\n\tthat's the  question\r\n \n", "wörd 漢字 \u00a0 x ' 12\x1c\n",
     "a" + 9 * " ", "a" + 9 * "\n", "Käse🙂 \r\n\r x  "])
-def test_pieces_change_no_token(tmp_path, bpe, unit):
+def test_pieces_change_no_token(tmp_path, bpe, monkeypatch, unit):
+    monkeypatch.setattr(readers, "PIECE", 5000)
+    monkeypatch.setattr(dataset, "PIECE", 5000)
     path = tmp_path / "long.txt"
-    path.write_bytes((unit * (2 * PIECE // len(unit))).encode())
+    path.write_bytes((unit * (50_000 // len(unit))).encode())
     # Python reads \n for \r\n.
     text = path.read_text()
     folder = prepare(tmp_path, "long", f"--input={path}", "--val_fraction=0.3")
