@@ -468,11 +468,14 @@ def main(argv=None):
         say(f"{'stopped at' if done['stopped'] else 'done:'} step {done['step']}, {best}, "
             f"{done['tokens_per_s']:,.0f} tokens/s, {tqdm.format_interval(done['elapsed_s'])}; all "
             f"is in {folder}/")
+        # Whoever is in another folder needs the whole path
+        home = Path(__file__).resolve().parent
+        home = "" if home == Path.cwd() else f"{home}/"
         if done["stopped"]:
-            say(f"continue:  python train.py --init_from=resume --out_dir={folder}")
+            say(f"continue:  python {home}train.py --init_from=resume --out_dir={folder}")
         else:
-            say(f"sample:    python sample.py --out_dir={folder}\n"
-                f"picture:   python -m tools.report {folder}")
+            say(f"sample:    python {home}sample.py --out_dir={folder}\n"
+                f"picture:   python {home}tools/report.py {folder}")
     if done["stopped"]:
         # Another process may have got the signal
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))

@@ -60,7 +60,7 @@ def load_checkpoint(path):
     """The checkpoint of ours at path, on the CPU. Raises UserError where there is none."""
     path = Path(path)
     if not path.exists():
-        fail(f"no {path}: train first, or give the run's folder as --out_dir")
+        fail(f"no {path.absolute()}: train first, or give the run's folder as --out_dir")
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         fail(f"{path} is not a nanoDVA checkpoint of format {FORMAT}")

@@ -139,9 +139,9 @@ def read_weights(source):
     elif (path / "config.json").is_file():
         weights = read_folder(path)
     else:
-        fail(f"no {path / 'best.pt'}: train first, or name another run's folder, a nanoGPT "
-             f"ckpt.pt, a folder with config.json and model.safetensors, or with --init_from one "
-             f"of {', '.join(OPENAI)}")
+        fail(f"no {(path / 'best.pt').absolute()}: train first, or name another run's folder, a "
+             f"nanoGPT ckpt.pt, a folder with config.json and model.safetensors, or with "
+             f"--init_from one of {', '.join(OPENAI)}")
     state = plain_names(weights["model"])
     try:
         config = asdict(config_of(state, weights["model_config"]))

@@ -171,9 +171,11 @@ def test_a_prompt_that_cannot_be_read_is_named(texts, tmp_path, monkeypatch):
             texts(start=f"FILE:{path}")
 
 
-def test_without_a_checkpoint_there_is_nothing_to_sample_from(texts, tmp_path):
-    for folder in (tmp_path, tmp_path / "nothing"):
-        with refused("train first"):
+def test_without_a_checkpoint_there_is_nothing_to_sample_from(texts, tmp_path, monkeypatch):
+    """The whole path is shown, for somebody who has gone to another folder."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "nothing"):
+        with refused(f"no {tmp_path / folder}/best.pt: train first"):
             texts(out_dir=folder)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCKS, comparable, contents, records, refused, send
+from conftest import BLOCKS, ROOT, comparable, contents, records, refused, send
 
 import train
 from model import GPT
@@ -333,6 +333,15 @@ def test_wrong_data_is_named(run, tmp_path, data_dir, kind):
 def test_a_padded_vocabulary_and_none_given_fit_the_data(run, tmp_path):
     run(vocab_size=64, max_iters=1)
     assert load_checkpoint(tmp_path / "out" / "last.pt")["model_config"]["vocab_size"] == 64
+
+
+def test_what_to_do_next_can_be_typed_in_any_folder(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert "sample:    python sample.py --out_dir=" in run(max_iters=0)[1]
+    monkeypatch.chdir(tmp_path)
+    printed = run(max_iters=0, overwrite=True)[1]
+    [script] = re.findall(r"sample: +python (\S+)", printed)
+    assert Path(script) == ROOT / "sample.py"
 
 
 # ---- stopping ------------------------------------------------------------------------------------
