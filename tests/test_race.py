@@ -463,16 +463,22 @@ def test_a_race_that_is_told_to_stop_ends_its_worker_and_goes_on_later(
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [0, 2])
-def test_a_signal_to_all_processes_of_a_race_stops_it(argv, tmp_path, lines):
-    mark = f"all-{lines}"
+@pytest.mark.parametrize("ending", ["signal to all", "kill"])
+def test_no_process_is_left_of_a_race_that_is_ended(argv, tmp_path, ending, lines):
+    """Either while the workers start, or while both train."""
+    mark = f"{ending}-{lines}"
     process = start_race(argv(**LONG | dict(jobs=2, lrs="0.01,0.03")), mark)
-    # Either while the workers start, or while both train
     assert wait_until(lambda: len(processes(mark)) >= 4)
     assert wait_until(lambda: lines == 0 or is_training(tmp_path, lines, runs=2))
-    os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in err
-    assert "Traceback" not in err and not processes(mark)
+    if ending == "kill":
+        process.kill()
+        process.communicate()
+        assert wait_until(lambda: not processes(mark), seconds=20)
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in err
+        assert "Traceback" not in err and not processes(mark)
 
 
 @linux
@@ -491,20 +497,6 @@ def test_a_race_whose_worker_dies_says_so_and_stops_the_other(argv, tmp_path):
     assert "Traceback" not in err and not processes("dies")
     [saved] = tmp_path.rglob("last.pt")
     assert torch.load(saved, weights_only=True)["step"] % 5000
-
-
-@linux
-@pytest.mark.slow
-@pytest.mark.parametrize("lines", [0, 2])
-def test_a_race_that_is_killed_leaves_no_process(argv, tmp_path, lines):
-    mark = f"kill-{lines}"
-    process = start_race(argv(**LONG), mark)
-    # Either while the worker starts, or while it trains
-    assert wait_until(lambda: len(processes(mark)) >= 3)
-    assert wait_until(lambda: lines == 0 or is_training(tmp_path, lines))
-    process.kill()
-    process.communicate()
-    assert wait_until(lambda: not processes(mark), seconds=20)
 
 
 # ---- what the user gets wrong ------------------------------------------------------------------
