@@ -211,10 +211,10 @@ def training_memory(model, cfg, device):
 
 def return_large_tensors():
     """
-    Let Linux have the memory of each tensor of 10 MB and more back as soon as it is freed. glibc
-    would keep it, with gaps that the next aligned tensor does not fit into: at 124M and batch 4 a
-    dva step peaks at 2.9 GB instead of 4.1 so. Fresh pages take a twentieth of its time, and much
-    more than that where smaller tensors are returned, too.
+    Let glibc give a tensor of 10 MB and more back to Linux as soon as it is freed. By itself it
+    keeps the memory, in gaps into which the next aligned tensor does not fit: a dva step at 124M
+    and batch 4 then peaks at 4.3 GB instead of 3.0. The fresh pages take a twentieth of the step,
+    and several times as much where tensors of 1 MB are given back, too.
     """
     mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
