@@ -54,7 +54,7 @@ print(sys.argv[1], repr(plain[-60:]), repr(sized[-60:]), sep="\n  ")
 assert ("3/3" in plain) == (sys.argv[1] == "4.66.3")
 assert "3/3" in sized and "█" in sized
 EOF2
-for version in 4.66.3 4.70.1; do
-  env/bin/pip install --quiet --disable-pip-version-check tqdm==$version
-  env/bin/python look.py $version
-done
+env/bin/pip install --quiet --disable-pip-version-check tqdm==4.66.3
+env/bin/python look.py 4.66.3
+env/bin/pip install --quiet --disable-pip-version-check tqdm==4.70.1
+env/bin/python look.py 4.70.1

@@ -82,8 +82,8 @@ def test_two_processes_follow_one_are_stopped_and_one_goes_on(run, arguments, tm
 @pytest.mark.slow
 def test_two_machines_survive_a_killed_process(arguments, tmp_path):
     """
-    Two launchers with two processes each stand for them. The run that is killed ends, to the last
-    bit, as the one that is not.
+    Two launchers with two processes each stand for them. A run with a killed process ends with the
+    same bits as an undisturbed run.
     """
     for name, change in {"straight": "", "killed": KILLED_ONCE}.items():
         argv = arguments(name, init_from="auto", gradient_accumulation_steps=4)
