@@ -128,6 +128,7 @@ def test_a_race_of_two_from_end_to_end(argv, tmp_path, here, capsys):
     assert "dva+bank" not in (folder / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_worker_comes_to_what_this_process_comes_to(argv, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     race.main(argv(contenders="gpt2:learning_rate=0.01", seeds=1, max_iters=4, rounds=1))

@@ -30,8 +30,7 @@ from nanodva.checkpoints import load_checkpoint, save
 # Each block, bank, optimizer and dtype, and not all their products
 @pytest.mark.parametrize("block, banks, optimizer, dtype", [
     ("gpt2", 0, "adamw", "float32"), ("gpt2", 1, "muon", "bfloat16"),
-    ("dva", 0, "muon", "float32"), ("dva", 1, "adamw", "bfloat16"), ("dva", 1, "muon", "float16"),
-    ("mean", 0, "adamw", "bfloat16")])
+    ("dva", 1, "muon", "float16"), ("mean", 0, "adamw", "bfloat16")])
 def test_resume_is_exact(run, tmp_path, at_step, block, banks, optimizer, dtype):
     """
     Stopped in step 4, after which an evaluation is due, in step 7, after which none is, and
@@ -88,7 +87,7 @@ def test_a_stop_does_not_lose_the_best_model_at_its_step(run, tmp_path, at_step,
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kill_many.py forks")
-@pytest.mark.parametrize("wanted", [2, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [1, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_change_nothing(wanted):
     """In a process of its own, since it forks."""
     command = [sys.executable, ROOT / "tests" / "kill_many.py", str(wanted)]
