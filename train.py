@@ -262,7 +262,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
         parallel = DistributedDataParallel(compiled)
         # The one buffer, the rotary table, is the same in all processes
         parallel.broadcast_buffers = False
-        # After its first pass DDP sums gradients in another order. That pass comes to nothing, so
+    if WORLD > 1 and not cfg.eval_only:
+        # After its first pass DDP sums gradients in another order. This pass's are thrown away, so
         # that the step after a restart gives the same bits as it would have given without one.
         with machine.autocast(device, cfg.dtype):
             unused = get_batch(data["train"], cfg, step, RANK, device)

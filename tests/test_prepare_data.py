@@ -252,7 +252,7 @@ def test_few_documents_get_the_share_that_was_asked_for(tmp_path, count, tokeniz
         parts = [part.replace(b"<|endoftext|>", b"") for part in parts]
         assert [meta["bytes"][split] for split in SPLITS] == [len(part) for part in parts]
         assert sum(map(len, parts)) == sum(map(len, texts))
-        # All but the one that is cut are whole
+        # At most one text is cut: the others are whole in one of the splits
         assert sum(text not in parts[0] and text not in parts[1] for text in texts) <= 1
 
 
