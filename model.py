@@ -436,9 +436,10 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop
             logits = logits.repeat_interleave(num_samples, dim=0)
         uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators])
         new = draw(logits, uniform.to(idx.device), temperature, top_k, top_p)
-        new = new.masked_fill(stopped, stop_token)
+        if stop_token >= 0:
+            new = new.masked_fill(stopped, stop_token)
+            stopped |= new == stop_token
         yield new
-        stopped |= new == stop_token
         if stopped.all():
             return
 
@@ -636,7 +637,8 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """
     x (..., M) over the root of its mean square, times a weight (arXiv 1910.07467), in x's type.
-    By way of the vector's length it takes two thirds of torch's own time on a CPU at GPT-2's width.
+    By way of the vector's length training takes two thirds of the time of torch's own on a CPU at
+    GPT-2's width. Without gradients torch's takes half of this one's time for a single row.
     """
 
     def __init__(self, width, eps=1e-5):
@@ -645,6 +647,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if not torch.is_grad_enabled():
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length ** 2 / x.size(-1) + self.eps)       # (..., 1)
         return x * scale.to(x.dtype) * self.weight.to(x.dtype)
