@@ -37,7 +37,7 @@ from nanodva.machine import DTYPES, RANK, WORLD, Stop, say
 from nanodva.optimizers import build_optimizers, learning_rate, set_learning_rate
 from nanodva.settings import build, change, check, read_settings
 from nanodva.tokenizer import same_tokenizer
-from nanodva.weights import OPENAI, build_model, start_from
+from nanodva.weights import OPENAI, build_model, outline, start_from
 
 
 @dataclass
@@ -226,17 +226,16 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
              f"ids stand for other text")
 
     # -- model and optimizers
-    # On the meta device a model takes no memory, so what is too large is told before it is made
-    with torch.device("meta"):
-        outline = build_model(cfg)
+    # A model without numbers, so that what is too large is told before it is made
+    sketch = outline(cfg)
     batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    flops = outline.flops_per_token()
+    flops = sketch.flops_per_token()
     # Rank 0 decides for all, and a resumed run keeps what was decided
     steps = 0 if cfg.eval_only else cfg.max_iters - step
     dtype = machine.pick_dtype(cfg.dtype, device, cfg.n_embd)
     is_compiled = machine.pick_compile(cfg.compile, device, flops * batch_tokens * steps)
     cfg = change(cfg, **machine.from_rank_0({"dtype": dtype, "compile": is_compiled}))
-    needed = machine.check_memory(outline, cfg, device)
+    needed = machine.check_memory(sketch, cfg, device)
     if device.type == "cpu" and needed > 1e9:
         machine.return_large_tensors()
     torch.manual_seed(cfg.seed)

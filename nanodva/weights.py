@@ -58,6 +58,15 @@ def build_model(config, weights=None):
     return model
 
 
+def outline(config):
+    """
+    The GPT with these settings on the meta device, where it takes no memory: it tells how large it
+    is. Raises UserError for settings that the block refuses.
+    """
+    with torch.device("meta"):
+        return build_model(config)
+
+
 def start_from(cls, given):
     """
     (cfg, weights) of a new run from the weights that given["init_from"] names, with their
@@ -171,9 +180,7 @@ def config_of(state, settings):
     settings = {name: coerce(name, value, kinds[name], "in them")
                 for name, value in settings.items()}
     config = build(ModelConfig, settings | {"dropout": 0.0})
-    # On the meta device a model takes neither time nor memory
-    with torch.device("meta"):
-        wanted = {name: list(p.shape) for name, p in build_model(config).state_dict().items()}
+    wanted = {name: list(p.shape) for name, p in outline(config).state_dict().items()}
     found = {name: list(p.shape) for name, p in state.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):

@@ -48,7 +48,7 @@ from nanodva.errors import check_new, fail, run_script
 from nanodva.machine import DTYPES, autocast, pick_compile, pick_device, pick_dtype
 from nanodva.optimizers import build_optimizers
 from nanodva.settings import build, change, check, read_settings
-from nanodva.weights import build_model
+from nanodva.weights import build_model, outline
 from tools.report import markdown, write_json
 from train import TrainConfig
 
@@ -127,17 +127,8 @@ def contender(text, settings):
         n_layer = settings.get("n_layer", ModelConfig.n_layer)
         settings |= {"bank_layers": n_layer - 2 * n_layer // 3} | own
     cfg = build(TrainConfig, settings)
-    sketch(cfg)
+    outline(cfg)
     return cfg
-
-
-def sketch(cfg):
-    """
-    The model without memory for its weights: at no cost it tells how large it is, or raises
-    UserError for what its block refuses.
-    """
-    with torch.device("meta"):
-        return build_model(cfg)
 
 
 # ---- timing ------------------------------------------------------------------------------------
@@ -256,7 +247,7 @@ def bench_training(contenders, cfg, device):
     first_ms = None
     peak_memory(device)
     for name, times in time_steps(contenders, device, cfg.rounds):
-        entry, model = contenders[name], sketch(contenders[name])
+        entry, model = contenders[name], outline(contenders[name])
         ms, flops = statistics.median(times), model.flops_per_token()
         first_ms = first_ms or ms
         tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.block_size

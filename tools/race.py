@@ -57,7 +57,8 @@ from nanodva.errors import UserError, fail, replacing, run_script
 from nanodva.machine import Stop, pick_compile, pick_device, pick_dtype
 from nanodva.settings import build, change, check, read_settings
 from nanodva.tokenizer import Tokenizer
-from tools.bench import compile_or_fail, contender, machine_name, own_settings, sketch, time_steps
+from nanodva.weights import outline
+from tools.bench import compile_or_fail, contender, machine_name, own_settings, time_steps
 from tools.report import draw_race, figures_of, table, write_json
 from train import TrainConfig
 
@@ -172,7 +173,7 @@ def enter(race, given, data, conditions, device):
     first = contender(names[0], settings)
     # With --minutes runs are too short to be compiled, each of them anew
     steps = 0 if race.minutes else first.max_iters
-    flops = sketch(first).flops_per_token() * batch_tokens(first) * steps
+    flops = outline(first).flops_per_token() * batch_tokens(first) * steps
     settings |= {"dtype": pick_dtype(first.dtype, device, first.n_embd),
                  "compile": pick_compile(first.compile, device, flops)}
     contenders, refused = {}, {*DECIDED, *COMMON} - {"learning_rate", "bank_lr"}
@@ -477,7 +478,7 @@ def facts_of(contenders, race, before, after):
     facts = {}
     for name, cfg in contenders.items():
         tried, best, _ = tune(name, cfg, race)
-        model = sketch(cfg)
+        model = outline(cfg)
         sweep = [{"learning_rate": run.learning_rate, "bank_lr": run.bank_lr,
                   "loss": None if result_of(run)["broken"] else final_loss(run)}
                  for run in tried]
