@@ -119,6 +119,13 @@ def hub_files(source):
     """The Sources of the train split of the hub's data set hf:REPO[:CONFIGURATION][@REVISION]."""
     name, _, revision = source.removeprefix("hf:").partition("@")
     repo, _, chosen = name.partition(":")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo):
+        fail(f"{source}: name a data set of the hub as --input=hf:OWNER/NAME, then where needed "
+             f":CONFIGURATION and @REVISION")
+    if os.path.exists(repo):
+        # datasets would read that instead of what lies on the hub
+        fail(f"{source}: {repo} is also the name of something in this folder: give that with "
+             f"--input={repo}, or start in another folder")
     with fetching(source):
         import datasets
         try:

@@ -108,6 +108,18 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_name_on_the_hub_is_never_taken_for_a_folder(tmp_path, monkeypatch):
+    for name in ("hf:", "hf:@main", "hf:/", "hf:a/b/c", "hf:../a", "hf:user/", "hf:a b"):
+        assert f"{name}: name a data set of the hub as --input=hf:OWNER/NAME" in \
+            error_of("mine", f"--input={name}", f"--data_dir={tmp_path / 'data'}")
+    monkeypatch.chdir(tmp_path)
+    Path("some/set").mkdir(parents=True)
+    Path("some/set/text.txt").write_text("of this machine")
+    for name in ("hf:some/set", "hf:some/set@main"):
+        assert "some/set is also the name of something in this folder: give that with " \
+            "--input=some/set" in error_of("mine", f"--input={name}")
+
+
 @needs_shakespeare
 def test_tiny_shakespeare_is_downloaded_once(tmp_path, monkeypatch):
     copy = tmp_path / "copy.txt"
