@@ -345,7 +345,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length = end
         if targets is None:
-            return self.lm_head(x[:, [-1]]), None
+            return self.lm_head(x[:, -1:]), None
         if not return_logits:
             return None, head_loss(x, self.lm_head.weight, targets)
         logits = self.lm_head(x)                                       # (B, T, V)
@@ -501,11 +501,11 @@ def attend(q, k, v, dropout=0.0):
     The T queries stand at the newest of the S positions.
 
     torch has a fast kernel where keys and values are equally wide, on CUDA up to 256 channels.
-    Elsewhere its own fallback takes several times as long as the explicit softmax. On a CPU the
-    explicit one is faster for windows up to 256, too, but one call is best for a single query.
+    Elsewhere its own fallback takes longer than the explicit softmax, for long windows several
+    times. On a CPU the explicit one wins for windows up to 256, too, except for a single query.
     """
     T, S, D, M, device = q.size(-2), k.size(-2), q.size(-1), v.size(-1), q.device.type
-    has_kernel = D == M and (device != "cuda" or D <= 256) or device == "cpu" and T == 1
+    has_kernel = D == M and (device != "cuda" or D <= 256)
     # torch's causal mask begins at the first key, so queries after a cache need their own
     if has_kernel and T in (1, S) and not (device == "cpu" and 1 < T <= 256):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
@@ -525,12 +525,15 @@ def explicit_attention(q, k, v, dropout=0.0, rows=128):
     """
     T, S, mixed = q.size(-2), k.size(-2), []
     q = q / math.sqrt(q.size(-1))
+    if T == 1:
+        # A token of generation: what the loop does around the products would double its time
+        strengths = F.dropout((q @ k.mT).softmax(dim=-1), dropout).to(v.dtype)
+        return strengths @ v
     for first in range(0, T, rows):
         seen = S - T + first + rows                                    # slices end with the tensor
         scores = q[..., first:first + rows, :] @ k[..., :seen, :].mT   # (B, H, rows, seen)
-        if T > 1:
-            future = torch.full_like(scores[0, 0], -math.inf).triu(S - T + first + 1)
-            scores = scores + future
+        future = torch.full_like(scores[0, 0], -math.inf).triu(S - T + first + 1)
+        scores = scores + future
         strengths = F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype)
         mixed.append(strengths @ v[..., :seen, :])
     return torch.cat(mixed, dim=-2)
