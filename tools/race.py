@@ -12,8 +12,8 @@ number of tokens, or with --match=time its training time.
 
 The validation split is cut in two. On its first half the first seed chooses each contender's rates:
 all of --lrs are tried, and further ones while the best is at an end of those tried; then, where
-there are banks, --bank_lrs at the best learning rate. A contender with :learning_rate= or :bank_lr=
-keeps that rate, and it is not swept. On the second half --seeds further seeds are reported. Two
+there are banks, --bank_lrs at the best learning rate. A rate written into a contender, as in
+dva:learning_rate=6e-3, is not swept. On the second half --seeds further seeds are reported. Two
 contenders are compared seed by seed, since equal seeds see equal batches, except where a contender
 has a batch_size of its own. Student's t gives the 95 % interval of the mean difference.
 
