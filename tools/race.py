@@ -12,10 +12,11 @@ number of tokens, or with --match=time its training time.
 
 The validation split is cut in two. On its first half the first seed chooses each contender's rates:
 all of --lrs are tried, and further ones while the best is at an end of those tried; then, where
-there are banks, --bank_lrs at the best learning rate. A rate written into a contender, as in
-dva:learning_rate=6e-3, is not swept. On the second half --seeds further seeds are reported. Two
-contenders are compared seed by seed, since equal seeds see equal batches, except where a contender
-has a batch_size of its own. Student's t gives the 95 % interval of the mean difference.
+there are banks, --bank_lrs at the best learning rate. If a contender names a rate itself, as
+dva:learning_rate=6e-3 does, that rate is kept, and the race tries no other. On the second half
+--seeds further seeds are reported. Two contenders are compared seed by seed, since equal seeds see
+equal batches, except where a contender has a batch_size of its own. Student's t gives the 95 %
+interval of the mean difference.
 
 With --minutes the runs are as long as this time allows, only the rates that are given are tried, a
 part of each half is evaluated, and a machine that turns out to be slow runs fewer seeds.
