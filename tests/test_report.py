@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from nanodva.errors import UserError
 from tools import report
@@ -187,9 +186,7 @@ def test_several_runs_are_one_picture_and_unlike_texts_are_named(tmp_path, monke
 
 
 @pytest.mark.parametrize("argv, message", [
-    ([], "what shall be drawn"), (["run", "--gaps=gaps.json"], "what shall be drawn"),
-    (["--gaps=empty/metrics.jsonl"], "gaps='empty/metrics.jsonl' cannot be read"),
-    (["--gaps=nowhere"], "name a file like docs/race/gaps.json"),
+    ([], "which run shall be drawn"),
     (["empty", "--picture=empty/metrics.jsonl"], "is there and is no .svg: name a new file"),
     (["nowhere"], "no nowhere/metrics.jsonl: give the out_dir"),
     (["empty"], "metrics.jsonl holds no evaluation yet")])
@@ -199,73 +196,3 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, argv, message):
     with pytest.raises(UserError, match=re.escape(message)):
         report.main(argv)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["metrics.jsonl"]
-
-
-# ---- gaps of several races ---------------------------------------------------------------------
-
-def write_races(folder, lines):
-    """
-    Two races, small and large, in which dva lies 0.5 below gpt2, with an interval, and 0.1 above
-    it, and gaps.json with these lines. The option that draws it.
-    """
-    above = (made_up("gpt2", [1.0], [1.0], [[4.0, 3.0, 1.9]])
-             | made_up("dva", [1.0], [1.0], [[4.0, 3.0, 2.0]]))
-    for fact in above.values():
-        fact["settings"] = fact["settings"] | {"n_layer": 3}
-    for name, facts in dict(small=FACTS, large=above).items():
-        (folder / name).mkdir()
-        (folder / name / "results.json").write_text(json.dumps(results_of(facts)))
-    (folder / "gaps.json").write_text(json.dumps(lines))
-    return [f"--gaps={folder / 'gaps.json'}"]
-
-
-SMALL, LARGE = ["small", "dva", "gpt2"], ["large", "dva", "gpt2"]
-
-
-def test_gaps_are_drawn_on_the_right_side_of_the_line(tmp_path, capsys):
-    report.main(write_races(tmp_path, {"without banks": [SMALL, LARGE]}))
-    picture = tmp_path / "gaps.svg"
-    assert str(picture) in capsys.readouterr().out
-    text = picture.read_text()
-    assert ">without banks<" in text
-    # In SVG y grows downwards
-    (x0, y0), (x1, y1) = curve_in(text, f"{report.COLOURS[0].lower()}; stroke-width: 2;")
-    (_, zero), (_, end) = curve_in(text, f"{report.GREY}; stroke-linecap")
-    assert zero == end and x0 < x1
-    assert y1 < zero < y0 and (y0 - zero) / (zero - y1) == pytest.approx(5, rel=1e-3)
-
-
-def test_a_gap_stands_over_the_size_of_its_race(tmp_path):
-    # Neither a line of the larger size alone nor another order moves a point to another size
-    report.main(write_races(tmp_path, {"both": [LARGE, SMALL], "large": [LARGE]}))
-    text = (tmp_path / "gaps.svg").read_text()
-    places = {label: float(re.search(rf'x="(\S+)"[^>]*>{label}<', text)[1])
-              for label in ("2 layers x 16", "3 layers x 16")}
-    (x0, y0), (x1, y1) = curve_in(text, f"{report.COLOURS[0].lower()}; stroke-width: 2;")
-    [(x, y)] = curve_in(text, f"{report.COLOURS[1].lower()}; stroke-width: 2;")
-    assert y0 > y1 == y and x > x1
-    for place, label in ((x0, "2 layers x 16"), (x1, "3 layers x 16"), (x, "3 layers x 16")):
-        assert place == pytest.approx(places[label], abs=20)
-
-
-def test_a_gap_that_a_race_does_not_have_is_one_line(tmp_path):
-    message = "small knows no gap of 'dva' to 'gpt3', but of dva to gpt2, dva+bank to gpt2"
-    with pytest.raises(UserError, match=re.escape(message)):
-        report.main(write_races(tmp_path, {"a": [["small", "dva", "gpt3"]]}))
-    assert not (tmp_path / "gaps.svg").exists()
-
-
-def test_the_published_races_are_what_the_tool_makes_of_their_runs(tmp_path):
-    report.main([f"--gaps={ROOT / 'docs' / 'race' / 'gaps.json'}",
-                 f"--picture={tmp_path / 'gaps.svg'}"])
-    races = sorted((ROOT / "docs" / "race").glob("*/results.json"))
-    assert len(races) > 5
-    for path in races:
-        results = json.loads(path.read_text())
-        first = next(iter(results["figures"].values()))
-        facts, against = results["contenders"], list(first["against"])
-        assert report.figures_of(facts, against) == results["figures"]
-        assert report.table(results) == path.with_name("table.md").read_text()
-        # The seed that chose the rates is not among those reported
-        assert all(run["seed"] != results["rules"]["seed"]
-                   for fact in facts.values() for run in fact["runs"])

@@ -3,11 +3,9 @@ Pictures and tables of what was trained.
 
     python -m tools.report out-demo                    the loss of a run while it trained
     python -m tools.report out-demo out-demo-gpt2      of several runs, in one picture
-    python -m tools.report --gaps=docs/race/gaps.json  gaps of several races against the size
 
 A picture is an SVG that can be read on light pages and on dark ones. tools/race.py makes its
-figures, table.md and race.svg here. A gap is the mean difference of two contenders' losses with
-its 95 % interval; gaps.json names them as {line: [[RACE, OURS, THEIRS], ...]}.
+figures, table.md and race.svg here.
 """
 import json
 import math
@@ -294,25 +292,6 @@ def draw_race(results, path):
             axes.set_ylim(min(finals) - 0.1 * (top - min(finals)), top)
 
 
-def draw_gaps(lines, path):
-    """Draw the lines of read_gaps() against the size. Bars are the 95 % intervals."""
-    sizes = sorted({size for points in lines.values() for size, _ in points})
-    with axes_for(path, "below the grey line, DVA is better") as axes:
-        for i, (name, points) in enumerate(lines.items()):
-            points = sorted(points, key=lambda point: point[0])
-            # Side by side, so that the bars do not hide each other
-            places = [sizes.index(size) + 0.04 * (i - (len(lines) - 1) / 2) for size, _ in points]
-            means = [gap["mean"] for _, gap in points]
-            margins = [0 if gap["high"] is None else gap["high"] - gap["mean"]
-                       for _, gap in points]
-            axes.plot(places, means, label=name, marker="o", linewidth=2, **style(i))
-            axes.errorbar(places, means, margins, fmt="none", ecolor=style(i)["color"],
-                          elinewidth=1, capsize=3)
-        axes.axhline(0, color=GREY, linewidth=1)
-        axes.set_xticks(range(len(sizes)), [label for _, label in sizes])
-        axes.set(ylabel="difference of the losses, nats per token")
-
-
 def draw_losses(runs, path):
     """
     Draw the losses of runs {name: records of metrics.jsonl} against the step: on val as a strong
@@ -335,33 +314,7 @@ def draw_losses(runs, path):
 
 @dataclass
 class ReportConfig:
-    gaps: str = ""           # a file that names gaps of races, beside the races' folders
     picture: str = ""        # the file to write; empty: loss.svg in the first run's folder
-
-
-def read_gaps(path):
-    """
-    {line: [(size, gap), ...]} of a file as --gaps= names it, beside the races' folders; a size is
-    (number, text). Raises UserError where a race does not have a gap.
-    """
-    lines = {}
-    try:
-        wanted = json.loads(path.read_bytes()).items()
-    except (OSError, ValueError, AttributeError) as error:
-        fail(f"gaps={str(path)!r} cannot be read ({error}): name a file like docs/race/gaps.json")
-    for line, gaps in wanted:
-        lines[line] = []
-        for race, ours, theirs in gaps:
-            results = json.loads((path.parent / race / "results.json").read_bytes())
-            known = {f"{name} to {other}": gap for name, entry in results["figures"].items()
-                     for other, gap in entry["against"].items() if gap["mean"] is not None}
-            if f"{ours} to {theirs}" not in known:
-                fail(f"{race} knows no gap of {ours!r} to {theirs!r}, but of {', '.join(known)}")
-            shape = next(iter(results["contenders"].values()))["settings"]
-            layers, width = shape["n_layer"], shape["n_embd"]
-            size = layers * width**2, f"{layers} layers x {width}"
-            lines[line].append((size, known[f"{ours} to {theirs}"]))
-    return lines
 
 
 def read_run(folder):
@@ -380,23 +333,17 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     runs = [argument for argument in argv if not argument.startswith("-")]
     cfg = load_settings(ReportConfig, [argument for argument in argv if argument not in runs])
-    if bool(runs) == bool(cfg.gaps):
-        fail("what shall be drawn? python -m tools.report RUN, the out_dir of a run or several, or "
-             "--gaps=FILE")
-    if cfg.gaps:
-        path = Path(cfg.picture or Path(cfg.gaps).with_suffix(".svg"))
-        check_new("picture", path, ".svg")
-        draw_gaps(read_gaps(Path(cfg.gaps)), path)
-    else:
-        path = Path(cfg.picture or Path(runs[0], "loss.svg"))
-        check_new("picture", path, ".svg")
-        records = {run: read_run(run) for run in runs}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_losses(records, path)
-        sets = {lines[0]["config"]["dataset"] for lines in records.values()}
-        if len(sets) > 1:
-            print(f"the data sets {', '.join(sorted(sets))} differ, and losses of unlike texts or "
-                  f"tokens cannot be compared")
+    if not runs:
+        fail("which run shall be drawn? Name its out_dir, or several:  python -m tools.report RUN")
+    path = Path(cfg.picture or Path(runs[0], "loss.svg"))
+    check_new("picture", path, ".svg")
+    records = {run: read_run(run) for run in runs}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_losses(records, path)
+    sets = {lines[0]["config"]["dataset"] for lines in records.values()}
+    if len(sets) > 1:
+        print(f"the data sets {', '.join(sorted(sets))} differ, and losses of different texts or "
+              f"tokens cannot be compared")
     print(f"the picture is {path}")
 
 
