@@ -6,15 +6,13 @@ import math
 import os
 import re
 import zipfile
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from model import ModelConfig
-from nanodva.errors import UserError, check_folder, fail, replacing
+from nanodva.errors import UserError, check_folder, fail, only_writer, replacing
 from nanodva.machine import say
 from nanodva.settings import build
 
@@ -144,23 +142,6 @@ def restore(checkpoint, model, optimizers, scaler):
     # Only a run in float16 has a state to scale the loss by
     if scaler.is_enabled() and checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
-
-
-@contextmanager
-def only_writer(folder, patience=0):
-    """
-    Make the folder and hold its lock, which the system frees when this process ends, in whatever
-    way. Raises UserError where another process keeps it for so many seconds.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / "lock").acquire(timeout=patience)
-    except Timeout:
-        fail(f"another process writes in {folder}: wait for it, stop it, or give another folder")
-    except OSError as error:
-        fail(f"cannot write in {folder}: {error.strerror}; give another folder as --out_dir")
-    with held:
-        yield
 
 
 def check_out_dir(out_dir, overwrite):

@@ -1,5 +1,5 @@
 """
-Errors of one line, and files that are written whole or not at all.
+Errors of one line, and files that are written whole or not at all, by one process.
 """
 import os
 import signal
@@ -87,3 +87,22 @@ def replacing(path):
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def only_writer(folder, patience=0, setting="out_dir"):
+    """
+    Make the folder and hold its lock, which the system frees when this process ends, in whatever
+    way. Raises UserError if another process keeps it for so many seconds; `setting` names the
+    option with which to choose another folder.
+    """
+    from filelock import FileLock, Timeout
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / "lock").acquire(timeout=patience)
+    except Timeout:
+        fail(f"another process writes in {folder}: wait for it, stop it, or give another folder")
+    except OSError as error:
+        fail(f"cannot write in {folder}: {error.strerror}; give another folder as --{setting}")
+    with held:
+        yield
