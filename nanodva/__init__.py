@@ -6,7 +6,7 @@ if sys.version_info < (3, 11):
     print(f"error: nanoDVA needs Python 3.11 or newer, and this is {sys.version.split()[0]}",
           file=sys.stderr)
     raise SystemExit(2)
-missing = [name for name in ("torch", "numpy", "tqdm", "filelock") if not find_spec(name)]
+missing = [name for name in ("torch", "numpy", "tqdm") if not find_spec(name)]
 if missing:
     print(f"error: this Python, {sys.executable}, lacks {', '.join(missing)}: after make, run "
           f"source .venv/bin/activate; or run pip install -r requirements.txt", file=sys.stderr)

@@ -1,11 +1,23 @@
 """
 Errors of one line, and files that are written whole or not at all, by one process.
 """
+import errno
 import os
+import platform
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    # Windows
+    fcntl = None
+
+# The lock files that this process holds
+HELD = set()
 
 
 class UserError(ValueError):
@@ -92,17 +104,49 @@ def replacing(path):
 @contextmanager
 def only_writer(folder, patience=0, setting="out_dir"):
     """
-    Make the folder and hold its lock, which the system frees when this process ends, in whatever
-    way. Raises UserError if another process keeps it for so many seconds; `setting` names the
-    option with which to choose another folder.
+    Make the folder and hold the lock in it, which the system frees when this process ends, in
+    whatever way; a process may hold it twice. Raises UserError if another process keeps it for
+    `patience` seconds; `setting` names the option with which to choose another folder.
     """
-    from filelock import FileLock, Timeout
+    path = Path(folder, "lock").absolute()
+    if path in HELD:
+        yield
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / "lock").acquire(timeout=patience)
-    except Timeout:
-        fail(f"another process writes in {folder}: wait for it, stop it, or give another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
     except OSError as error:
         fail(f"cannot write in {folder}: {error.strerror}; give another folder as --{setting}")
-    with held:
-        yield
+    with file:
+        end = time.monotonic() + patience
+        while not try_lock(file):
+            if time.monotonic() > end:
+                file.seek(0)
+                fail(f"{file.read() or 'another process'} writes in {folder} and holds {path}: "
+                     f"wait for it, stop it, or give another folder as --{setting}")
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        HELD.add(path)
+        try:
+            yield
+        finally:
+            HELD.remove(path)
+
+
+def try_lock(file):
+    """
+    Whether this process is now the only one that holds the open file's lock. Where the disk cannot
+    lock, as some network disks, one line says so and the answer is yes.
+    """
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "Windows has no flock")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"{file.name} cannot be locked ({error.strerror}): make sure that no other process "
+              f"writes in this folder", file=sys.stderr)
+    return True

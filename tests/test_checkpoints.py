@@ -3,21 +3,24 @@ import errno
 import json
 import os
 import pickle
+import platform
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import command_line, contents, records, refused, runs_differ, send
+from conftest import ROOT, command_line, contents, records, refused, runs_differ, send
 
 import prepare_data
 import sample
 import train
-from nanodva.checkpoints import FORMAT, load_checkpoint, only_writer, save
-from nanodva.errors import UserError
+from nanodva.checkpoints import FORMAT, load_checkpoint, save
+from nanodva.errors import UserError, only_writer
 
 # ---- nothing is lost by overwriting --------------------------------------------------------------
 
@@ -144,13 +147,49 @@ def test_an_out_dir_that_cannot_be_is_named(run, tmp_path, init_from, out_dir, w
     assert contents(tmp_path) == dict.fromkeys(("file", "last.pt"), b"in the way")
 
 
+HOLDS_THE_LOCK = """
+import sys
+from pathlib import Path
+from nanodva.errors import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()"""
+
+
+@contextmanager
+def locked_by_another(folder):
+    """A with block in which another process writes in the folder, as a script started twice."""
+    with subprocess.Popen([sys.executable, "-c", HOLDS_THE_LOCK, folder], cwd=ROOT, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.stdin.close()
+
+
 def test_a_second_run_in_a_folder_is_refused(run, finished, tmp_path):
-    """As when a script is started twice, with --overwrite."""
-    with only_writer(tmp_path / "out"):
+    with locked_by_another(tmp_path / "out") as process:
         for changes in (dict(overwrite=True), dict(init_from="resume", max_iters=13)):
-            with refused("another process writes in", "give another folder"):
+            with refused(f"process {process.pid} on {platform.node()} writes in",
+                         str(tmp_path / "out" / "lock"), "give another folder"):
                 run(**changes)
     assert contents(tmp_path / "out") == finished
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])
+def test_a_disk_that_cannot_lock_gets_one_line(run, tmp_path, monkeypatch, capsys, number):
+    """Also in a folder with a lock file, which was copied or is of a run killed on another node."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lock").write_text("process 1 on another")
+
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert run(max_iters=1)[0] == 0
+    capsys.readouterr()
+    with only_writer(tmp_path / "out"), only_writer(tmp_path / "out"):
+        pass
+    err = capsys.readouterr().err
+    assert f"cannot be locked ({os.strerror(number)}): make sure" in err and err.count("\n") == 1
 
 
 # ---- the best and the last -----------------------------------------------------------------------
