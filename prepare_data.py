@@ -43,7 +43,7 @@ from nanodva.readers import (
     read_texts,
     read_tsv,
 )
-from nanodva.settings import check, load_settings
+from nanodva.settings import PathName, check, load_settings
 from nanodva.sources import BUILT_IN, counted, fetched, find_sources, plain, sha256
 from nanodva.tokenizer import Tokenizer, bpe_size
 
@@ -56,8 +56,8 @@ VAL_PLAYS = ("twelfth-night", "henry-v", "julius-caesar", "macbeth")
 @dataclass
 class PrepareConfig:
     name: str = ""             # a built-in data set, or a name of your own (the first argument)
-    input: str = ""            # files, folders, globs, or hf:REPO[:CONFIGURATION][@REVISION]
-    tokenizer: str = ""        # char, gpt2, gpt2:N, or a GPT-2's folder; default: char for *_char
+    input: PathName = ""       # files, folders, globs, or hf:REPO[:CONFIGURATION][@REVISION]
+    tokenizer: PathName = ""   # char, gpt2, gpt2:N, or a GPT-2's folder; default: char for *_char
     column: str = "text"       # the column with the text in .csv, .tsv, .json(l), .parquet
     separator: str = ""        # stands between documents of a .txt; default: <|endoftext|> lines
     encoding: str = ""         # of text files; by default UTF-8, or what a byte-order mark says
@@ -66,7 +66,7 @@ class PrepareConfig:
     num_proc: int = 0          # threads that encode; by default the number of cores
     check: bool = False        # prepare nothing: verify sizes, sha256 and ids of what is there
     adopt: bool = False        # prepare nothing: describe nanoGPT's train.bin, val.bin, meta.pkl
-    data_dir: str = "data"     # where data sets live
+    data_dir: PathName = "data"  # where data sets live
 
     def __post_init__(self):
         self.tokenizer = self.tokenizer or ("char" if self.name.endswith("_char") else "gpt2")

@@ -35,18 +35,18 @@ from nanodva import checkpoints, machine
 from nanodva.dataset import open_data, read_meta, table_rows
 from nanodva.machine import DTYPES, RANK, WORLD, Stop, say
 from nanodva.optimizers import build_optimizers, learning_rate, set_learning_rate
-from nanodva.settings import build, change, check, read_settings
+from nanodva.settings import PathName, build, change, check, read_settings
 from nanodva.tokenizer import same_tokenizer
 from nanodva.weights import OPENAI, build_model, outline, start_from
 
 
 @dataclass
 class TrainConfig(ModelConfig):
-    out_dir: str = "out"                     # where checkpoints and metrics go
+    out_dir: PathName = "out"                # where checkpoints and metrics go
     overwrite: bool = False                  # start anew in an out_dir that holds a run
-    init_from: str = "scratch"               # scratch, resume, auto, gpt2, gpt2-xl ..., or a path
+    init_from: PathName = "scratch"          # scratch, resume, auto, gpt2, gpt2-xl ..., or a path
     dataset: str = "openwebtext"             # folder in data_dir, made by prepare_data.py
-    data_dir: str = "data"                   # where data sets live
+    data_dir: PathName = "data"              # where data sets live
     batch_size: int = 12                     # sequences per micro-batch
     gradient_accumulation_steps: int = 40    # micro-batches per step, of all processes together
     max_iters: int = 600000                  # steps in all

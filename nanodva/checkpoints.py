@@ -42,8 +42,8 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except (FileNotFoundError, PermissionError):
-        raise
+    except (FileNotFoundError, PermissionError) as error:
+        fail(f"cannot read {path}: {error.strerror}; name another")
     except Exception as error:
         # zipfile and torch raise a dozen kinds for a file that is no checkpoint
         code = re.search(r"GLOBAL (\S+)", str(error))

@@ -1,5 +1,7 @@
 """
 Errors of one line, and files that are written whole or not at all, by one process.
+
+A script imports this module before torch: it says in one line which packages this Python lacks.
 """
 import errno
 import os
@@ -26,13 +28,13 @@ class UserError(ValueError):
 
 def fail(message):
     """Raise UserError with the message on one line."""
-    raise UserError(" ".join(str(message).split()))
+    raise UserError(" ".join(line.strip() for line in str(message).splitlines()))
 
 
 def run_script(main):
     """
-    Run a script's main(). What the user can put right, a full disk included, becomes one line and
-    exit status 2, and Ctrl-C status 130.
+    Run a script's main(). A UserError becomes one line and exit status 2, Ctrl-C status 130. Any
+    other error is a mistake in the code and keeps its traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
@@ -41,42 +43,47 @@ def run_script(main):
         stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8",
                            errors="replace")
     try:
-        main()
-        return
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         message, status = "stopped at once", 130
     except UserError as error:
         message, status = f"error: {error}", 2
-    except BrokenPipeError:
-        # The reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
     except OSError as error:
-        message, status = f"error: {error.filename or 'a file'}: {error.strerror or error}", 2
+        # naming_file() has caught those of our files; print() raises these
+        if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            # The reader of a pipe, such as head, has seen enough
+            raise SystemExit(141) from None
+        message, status = f"error: cannot write standard output: {error.strerror}", 2
     print(message, file=sys.stderr)
     raise SystemExit(status)
 
 
-def check_folder(name, path):
-    """Raise UserError where the Path of the setting `name` is a file, or cannot be there."""
+# ---- files of the user ---------------------------------------------------------------------------
+
+@contextmanager
+def naming_file(action, path, fix="name another"):
+    """
+    A with block that does `action` ("read" or "write") with the user's file or folder `path`. What
+    the disk refuses becomes a UserError that names path and ends with `fix`. An OSError about any
+    other file is a mistake in the code, and passes.
+    """
     try:
-        found = next((part for part in (path, *path.parents) if part.exists()), None)
-    except OSError as error:
-        fail(f"{name}={path}: {error.strerror}; give another folder")
-    if found and not found.is_dir():
-        hint = f": did you mean --{name}={found.parent}?" if found.suffix == ".pt" else ""
-        fail(f"{name}={path}: {found} is a file, and a folder is wanted{hint}")
-
-
-def check_new(name, path, suffix):
-    """
-    Raise UserError where the setting `name` gives a path to write that is a folder, or a file with
-    another suffix than what is written has: a checkpoint would be lost.
-    """
-    path = Path(path)
-    if path.is_dir() or path.exists() and path.suffix != suffix:
-        fail(f"{name}={str(path)!r} is there and is no {suffix}: name a new file, as in "
-             f"{path}{suffix}")
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save puts an error of its own around the disk's
+        reason = error if isinstance(error, OSError) else error.__context__
+        # An open file's error has no name; others name path, a folder above it, or what replacing()
+        # writes first
+        if not isinstance(reason, OSError) \
+                or not f"{path}.tmp".startswith(str(reason.filename or "")):
+            raise
+        fail(f"cannot {action} {path}: {reason.strerror or reason}; {fix}")
 
 
 @contextmanager
@@ -86,19 +93,37 @@ def replacing(path):
     the disk. Whatever happens, `path` is all of the old file or all of the new one.
     """
     aside = Path(f"{path}.tmp")
-    try:
+    fix = "what it held before is untouched" if Path(path).exists() else "name another place"
+    with naming_file("write", path, fix):
         file = open(aside, "wb")
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; name another place")
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+def check_folder(name, path):
+    """Raise UserError if the Path of the setting `name` is a file, or lies in one."""
+    found = next((part for part in (path, *path.parents) if part.exists()), None)
+    if found and not found.is_dir():
+        hint = f": did you mean --{name}={found.parent}?" if found.suffix == ".pt" else ""
+        fail(f"{name}={path}: {found} is a file, and a folder is wanted{hint}")
+
+
+def check_new(name, path, suffix):
+    """
+    Raise UserError if the setting `name` gives a path to write that is a folder, or a file with
+    another suffix than what is written has: a checkpoint would be lost.
+    """
+    path = Path(path)
+    if path.is_dir() or path.exists() and path.suffix != suffix:
+        fail(f"{name}={str(path)!r} is there and is no {suffix}: name a new file, as in "
+             f"{path}{suffix}")
 
 
 @contextmanager

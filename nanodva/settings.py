@@ -10,6 +10,7 @@ on literals, which are read and never executed.
 import ast
 import difflib
 import inspect
+import math
 import operator
 import os
 import re
@@ -17,22 +18,23 @@ import sys
 import time
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import NewType
 
-from nanodva.errors import fail
+from nanodva.errors import fail, naming_file
 
+# The type of a setting that names a file or folder, or several with commas between them. ~ is the
+# user's home in it: a shell expands that at the start of a word, but not in --out_dir=~/runs.
+PathName = NewType("path", str)
 PRESETS = Path(__file__).parents[1] / "config"
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-              ast.Pow: operator.pow}
+# A power as a float: 9**9**9 overflows at once, where a whole number would take forever
+ARITHMETIC = {ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Add: operator.add,
+              ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+              ast.FloorDiv: operator.floordiv, ast.Pow: math.pow}
+NO_VALUE = (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError)
 
 
 class Given(dict):
-    """{name: value} of the settings that the user gave. `origin` tells where each came from."""
-
-    def __init__(self):
-        super().__init__()
-        # {name: "on the command line" or "in config/x.py"}
-        self.origin = {}
+    """{name: value} of the settings that the user gave; .origin is {name: where, in words}."""
 
 
 def load_settings(cls, argv=None):
@@ -48,60 +50,48 @@ def read_settings(cls, argv=None, without=()):
     unknown setting and for a value of the wrong type. --help prints and exits.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    known, given = {field.name: field.type for field in fields(cls)}, Given()
+    kinds, given = {field.name: field.type for field in fields(cls)}, Given()
+    given.origin = {}
     if "--help" in argv or "-h" in argv:
         print_help(cls, without)
         raise SystemExit(0)
     for position, argument in enumerate(argv):
+        where = "on the command line"
         if argument.startswith("--"):
-            where = "on the command line"
-            name, equals, text = argument.removeprefix("--").partition("=")
-            following = argv[position + 1:]
-            spaced = following != [] and following[0].startswith("=")
-            if name in known and not equals and (spaced or not takes_bool(known[name])):
-                value = next((part.lstrip("=") for part in following if part != "="), "VALUE")
+            name, equals, text = argument[2:].partition("=")
+            if not equals and kinds.get(name, bool) not in (bool, bool | str):
+                value = (*argv[position + 1:], "VALUE")[0]
                 fail(f"--{name} lacks its value: write --{name}={value} without spaces")
-            found = {name: read_value(text, known.get(name)) if equals else True}
+            found = {name: read_value(text, kinds.get(name)) if equals else True}
         elif argument.endswith(".py"):
-            where = f"in {argument}"
-            found = read_preset(argument)
+            where, found = f"in {argument}", read_preset(argument)
         else:
             hint = f"did you mean --out_dir={argument}? " if Path(argument).is_dir() else ""
-            if Path(f"{argument}.py").exists():
-                hint = f"did you mean {argument}.py? "
             fail(f"{argument!r} is neither a preset (config/NAME.py) nor a setting (--key=value): "
                  f"{hint}see --help")
         for name, value in found.items():
             if name in without:
                 fail(f"{name} {where}: this tool decides it itself; --help lists what you can set")
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "--help lists them all"
-                fail(f"unknown setting {name!r} {where}: {hint}")
-            given[name] = coerce(name, value, known[name], where)
+            if name not in kinds:
+                fail(f"unknown setting {name!r} {where}: {closest(name, kinds)}see --help")
+            given[name] = coerce(name, value, kinds[name], where)
             given.origin[name] = where
     return given
 
 
-def check(settings, least=None, choices=None):
-    """
-    Raise UserError for a setting below its least value, or one that is not among its choices.
-    `least` is {name: number}, `choices` {name: list}.
-    """
-    for name, lowest in (least or {}).items():
+def check(settings, least=(), choices=()):
+    """Raise UserError for a setting below least[name] or not in the list choices[name]."""
+    for name, lowest in dict(least).items():
         if getattr(settings, name) < lowest:
             fail(f"{name}={getattr(settings, name)}: it must be at least {lowest}")
-    for name, allowed in (choices or {}).items():
+    for name, allowed in dict(choices).items():
         if getattr(settings, name) not in allowed:
             options = ", ".join(map(str, allowed))
             fail(f"{name}={getattr(settings, name)!r}: choose from {options}")
 
 
 def build(cls, values):
-    """
-    cls with those of the settings in the dict `values` that it has. Raises UserError for what cls
-    refuses.
-    """
+    """cls with those settings of the dict `values` that it has. Raises UserError if it refuses."""
     known = {field.name for field in fields(cls)}
     try:
         return cls(**{name: value for name, value in values.items() if name in known})
@@ -120,62 +110,48 @@ def change(cfg, **changes):
 def print_help(cls, without=()):
     """Print each setting of cls with its default, its type and the comment of its declaration."""
     print(inspect.cleandoc(inspect.getmodule(cls).__doc__), "\n\nSettings, with their defaults:\n")
-    meanings = {}
-    for base in cls.__mro__:
-        if is_dataclass(base):
-            # A class overrides what it inherits
-            pattern = r"^    (\w+): [\w |]+ = [^#\n]+# (.+)$"
-            meanings = dict(re.findall(pattern, inspect.getsource(base), re.MULTILINE)) | meanings
+    # A class comes after those that it inherits from, whose settings it may declare again
+    code = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))
+    meanings = dict(re.findall(r"^    (\w+): [\w |]+ = [^#\n]+# (.+)$", code, re.MULTILINE))
     for field in fields(cls):
         if field.name not in without:
-            default = repr(field.default) if field.type is str else field.default
             kind = getattr(field.type, "__name__", "text")
+            default = repr(field.default) if kind in ("str", "path") else field.default
             print(f"  {f'--{field.name}={default}':38} {kind:6} {meanings.get(field.name, '')}")
 
 
 # ---- reading values ------------------------------------------------------------------------------
 
-def takes_bool(kind):
-    return kind in (bool, bool | str)
-
-
 def read_value(text, kind):
-    """The value that `text` stands for; where the setting's type is str it is taken as it is."""
-    if kind is str:
+    """What `text` on the command line means for a setting of type `kind`: as it is, or a literal"""
+    if kind in (str, PathName):
         return text
-    if text in ("true", "false"):
-        return text == "true"
     try:
+        text = {"true": "True", "false": "False"}.get(text, text)
         return literal(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+    except NO_VALUE:
         return text
 
 
 def read_preset(path):
     """The assignments of a preset file as {name: value}. Raises UserError for anything else."""
+    presets = sorted(os.path.relpath(preset) for preset in PRESETS.glob("*.py"))
+    with naming_file("read", path, closest(path, presets) or f"choose from {', '.join(presets)}"):
+        source = Path(path).read_bytes()
+    settings, line = {}, 1
     try:
-        tree = ast.parse(Path(path).read_bytes())
-    except OSError as error:
-        names = sorted(preset.name for preset in PRESETS.glob("*.py"))
-        close = difflib.get_close_matches(Path(path).name, names, n=1)
-        hint = f"did you mean {os.path.relpath(PRESETS / close[0])}? " if close else ""
-        fail(f"cannot read the preset {path}: {error.strerror or error}; {hint}{PRESETS} holds "
-             f"{', '.join(names)}")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        fail(f"{path} is not a preset, which holds assignments like 'n_layer = 6': {error}")
-    settings = {}
-    for statement in tree.body:
-        match statement:
-            case ast.Assign([ast.Name(name)], expression):
-                try:
+        for statement in ast.parse(source).body:
+            line = statement.lineno
+            match statement:
+                case ast.Assign([ast.Name(name)], expression):
                     settings[name] = literal(expression)
-                except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
-                    fail(f"{path}, line {statement.lineno}: {name}: {error}")
-            case ast.Expr(ast.Constant(str())) | ast.Import([ast.alias("time")]):
-                continue
-            case _:
-                fail(f"{path}, line {statement.lineno}: a preset holds assignments like "
-                     f"'n_layer = 6' and nothing else")
+                case ast.Expr(ast.Constant(str())) | ast.Import([ast.alias("time")]):
+                    continue
+                case _:
+                    raise ValueError("this is code")
+    except NO_VALUE as error:
+        fail(f"{path}, line {getattr(error, 'lineno', line)}: {error}; a preset holds assignments "
+             f"like 'n_layer = 6' and nothing else")
     return settings
 
 
@@ -184,44 +160,47 @@ def literal(node):
     match node:
         case ast.Constant(bool() | int() | float() | str() as value):
             return value
-        case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand):
-            value = literal(operand)
-            if is_number(value):
-                return -value if isinstance(sign, ast.USub) else value
+        case ast.UnaryOp(op, operand) if type(op) in ARITHMETIC:
+            return ARITHMETIC[type(op)](literal(operand))
         case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
             left, right = literal(left), literal(right)
-            numbers = is_number(left) and is_number(right)
-            texts = isinstance(op, ast.Add) and isinstance(left, str) and isinstance(right, str)
-            # 9**9**9 would never end
-            huge = isinstance(op, ast.Pow) and numbers and max(abs(left), abs(right)) > 1000
-            if (numbers or texts) and not huge:
+            # Texts can be joined, but "a" * 10**9 would fill the memory
+            if isinstance(left, str) == isinstance(right, str):
                 return ARITHMETIC[type(op)](left, right)
         case ast.Call() if ast.unparse(node) == "str(time.time())":
             return str(time.time())               # nanoGPT's finetune preset names its run so
     raise ValueError(f"{ast.unparse(node)!r} is neither a literal nor arithmetic on literals")
 
 
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def coerce(name, value, kind, where):
     """value as the type `kind`: an int is a fine float, 1e4 a fine int. Raises UserError."""
-    if kind is float and is_number(value) and abs(value) < 2**1023:     # finite, and fits a float
-        return float(value)
-    if kind is int and is_number(value) and value == value // 1 and abs(value) < 2**63:
-        return int(value)
+    if type(value) in (int, float):               # not bool, which is a subclass of int
+        # Python prints no very large whole numbers
+        value = value if abs(value) < 2**1023 else math.inf
+        if kind is float and math.isfinite(value):
+            return float(value)
+        if kind is int and value == value // 1 and abs(value) < 2**63:
+            return int(value)
     if kind in (bool, str, bool | str) and isinstance(value, kind) and "\0" not in str(value):
         return value                              # no path may hold a NUL
-    wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "text")
-    if kind in (int, float) and is_number(value) and abs(value) >= 2**63:
-        wanted += f" below {'2**63' if kind is int else '2**1023'}"
-    fail(f"{name}={shown(value)} {where}: it must be {wanted}")
+    if kind is PathName:
+        return expand(name, coerce(name, value, str, where))
+    wanted = {bool: "True or False", int: "a whole number below 2**63", float: "a number"}
+    fail(f"{name}={value!r:.99} {where}: it must be {wanted.get(kind, 'text')}")
 
 
-def shown(value):
-    """repr(value) for a message, cut where it is long; Python prints no very long numbers."""
-    if isinstance(value, int) and abs(value) >= 10**60:
-        return "a huge number"
-    text = repr(value)
-    return text if len(text) < 100 else text[:99] + "..."
+def expand(name, paths):
+    """The path, or paths with commas between, without ~. Raises UserError if it can be no path."""
+    parts = [os.path.expanduser(part) for part in paths.split(",")]
+    for part in parts:
+        if part.startswith("~"):
+            fail(f"{name}={paths}: no user has this name; write ./~ if it is part of the name")
+        with naming_file("use", part, f"give another folder or file as --{name}"):
+            Path(part).exists()
+    return ",".join(parts)
+
+
+def closest(name, known):
+    """For a message: was one of the known names meant? Empty if none is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""

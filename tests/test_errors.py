@@ -1,14 +1,20 @@
-"""errors.py: what every script prints, and how it ends."""
+"""errors.py: what every script prints, how it ends, and files that are written whole."""
+import errno
 import os
+import resource
 import runpy
 import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, python
+import torch
+from conftest import ROOT, message_of, python
 
-from nanodva.errors import UserError, run_script
+from nanodva.errors import UserError, fail, naming_file, replacing, run_script
+
+SCRIPTS = ["train.py", "sample.py", "prepare_data.py", "tools/race.py", "tools/report.py",
+           "tools/explain.py", "tools/convert.py", "tools/bench.py"]
 
 
 @pytest.mark.parametrize("console", ["cp1252", "ascii", "utf-8"])
@@ -28,9 +34,7 @@ def test_a_file_gets_every_character_whatever_the_console_is(console):
 
 @pytest.mark.parametrize("error, status, err", [
     (UserError("n_layer=0"), 2, "error: n_layer=0\n"),
-    (KeyboardInterrupt(), 130, "stopped at once\n"),
-    (OSError(28, "No space left on device", "x.pt"), 2, "error: x.pt: No space left on device\n"),
-    (OSError("odd"), 2, "error: a file: odd\n"), (SystemExit(143), 143, "")], ids=repr)
+    (KeyboardInterrupt(), 130, "stopped at once\n"), (SystemExit(143), 143, "")], ids=repr)
 def test_a_script_ends_with_one_line_and_the_right_status(capsys, error, status, err):
     def main():
         raise error
@@ -39,10 +43,27 @@ def test_a_script_ends_with_one_line_and_the_right_status(capsys, error, status,
     assert end.value.code == status and capsys.readouterr().err == err
 
 
-def test_a_script_that_succeeds_or_that_is_broken_ends_as_python_ends_it():
+@pytest.mark.parametrize("mistake", [
+    lambda: 1 / 0, lambda: open("no/such/file"), lambda: os.listdir("no/such/folder"),
+    lambda: subprocess.run(["no-such-command"]), lambda: int("six")])
+def test_a_mistake_in_the_code_keeps_its_traceback(mistake):
+    """Also in a block that writes a file of ours."""
+    def main():
+        with replacing("no-model.pt"):
+            mistake()
+    for code in (mistake, main):
+        with pytest.raises((OSError, ArithmeticError, ValueError)) as caught:
+            run_script(code)
+        assert not isinstance(caught.value, UserError)
+    assert not os.path.exists("no-model.pt.tmp")
+
+
+def test_a_script_that_succeeds_ends_as_python_ends_it():
     assert run_script(lambda: None) is None
-    with pytest.raises(ZeroDivisionError):
-        run_script(lambda: 1 / 0)
+
+
+def test_a_message_is_one_line_and_keeps_the_blanks_of_a_path():
+    assert message_of(fail, "no a  b/c\n   in\x0bit\r\n") == "no a  b/c in it"
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
@@ -54,14 +75,60 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert process.wait(timeout=100) == 141 and process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_standard_output_is_one_line(unbuffered):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "prepare_data.py", "--help"], cwd=ROOT, text=True,
+                                stdout=full, stderr=subprocess.PIPE,
+                                env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert result.returncode == 2
+    assert result.stderr == "error: cannot write standard output: No space left on device\n"
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("action, path, use, reason", [
+    ("read", "no/such", lambda path: open(path), "No such file or directory"),
+    ("write", "/proc/a/b", lambda path: os.makedirs(path), "No such file or directory"),
+    ("read", "config", lambda path: open(path), "Is a directory"),
+    ("read", "a" * 300, os.stat, "File name too long")])
+def test_what_the_disk_refuses_names_the_file_and_the_fix(action, path, use, reason):
+    with pytest.raises(UserError) as caught, naming_file(action, path, "give another"):
+        use(path)
+    assert str(caught.value) == f"cannot {action} {path}: {reason}; give another"
+
+
+@pytest.mark.parametrize("write", [lambda file: file.write(bytes(20_000)),
+                                   lambda file: torch.save(torch.zeros(5000), file)])
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, write, before):
+    """A limit on the size of a file stands for the full disk."""
+    path = tmp_path / "a  b.pt"
+    if before:
+        path.write_bytes(before)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(UserError) as caught, replacing(path) as file:
+            write(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    fix = "what it held before is untouched" if before else "name another place"
+    assert str(caught.value) == f"cannot write {path}: {os.strerror(errno.EFBIG)}; {fix}"
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] \
+        == ([(path.name, before)] if before else [])
+
+
+# ---- importing -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_importing_a_script_starts_nothing(capsys, script):
     handler = signal.getsignal(signal.SIGINT)
     runpy.run_path(str(ROOT / script), run_name="not_main")
     assert capsys.readouterr() == ("", "") and signal.getsignal(signal.SIGINT) is handler
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_python_without_the_packages_says_which_are_missing(script):
     """-S leaves out site-packages, as the system's own Python has it."""
     result = subprocess.run([sys.executable, "-I", "-S", "-c", "import sys, runpy;"

@@ -368,8 +368,8 @@ def test_a_setting_that_nothing_reads_is_an_error(tmp_path, speeches):
 def test_what_was_meant_is_guessed_and_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my notes.txt").write_text("text")
-    meant = "did you mean python prepare_data.py mine --input='my notes.txt' ?"
+    meant = "did you mean  python prepare_data.py mine --input='my notes.txt' ?"
     assert meant in error_of("mine", "my notes.txt") and meant in error_of("my notes.txt", "mine")
-    assert "did you mean python prepare_data.py 'my notes' --input" in error_of("my notes.txt")
+    assert "did you mean  python prepare_data.py 'my notes' --input" in error_of("my notes.txt")
     for arguments in ["--input", "my notes.txt", "mine"], ["mine", "--input", "my notes.txt"]:
         assert "write --input=my notes.txt" in error_of(*arguments)

@@ -16,7 +16,7 @@ import prepare_data
 import sample
 import train
 from nanodva.errors import UserError
-from nanodva.settings import build, load_settings, read_settings
+from nanodva.settings import PathName, build, load_settings, read_settings
 from prepare_data import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -61,16 +61,26 @@ def test_the_later_one_wins_among_presets_and_arguments(preset):
     ("--gradient_accumulation_steps=5*8", "gradient_accumulation_steps", 40),
     ("--learning_rate=6e-4", "learning_rate", 6e-4), ("--learning_rate=1", "learning_rate", 1.0),
     ("--n_layer= 3", "n_layer", 3), ("--n_layer=2**3-1", "n_layer", 7),
-    ("--batch_size=+4", "batch_size", 4), ("--rotary=True", "rotary", True)])
-def test_an_argument_has_the_type_of_its_setting(argument, name, value):
-    found = asdict(load_settings(TrainConfig, [argument]))[name]
+    ("--batch_size=+4", "batch_size", 4), ("--rotary=True", "rotary", True),
+    ("--seed=2**60", "seed", 2**60), ("--out_dir=~/a b", "out_dir", "/home/me/a b"),
+    ("--out_dir=a/~b", "out_dir", "a/~b"), ("--data_dir=~", "data_dir", "/home/me"),
+    ("--init_from=~/ckpt", "init_from", "/home/me/ckpt"), ("--dataset=~", "dataset", "~")])
+def test_an_argument_has_the_type_of_its_setting(monkeypatch, argument, name, value):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = read_settings(TrainConfig, [argument])[name]
     assert found == value and type(found) is type(value)
 
 
-def test_a_prompt_is_text_whatever_it_looks_like():
-    assert load_settings(SampleConfig, ["--start=3"]).start == "3"
-    text = "a = b\n# no comment"
+@pytest.mark.parametrize("text", ["3", "~/a", "a = b\n# no comment"])
+def test_a_prompt_is_text_whatever_it_looks_like(text):
     assert load_settings(SampleConfig, [f"--start={text}"]).start == text
+
+
+def test_each_of_several_paths_may_begin_at_home_also_in_a_preset(monkeypatch, preset):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_settings(PrepareConfig, ["--name=x", "--input=~/a/*.txt,b,~/c"]).input \
+        == "/home/me/a/*.txt,b,/home/me/c"
+    assert load_settings(TrainConfig, [preset("out_dir = '~/a'")]).out_dir == "/home/me/a"
 
 
 def test_a_preset_may_hold_comments_arithmetic_and_what_nanogpts_hold(preset):
@@ -80,7 +90,7 @@ import time
 out_dir = "a" + 'b'
 wandb_run_name = "ft-" + str(time.time())
 gradient_accumulation_steps = 5 * 8
-max_iters = 10 // 3 + 2 ** 3 - 7 % 4
+max_iters = 10 // 3 + 2 ** 3 - 3
 learning_rate = -(-1e-3)
 min_lr = 1e-3 / 10
 compile = False
@@ -97,21 +107,23 @@ WHOLE = "it must be a whole number"
 
 @pytest.mark.parametrize("argument, words", [
     ("--n_layr=6", "unknown setting 'n_layr' on the command line: did you mean 'n_layer'?"),
-    ("--zzz=1", "unknown setting 'zzz' on the command line: --help lists them all"),
-    ("--=3", "unknown setting ''"), ("-x", "neither a preset"),
+    ("--zzz=1", "unknown setting 'zzz' on the command line: see --help"),
+    ("--=3", "unknown setting ''"), ("--", "unknown setting ''"), ("-x", "neither a preset"),
     ("n_layer=3", "neither a preset (config/NAME.py) nor a setting (--key=value)"),
-    ("--n_layer", "--n_layer lacks its value: write --n_layer=VALUE"),
-    ("--out_dir", "--out_dir lacks its value: write --out_dir=VALUE"),
+    ("--n_layer", "--n_layer lacks its value: write --n_layer=VALUE without spaces"),
+    ("--out_dir", "--out_dir lacks its value"),
     ("--n_layer=2.5", WHOLE), ("--n_layer=six", "n_layer='six' on the command line: " + WHOLE),
     ("--n_layer=nan", WHOLE), ("--n_layer=True", WHOLE), ("--n_layer=1e300", WHOLE),
     ("--n_layer=1" + "0" * 5000, WHOLE), ("--n_layer=9**9**9", WHOLE), ("--n_layer=1/0", WHOLE),
-    ("--n_layer=" + "*".join(["10**1000"] * 6), "a huge number"), ("--n_layer=[1]", WHOLE),
+    ("--n_layer=" + "*".join(["9" * 4000] * 3), "n_layer=inf"), ("--n_layer=[1]", WHOLE),
     ("--n_layer=(-8)**0.5", WHOLE), ("--n_layer=__import__('os')", WHOLE),
     ("--n_layer=" + "-" * 20000 + "1", WHOLE), ("--n_layer=" + "(" * 500 + "1" + ")" * 500, WHOLE),
     ("--learning_rate=True", "a number"), ("--learning_rate=fast", "it must be a number"),
     ("--learning_rate=1e999", "a number"), ("--learning_rate=10**400", "a number"),
     ("--eval_only=1", "eval_only=1 on the command line: it must be True or False"),
     ("--eval_only=yes", "True or False"), ("--out_dir=a\0b", "it must be text"),
+    ("--out_dir=~nobody-here/x", "no user has this name; write ./~ if it is part of the name"),
+    ("--init_from=" + "x" * 300, "File name too long; give another folder"),
     ("--compile=maybe", "choose from True, False, auto"), ("--rotary=maybe", "rotary='maybe'"),
     ("--block=dvaa", "block='dvaa': choose from gpt2"), ("--seed=-1", "seed=-1: it must be at"),
     ("--dataset=", "dataset is empty: give a name, as in --dataset=openwebtext"),
@@ -125,35 +137,35 @@ WHOLE = "it must be a whole number"
     ("--init_from=nowhere", "init_from='nowhere': choose from "),
     ("--backend=mpi", "backend='mpi'"),
     ("--optimizer=sgd", "optimizer='sgd': choose from adamw, muon"),
-    ("nowhere.py", "cannot read the preset nowhere.py")], ids=lambda value: value[:40])
+    ("nowhere.py", "cannot read nowhere.py: No such file or directory; choose from "),
+    ("config/demoo.py", "No such file or directory; did you mean 'config/demo.py'?"),
+    ("config", "see --help"), ("out", "'out' is neither a preset"),
+    ("config/.py", "No such file")], ids=lambda value: value[:40])
 def test_a_wrong_argument_is_named(argument, words):
     with refused(words):
         load_settings(TrainConfig, [argument])
 
 
-def test_a_value_behind_a_space_is_shown_with_its_equals_sign():
-    with refused("--n_layer lacks its value: write --n_layer=6"):
-        load_settings(TrainConfig, ["--n_layer", "6"])
+NO_LITERAL = "is neither a literal nor arithmetic on literals"
 
 
 @pytest.mark.parametrize("text, words", [
     ("n_layr = 6", "unknown setting 'n_layr' in {path}: did you mean 'n_layer'?"),
-    ("n_layer = 'six'", WHOLE), ("out_dir = 3", "it must be text"), ("1 + 1", "a preset holds"),
-    ("import os", "line 1: a preset holds assignments"), ("import time, os", "line 1: a preset"),
-    ("from os import *", "line 1"), ("x = __import__('os').mkdir('{harm}')", "line 1: x: "),
-    ("__import__('os').mkdir('{harm}')", "line 1: a preset holds"),
-    ("n_layer = 1\nout_dir = open('{harm}', 'w').name", "line 2: out_dir: "),
-    ("n_layer = batch_size", "neither a literal"), ("n_layer = [6]", "neither a literal"),
-    ("out_dir = f'{harm}'", "neither a literal"), ("out_dir = 'ab' * 3", "neither a literal"),
-    ("n_layer: int = 6", "a preset holds assignments"), ("n_layer = n_head = 6", "a preset holds"),
-    ("n_layer += 6", "a preset holds"), ("if True: n_layer = 6", "a preset holds"),
-    ("def f(): pass", "a preset holds"), ("n_layer = 6 if 1 else 7", "neither a literal"),
-    ("n_layer = (lambda: 6)()", "neither a literal"), ("n_layer = 9**9**9", "neither a literal"),
-    ("n_layer = 1 / 0", "line 1: n_layer: division by zero"), ("n_layer = 6;;", "not a preset"),
-    ("n_layer = = 6", "is not a preset"), ("\0", "is not a preset"),
-    (b"out_dir = '\xff'", "is not a preset"), ("n_layer = " + "-" * 20000 + "1", "preset.py"),
-    ("out_dir = 'a\\0b'", "it must be text"),
-    ("# coding: nonsense\nn_layer = 6", "is not a preset")], ids=lambda value: repr(value)[:40])
+    ("n_layer = 'six'", WHOLE), ("out_dir = 3", "it must be text"), ("1 + 1", "this is code"),
+    ("import os", "line 1: this is code; a preset holds assignments like 'n_layer = 6'"),
+    ("import time, os", "this is code"), ("if True: n_layer = 6", "this is code"),
+    ("x = __import__('os').mkdir('{harm}')", "line 1: \"__import__('os').mkdir('"),
+    ("__import__('os').mkdir('{harm}')", "line 1: this is code"),
+    ("n_layer = 1\nout_dir = open('{harm}', 'w').name", "line 2: \"open('"),
+    ("n_layer = batch_size", "line 1: 'batch_size' " + NO_LITERAL), ("n_layer = [6]", NO_LITERAL),
+    ("out_dir = f'{harm}'", NO_LITERAL), ("out_dir = 'ab' * 3", NO_LITERAL),
+    ("n_layer: int = 6", "is code"), ("n_layer = n_head = 6", "is code"),
+    ("n_layer = 6 if 1 else 7", NO_LITERAL), ("n_layer = (lambda: 6)()", NO_LITERAL),
+    ("n_layer = 9**9**9", "math range error"), ("n_layer = 1 / 0", "line 1: division by zero"),
+    ("n_layer = 6\nn_head = 6;;", "line 2: invalid syntax"), ("n_layer = = 6", "invalid syntax"),
+    ("\0", "null bytes"), (b"out_dir = '\xff'", "utf-8"), ("out_dir = 'a\\0b'", "must be text"),
+    ("n_layer = " + "-" * 20000 + "1", "preset.py"), ("out_dir = -'a'", "line 1: bad operand"),
+    ("# coding: nonsense\nn_layer = 6", "nonsense")], ids=lambda value: repr(value)[:40])
 def test_a_wrong_preset_is_named_and_never_executed(preset, tmp_path, text, words):
     harm = tmp_path / "harm"
     path = preset(text.replace("{harm}", str(harm)) if isinstance(text, str) else text)
@@ -172,9 +184,10 @@ def test_help_lists_every_setting_with_its_meaning(cls, main, capsys):
     for setting in fields(cls):
         name = setting.name
         [line] = re.findall(rf"^  --{name}=.*$", out, re.MULTILINE)
-        kinds = r"(int|float|bool|str|bool \| str|text)"
+        kinds = r"(int|float|bool|str|path|text)"
         shown, meaning = re.fullmatch(rf"  --\w+=(.*?) +{kinds} +(\S.*)", line).group(1, 3)
-        assert shown == (repr(setting.default) if setting.type is str else str(setting.default))
+        is_text = setting.type in (str, PathName)
+        assert shown == (repr(setting.default) if is_text else str(setting.default))
         assert len(meaning) >= 5
 
 

@@ -33,6 +33,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+# So that python tools/bench.py finds the modules above this folder, too
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+# Imported first: it reports missing packages in one line
+from nanodva.errors import check_new, fail, run_script
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch.autograd import DeviceType
@@ -40,11 +47,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.profiler import profile, record_function
 from tqdm import tqdm
 
-# So that python tools/bench.py finds the modules above this folder, too
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from model import Cache, ModelConfig, attend, attend_in_pieces, explicit_attention, stream
-from nanodva.errors import check_new, fail, run_script
 from nanodva.machine import DTYPES, autocast, pick_compile, pick_device, pick_dtype
 from nanodva.optimizers import build_optimizers
 from nanodva.settings import build, change, check, read_settings

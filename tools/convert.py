@@ -15,15 +15,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 # So that python tools/convert.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model import ModelConfig
+# Imported first: it reports missing packages in one line
 from nanodva.errors import fail, run_script
+
+# isort: split
+import torch
+
+from model import ModelConfig
 from nanodva.huggingface import write_tokenizer
-from nanodva.settings import check, load_settings
+from nanodva.settings import PathName, check, load_settings
 from nanodva.tokenizer import Tokenizer
 from nanodva.weights import read_weights
 
@@ -32,9 +35,9 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass
 class ConvertConfig:
-    source: str = ""         # the first argument: a run's folder, or another that --init_from takes
+    source: PathName = ""    # the first argument: a run's folder, or another that --init_from takes
     to: str = "hf"           # hf: for transformers; safetensors: weights under their own names
-    dest: str = ""           # folder to write, new or empty
+    dest: PathName = ""      # folder to write, new or empty
 
     def __post_init__(self):
         check(self, choices=dict(to=["hf", "safetensors"]))

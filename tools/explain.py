@@ -14,15 +14,18 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
 # So that python tools/explain.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model import ModelConfig
+# Imported first: it reports missing packages in one line
 from nanodva.errors import UserError, check_new, fail, replacing, run_script
-from nanodva.settings import check, load_settings
+
+# isort: split
+import numpy as np
+import torch
+
+from model import ModelConfig
+from nanodva.settings import PathName, check, load_settings
 from nanodva.tokenizer import Tokenizer, same_tokenizer
 from nanodva.weights import build_model, read_weights
 from prepare_data import read_meta
@@ -35,16 +38,16 @@ MOST_PARAMETERS = 2**23
 
 @dataclass
 class ExplainConfig:
-    out_dir: str = "out"            # the run's folder, or what else sample.py's init_from takes
-    against: str = ""               # another run, to see which of the two expected each token
+    out_dir: PathName = "out"       # the run's folder, or what else sample.py's init_from takes
+    against: PathName = ""          # another run, to see which of the two expected each token
     start: str = "\n"               # prompt, FILE:text.txt, or - for standard input
     max_new_tokens: int = -1        # written when the page opens; -1: 120 to a prompt, 0 to a file
     temperature: float = 0.8        # 1: as the model says; lower: safer; 0: the most probable
     seed: int = 1337                # the same seed gives the same text
     note: str = ""                  # a sentence of yours for the page's last line
-    dest: str = ""                  # file to write; by default explain.html in out_dir
+    dest: PathName = ""             # file to write; by default explain.html in out_dir
     dataset: str = ""               # where the passage is from, and nanoGPT's alphabet
-    data_dir: str = "data"          # where data sets live
+    data_dir: PathName = "data"     # where data sets live
 
     def __post_init__(self):
         check(self, least=dict(max_new_tokens=-1, temperature=0, seed=0))

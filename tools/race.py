@@ -45,16 +45,19 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 # So that python tools/race.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+# Imported first: it reports missing packages in one line
+from nanodva.errors import UserError, fail, replacing, run_script
+
+# isort: split
+import torch
+from tqdm import tqdm
 
 import train
 from nanodva.checkpoints import load_checkpoint, only_writer
 from nanodva.dataset import open_data, table_rows
-from nanodva.errors import UserError, fail, replacing, run_script
 from nanodva.machine import Stop, pick_compile, pick_device, pick_dtype
 from nanodva.settings import build, change, check, read_settings
 from nanodva.tokenizer import Tokenizer
