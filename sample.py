@@ -1,19 +1,22 @@
 """
-Sample text from a trained model. The first text is printed while it is written; the others, which
-the model writes at the same time, follow. A checkpoint is enough: its tokenizer is inside.
+Sample text from a trained model. The first text is printed while it is sampled; the others, which
+the model samples at the same time, follow. A checkpoint is enough: its tokenizer is inside.
 
     python sample.py --out_dir=out-demo --start="ROMEO:"
+    python sample.py --out_dir=out-demo --interactive       prompt after prompt; Ctrl-D ends
     python sample.py --out_dir=out-demo --start=FILE:prompt.txt --num_samples=3 --temperature=0.8
     python sample.py --init_from=gpt2-xl --start=- --top_p=0.9 < prompt.txt
 """
 import codecs
+import importlib.util
+import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# First of all, since it says in one line which package is missing
-from nanodva.errors import fail, run_script
+# Imported first: it reports missing packages in one line
+from nanodva.errors import UserError, fail, naming_file, run_script
 
 # isort: split
 import torch
@@ -22,27 +25,28 @@ from model import ModelConfig, stream
 from nanodva.dataset import read_meta
 from nanodva.machine import DTYPES, naming_memory, pick_device, pick_sampling_dtype
 from nanodva.readers import decode_text
-from nanodva.settings import check, load_settings
+from nanodva.settings import PathName, build, check, read_settings
 from nanodva.tokenizer import Tokenizer
 from nanodva.weights import build_model, read_weights
 
 RULE = "---------------"
-# Texts that are written together. More of them need more memory for their caches.
+# Texts that are sampled together. More of them need more memory for their caches.
 MOST_AT_ONCE = 32
 
 
 @dataclass
 class SampleConfig:
-    init_from: str = "resume"       # resume: the run in out_dir; or gpt2, gpt2-xl ..., or a path
-    out_dir: str = "out"            # the run's folder, with best.pt, last.pt or ckpt.pt
+    init_from: PathName = "resume"  # resume: the run in out_dir; or gpt2, gpt2-xl ..., or a path
+    out_dir: PathName = "out"       # the run's folder, with best.pt, last.pt or ckpt.pt
     dataset: str = ""               # whose tokens to use, for weights that do not say
-    data_dir: str = "data"          # where data sets live
+    data_dir: PathName = "data"     # where data sets are
     start: str = "\n"               # prompt (\n ends a line), FILE:prompt.txt, or - for stdin
-    num_samples: int = 10           # how many texts
+    interactive: bool = False       # each line of standard input is a prompt, until Ctrl-D
+    num_samples: int = 10           # how many texts; with interactive 1 by default
     max_new_tokens: int = 500       # tokens in each
     temperature: float = 0.8        # 1: as the model says; lower: safer; 0: the most probable
-    top_k: int = 200                # draw from the k most probable tokens; 0: from all
-    top_p: float = 1.0              # nucleus sampling: draw from the most probable share; 1: off
+    top_k: int = 200                # sample from the k most probable tokens; 0: from all
+    top_p: float = 1.0              # nucleus sampling: from the most probable share; 1: off
     stop: str = ""                  # a text that ends each sample, such as \n\n; empty: none
     stop_token: int = -1            # token id that ends a text; -1: none
     seed: int = 1337                # the same seed gives the same texts
@@ -56,25 +60,40 @@ class SampleConfig:
               choices=dict(dtype=["auto", *DTYPES], compile=[True, False, "auto"]))
         if not 0 < self.top_p <= 1:
             fail(f"top_p={self.top_p}: it must be above 0 and at most 1")
+        if self.interactive and self.start != SampleConfig.start:
+            fail("start: with --interactive prompts come from standard input; leave one out")
 
 
 def read_prompt(start, tokenizer):
     """
-    The prompt's text: start itself, what FILE:path holds, or with - standard input. The default, a
-    new line, becomes a space or the first character where the alphabet has none (text8, DNA).
+    The prompt's text: start itself, what FILE:path holds, or with - standard input. If characters
+    are the tokens and none is a new line, which is the default, it is a space or the first one.
     """
     if start == "\n" and tokenizer.bpe is None:
         alphabet = tokenizer.spec["alphabet"]
         return next((c for c in "\n " if c in alphabet), alphabet[0])
-    if start != "-" and not start.startswith("FILE:"):
-        return line_ends(start)
-    name = "standard input" if start == "-" else start.removeprefix("FILE:")
-    try:
-        data = sys.stdin.buffer.read() if start == "-" else Path(name).read_bytes()
-    except OSError as error:
-        fail(f"cannot read the prompt {name!r}: {error.strerror}; name a text, as in "
-             f"--start=FILE:prompt.txt")
-    return decode_text(data, f"the prompt {name}")
+    if start == "-":
+        return decode_text(sys.stdin.buffer.read(), "the prompt standard input")
+    if start.startswith("FILE:"):
+        path = os.path.expanduser(start.removeprefix("FILE:"))
+        with naming_file("read the prompt", path, "name a text, as in --start=FILE:prompt.txt"):
+            return decode_text(Path(path).read_bytes(), f"the prompt {path}")
+    return line_ends(start)
+
+
+def read_lines(tokenizer):
+    """Yield each line of standard input as a prompt. A terminal shows > before it."""
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_terminal and importlib.util.find_spec("readline"):
+        importlib.import_module("readline")                            # arrow keys for input()
+    # A byte that is not UTF-8 becomes a character that no alphabet has
+    sys.stdin.reconfigure(errors="surrogateescape")
+    while True:
+        try:
+            line = input("> " if is_terminal else "")
+        except EOFError:
+            return
+        yield line_ends(line) or read_prompt(SampleConfig.start, tokenizer)
 
 
 def line_ends(text):
@@ -83,14 +102,11 @@ def line_ends(text):
 
 
 def find_tokenizer(weights, cfg):
-    """
-    The tokenizer that the weights bring. Where they do not know it, or where it was only assumed,
-    that of the data set which --dataset names, or else a nanoGPT checkpoint.
-    """
+    """The tokenizer of the weights or, if they do not know it, of a data set: --dataset or theirs."""
     spec, assumed = weights["tokenizer"], weights["assumed"]
-    if spec and cfg.dataset and not assumed:
-        fail(f"dataset={cfg.dataset!r}: these weights bring their own tokens; leave it out")
     if spec and not (assumed and cfg.dataset):
+        if cfg.dataset:
+            fail(f"dataset={cfg.dataset!r}: these weights bring their own tokens; leave it out")
         if assumed:
             print(assumed, file=sys.stderr)
         return Tokenizer(spec)
@@ -107,8 +123,11 @@ def find_tokenizer(weights, cfg):
     return tokenizer
 
 
-def encode_prompt(prompt, tokenizer):
-    """The prompt's token ids, at least one; <|endoftext|> alone is GPT-2's token of that name."""
+def encode_prompt(prompt, tokenizer, block_size=None):
+    """
+    The prompt's token ids, at least one; <|endoftext|> alone is GPT-2's token of that name. A line
+    says so if the model, whose window is block_size, reads only the newest of them.
+    """
     if prompt == "<|endoftext|>" and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
     try:
@@ -117,48 +136,25 @@ def encode_prompt(prompt, tokenizer):
         fail(error)
     if not ids:
         fail("start is empty: give at least one character, or leave it out for a new line")
+    if block_size and len(ids) > block_size:
+        print(f"the prompt has {len(ids):,} tokens: the model reads the newest {block_size:,}, its "
+              f"window", file=sys.stderr)
     return ids
 
 
-def main(argv=None):
-    cfg = load_settings(SampleConfig, argv)
-    device = pick_device(cfg.device)
-    weights = read_weights(Path(cfg.out_dir) if cfg.init_from == "resume" else cfg.init_from)
-    model = build_model(ModelConfig(**weights["model_config"]), weights).eval()
-    dtype = pick_sampling_dtype(cfg.dtype, device, model.num_params())
-    model.to(device, getattr(torch, dtype))
-    if cfg.compile is True:
-        model.compile()
-    tokenizer = find_tokenizer(weights, cfg)
-    prompt = read_prompt(cfg.start, tokenizer)
-    ids = encode_prompt(prompt, tokenizer)
-    if cfg.stop and tokenizer.bpe is None:
-        encode_prompt(line_ends(cfg.stop), tokenizer)                  # can the model write it?
-    if cfg.stop_token >= tokenizer.vocab_size:
-        fail(f"stop_token={cfg.stop_token}: the ids of this model end at "
-             f"{tokenizer.vocab_size - 1}")
-
-    torch.manual_seed(cfg.seed)
-    for first in range(0, cfg.num_samples, MOST_AT_ONCE):
-        count = min(MOST_AT_ONCE, cfg.num_samples - first)
-        with naming_memory(f"lower --num_samples={cfg.num_samples}"):
-            write(model, tokenizer, prompt, ids, count, cfg, device, live=first == 0)
-
-
-def write(model, tokenizer, prompt, ids, count, cfg, device, live):
+def write(model, tokenizer, prompt, ids, count, cfg):
     """
-    Print the prompt, of which `ids` are the token ids, with `count` continuations. `live` prints
-    the first one token by token.
+    Print the prompt, of which `ids` are the token ids, with `count` continuations, the first of
+    them token by token.
     """
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)
     # A token may end inside a character, whose rest comes with the next one
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(count)]
     texts, ended, stop = [prompt] * count, [False] * count, line_ends(cfg.stop)
-    if live:
-        print(prompt, end="", flush=True)
+    print(prompt, end="", flush=True)
     try:
-        for new in stream(model, torch.tensor([ids], device=device), cfg.max_new_tokens,
-                          cfg.temperature, cfg.top_k, cfg.top_p, cfg.stop_token,
-                          tokenizer.vocab_size, count):
+        for new in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                          cfg.stop_token, tokenizer.vocab_size, count):
             for row, (token,) in enumerate(new.tolist()):
                 if ended[row]:
                     continue
@@ -169,7 +165,7 @@ def write(model, tokenizer, prompt, ids, count, cfg, device, live):
                     text = text[:place + len(stop) - len(texts[row])]
                 ended[row] = token == cfg.stop_token or place >= 0
                 texts[row] += text
-                if row == 0 and live:
+                if row == 0:
                     print(text, end="", flush=True)
             if all(ended):
                 break
@@ -177,10 +173,38 @@ def write(model, tokenizer, prompt, ids, count, cfg, device, live):
         fail(error)
     finally:
         # After Ctrl-C, too: each text as far as it is written
-        if live:
-            print(f"\n{RULE}")
-        for text in texts[live:]:
-            print(f"{text}\n{RULE}")
+        print("\n".join(["", RULE, *(f"{text}\n{RULE}" for text in texts[1:])]))
+
+
+def main(argv=None):
+    given = read_settings(SampleConfig, argv)
+    cfg = build(SampleConfig, ({"num_samples": 1} if given.get("interactive") else {}) | given)
+    device = pick_device(cfg.device)
+    weights = read_weights(Path(cfg.out_dir) if cfg.init_from == "resume" else cfg.init_from)
+    model = build_model(ModelConfig(**weights["model_config"]), weights).eval()
+    dtype = pick_sampling_dtype(cfg.dtype, device, model.num_params())
+    model.to(device, getattr(torch, dtype))
+    if cfg.compile is True:
+        model.compile()
+    tokenizer = find_tokenizer(weights, cfg)
+    if cfg.stop and tokenizer.bpe is None:
+        encode_prompt(line_ends(cfg.stop), tokenizer)                  # can the model write it?
+    if cfg.stop_token >= tokenizer.vocab_size:
+        fail(f"stop_token={cfg.stop_token}: the ids of this model end at "
+             f"{tokenizer.vocab_size - 1}")
+
+    torch.manual_seed(cfg.seed)
+    for prompt in read_lines(tokenizer) if cfg.interactive else [read_prompt(cfg.start, tokenizer)]:
+        try:
+            ids = encode_prompt(prompt, tokenizer, model.config.block_size)
+            for first in range(0, cfg.num_samples, MOST_AT_ONCE):
+                count = min(MOST_AT_ONCE, cfg.num_samples - first)
+                with naming_memory(f"lower --num_samples={cfg.num_samples}"):
+                    write(model, tokenizer, prompt, ids, count, cfg)
+        except (UserError, KeyboardInterrupt) as error:
+            if not cfg.interactive:
+                raise
+            print(f"error: {error}" if str(error) else "stopped", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_texts_follow_from_the_seed(texts):
     assert texts(num_samples=3, seed=1) == first != texts(num_samples=3, seed=2)
 
 
-def test_temperature_0_takes_the_likeliest_token(texts, trained, alphabet):
+def test_temperature_0_takes_the_most_probable_token(texts, trained, alphabet):
     model = load_model(str(trained))
     ids = [alphabet.index("a"), alphabet.index("b")]
     # Up to the window: no cache, no sampling
@@ -76,22 +76,15 @@ def test_every_block_writes_text_in_every_precision(run, texts, tmp_path, block)
 
 # ---- prompts -------------------------------------------------------------------------------------
 
-def test_backslash_n_in_a_prompt_is_a_new_line():
-    """nanoGPT's default prompt is a new line, and a shell cannot easily write one."""
-    letters = Tokenizer({"kind": "char", "alphabet": "\nab"})
-    assert sample.read_prompt(r"a\n\n", letters) == "a\n\n"
+@pytest.mark.parametrize("start, alphabet, prompt", [
+    # nanoGPT's default prompt is a new line, and a shell cannot easily write one
+    (r"a\n\n", "\nab", "a\n\n"), ("a\nb", "\nab", "a\nb"),
     # A word of LaTeX keeps its backslash
-    assert sample.read_prompt(r"a \nabla", letters) == r"a \nabla"
-    assert sample.read_prompt("a\nb", letters) == "a\nb"
-
-
-@pytest.mark.parametrize("alphabet, begin", [("\n ab", "\n"), (" abc", " "), ("ACGT", "A")])
-def test_the_default_prompt_is_a_token_that_exists(alphabet, begin):
-    """text8 has no new line; DNA has no space either."""
-    tokenizer = Tokenizer({"kind": "char", "alphabet": alphabet})
-    prompt = sample.read_prompt(sample.SampleConfig.start, tokenizer)
-    assert prompt == begin
-    assert sample.encode_prompt(prompt, tokenizer) == [alphabet.index(begin)]
+    (r"a \nabla", "\nab", r"a \nabla"),
+    # text8 has no new line; DNA has no space either
+    ("\n", "\n ab", "\n"), ("\n", " abc", " "), ("\n", "ACGT", "A")])
+def test_a_prompt_is_what_was_meant(start, alphabet, prompt):
+    assert sample.read_prompt(start, Tokenizer({"kind": "char", "alphabet": alphabet})) == prompt
 
 
 @pytest.mark.parametrize("data", [b"\xef\xbb\xbfab\r\nc\rd", "ab\r\nc\rd".encode("utf-16"),
@@ -99,14 +92,16 @@ def test_the_default_prompt_is_a_token_that_exists(alphabet, begin):
 def test_a_prompt_is_read_by_the_rules_for_a_text(data, tmp_path, monkeypatch):
     tokenizer = Tokenizer({"kind": "char", "alphabet": "\nabcd"})
     (tmp_path / "prompt.txt").write_bytes(data)
-    assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}", tokenizer) == "ab\nc\nd"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (tmp_path, "~"):
+        assert sample.read_prompt(f"FILE:{path}/prompt.txt", tokenizer) == "ab\nc\nd"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
     assert sample.read_prompt("-", tokenizer) == "ab\nc\nd"
 
 
 @pytest.mark.parametrize("length", [16, 17, 1000])
-def test_of_a_long_prompt_all_is_printed_and_the_newest_window_seen(texts, alphabet, monkeypatch,
-                                                                    length):
+def test_of_a_long_prompt_all_is_printed_and_the_newest_window_read(trained, alphabet, monkeypatch,
+                                                                    capsys, length):
     seen, forward = [], GPT.forward
 
     def watched(self, idx, *args, **options):
@@ -114,9 +109,38 @@ def test_of_a_long_prompt_all_is_printed_and_the_newest_window_seen(texts, alpha
         return forward(self, idx, *args, **options)
     monkeypatch.setattr(GPT, "forward", watched)
     prompt = ("a" * 1000 + "bcdefghijklmnopr")[-length:]
-    [text] = texts(start=prompt)
-    assert text.startswith(prompt) and len(text) == length + 20
+    sample.main(command_line(dict(out_dir=trained, num_samples=1, max_new_tokens=20,
+                                  device="cpu", start=prompt)))
+    out, err = capsys.readouterr()
+    assert out.startswith(prompt) and out.index(BETWEEN) == length + 20
     assert seen[0] == [alphabet.index(character) for character in prompt[-16:]]
+    said = f"the prompt has {length:,} tokens: the model reads the newest 16, its window\n"
+    assert err == (said if length > 16 else "")
+
+
+def interactive(trained, monkeypatch, capsys, data, **settings):
+    """(texts, errors) of sample.py --interactive with these bytes on standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    sample.main(["--interactive", *command_line(dict(out_dir=trained, max_new_tokens=20,
+                                                     device="cpu") | settings)])
+    out, err = capsys.readouterr()
+    return out.split(BETWEEN)[:-1], err
+
+
+def test_prompt_after_prompt_is_read_until_the_end_of_input(trained, texts, monkeypatch, capsys):
+    found, err = interactive(trained, monkeypatch, capsys, b"ab\n\nab")
+    assert [len(text) for text in found] == [22, 21, 22] and err == ""
+    # An empty line is the default prompt, and a prompt again gives another text
+    assert found[0] == texts()[0] != found[2] and found[1][0] == " "
+    found, _ = interactive(trained, monkeypatch, capsys, b"ab\r\nab", num_samples=2)
+    assert len(found) == 4 and found[:2] == texts(num_samples=2)
+
+
+def test_an_interactive_mistake_is_one_line_and_the_next_prompt_is_read(trained, monkeypatch,
+                                                                       capsys):
+    found, err = interactive(trained, monkeypatch, capsys, b"abZ\na\xff\nab")
+    assert len(found) == 1 and found[0].startswith("ab")
+    assert re.fullmatch(r"error: character 'Z' .*\nerror: character '\\udcff' .*\n", err)
 
 
 def test_end_of_text_alone_is_its_token_and_in_a_text_it_is_text():
@@ -144,21 +168,6 @@ def test_characters_that_span_tokens_are_put_together(tmp_path, texts):
 
 # ---- what is refused -----------------------------------------------------------------------------
 
-def test_a_character_that_is_not_in_the_alphabet_is_named(texts, alphabet):
-    with refused("character 'Z' is not in the alphabet", repr(alphabet)):
-        texts(start="abZ")
-    # A byte that is not UTF-8, as the shell hands it over
-    with refused("character '\\udcff'"):
-        texts(start="a\udcff")
-
-
-def test_an_empty_prompt_is_refused(texts, tmp_path):
-    (tmp_path / "empty.txt").write_bytes(b"")
-    for start in ("", f"FILE:{tmp_path / 'empty.txt'}"):
-        with refused("start is empty"):
-            texts(start=start)
-
-
 def test_a_prompt_that_cannot_be_read_is_named(texts, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
     with refused("line 1 of", "prompt.txt is not UTF-8: byte 0xff at position 2; save it in UTF-8"):
@@ -166,9 +175,6 @@ def test_a_prompt_that_cannot_be_read_is_named(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="ascii"))
     with refused("the prompt standard input is not UTF-8"):
         texts(start="-")
-    for path in (tmp_path / "nothing.txt", tmp_path):
-        with refused("cannot read the prompt"):
-            texts(start=f"FILE:{path}")
 
 
 def test_without_a_checkpoint_there_is_nothing_to_sample_from(texts, tmp_path, monkeypatch):
@@ -190,20 +196,33 @@ def test_last_is_sampled_where_there_is_no_best(texts, trained, tmp_path):
     (dict(seed=-1), "seed=-1"), (dict(top_p=0), "top_p=0.0: it must be"),
     (dict(top_p=1.5), "top_p=1.5: it must be"), (dict(stop_token=-2), "stop_token=-2"),
     (dict(device="cuda:77"), "is not on this machine"), (dict(dtype="int8"), "dtype='int8'"),
-    (dict(strat="a"), "did you mean 'start'?")], ids=str)
+    (dict(strat="a"), "did you mean 'start'?"), (dict(start=""), "start is empty"),
+    (dict(start="FILE:/dev/null"), "start is empty"),
+    (dict(start="abZ"), "character 'Z' is not in the alphabet ' abcdefghijklmnoprstuvwé'"),
+    # A byte that is not UTF-8, as the shell hands it over
+    (dict(start="a\udcff"), "character '\\udcff'"), (dict(stop="Z"), "character 'Z'"),
+    (dict(stop_token=99), "the ids of this model end at 23"),
+    (dict(start="FILE:no  where"), "cannot read the prompt no  where: No such file or directory"),
+    (dict(start="FILE:/"), "cannot read the prompt /: Is a directory; name a text, as in --start="),
+    (dict(interactive=True), "with --interactive prompts come from standard input")], ids=str)
 def test_a_wrong_setting_is_named(texts, settings, words):
     with refused(words):
         texts(**settings)
 
 
-def test_an_interrupted_text_is_shown_as_far_as_it_came(trained, capsys, monkeypatch):
+@pytest.mark.parametrize("is_interactive", [False, True])
+def test_an_interrupted_text_is_shown_as_far_as_it_came(trained, capsys, monkeypatch,
+                                                        is_interactive):
     def interrupted(*args):
         for count, new in enumerate(stream(*args)):
             if count == 5:
                 raise KeyboardInterrupt
             yield new
     monkeypatch.setattr(sample, "stream", interrupted)
-    argv = command_line(dict(out_dir=trained, num_samples=2, start="ab", device="cpu"))
+    if is_interactive:
+        found, err = interactive(trained, monkeypatch, capsys, b"ab\nab", num_samples=2)
+        assert [len(text) for text in found] == [7] * 4 and err == "stopped\nstopped\n"
+        return
     with pytest.raises(KeyboardInterrupt):
-        sample.main(argv)
+        sample.main(command_line(dict(out_dir=trained, num_samples=2, start="ab", device="cpu")))
     assert [len(text) for text in capsys.readouterr().out.split(BETWEEN)[:-1]] == [7, 7]
