@@ -12,11 +12,13 @@ Letters in shapes: B batch, T positions of this call, S all positions so far (S 
 holds earlier ones), C n_embd, H heads, D and M the widths of keys and values, V vocab_size.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 
 class ConfigError(ValueError):
@@ -37,15 +39,14 @@ class ModelConfig:
     rotary: bool | str = "auto"  # True, False, only (no learned positions), auto: False for gpt2
     qk_dim: int = 64             # dva: width D of query and key
     value_dim: int = 0           # dva: width M of value and gate; 0: n_embd
-    value_norm: bool = True      # dva: RMSNorm on the mixed value
-    gate: str = "plain"          # dva: plain, v_ij = g_i * u_j, or open, (1 + g_i) * u_j
+    value_norm: bool = True      # dva: RMSNorm on the weighted sum of the values
     bank_layers: int = 0         # the last N layers have a Bank of Values; the paper: a third
 
     def __post_init__(self):
         least = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, qk_dim=1,
                      value_dim=0, bank_layers=0, dropout=0)
         choices = dict(block=list(BLOCKS), gelu=["exact", "tanh"],
-                       rotary=[True, False, "only", "auto"], gate=["plain", "open"])
+                       rotary=[True, False, "only", "auto"])
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ConfigError(f"{name}={getattr(self, name)}: it must be at least {lowest}")
@@ -58,94 +59,111 @@ class ModelConfig:
         if self.bank_layers > self.n_layer:
             raise ConfigError(f"bank_layers={self.bank_layers}: it must be at most "
                               f"n_layer={self.n_layer}")
-        if self.rotary == "auto":
-            self.rotary = self.block != "gpt2"
-        self.value_dim = self.value_dim or self.n_embd
+
+    @property
+    def is_rotary(self):
+        """Whether queries and keys are rotated by their positions."""
+        return self.block != "gpt2" if self.rotary == "auto" else bool(self.rotary)
+
+    @property
+    def has_learned_positions(self):
+        """Whether a learned vector for each position is added to the token embeddings."""
+        return self.rotary != "only"
+
+    @property
+    def value_width(self):
+        """The width M of a dva block's values and gates."""
+        return self.value_dim or self.n_embd
 
 
 # ---- what both kinds of attention share --------------------------------------------------------
 
-class Rotary(nn.Module):
+def rotary_table(block_size, width):
     """
-    Rotary positions (arXiv 2104.09864): each pair of channels (c, c + D/2) of a query or key is
-    turned by an angle that grows with its position, each pair at a speed of its own. The product of
-    a turned query and a turned key then depends on their distance, and not on where they stand.
+    The cosines and sines of rotary positions (arXiv 2104.09864), (2, block_size, width): position
+    p rotates the pair of channels (c, c + width/2) by the angle p / 10000^(2c / width).
     """
+    half = width // 2
+    speed = 10000.0 ** (-torch.arange(half) / half)                    # radians per position
+    angle = torch.arange(block_size)[:, None] * speed                  # (block_size, width / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
-    def __init__(self, block_size, width):
-        super().__init__()
-        half = width // 2
-        speed = 10000.0 ** (-torch.arange(half) / half)                # radians per position
-        angle = torch.arange(block_size)[:, None] * speed              # (block_size, D / 2)
-        cos, sin = angle.cos(), angle.sin()
-        table = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
-        self.register_buffer("table", table, persistent=False)         # (2, block_size, D)
 
-    def forward(self, x, first):
-        """x (..., T, D), at the positions from `first` on, turned"""
-        cos, sin = self.table.narrow(1, first, x.size(-2)).to(x.dtype)
-        return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+def rotate(x, rotary):
+    """
+    Rotate the pairs of channels of queries or keys x (..., T, D) by the rows of a rotary_table
+    for their T positions, (2, T, D). The product of a rotated query and a rotated key then depends
+    on the distance between their positions, not on the positions themselves.
+    """
+    cos, sin = rotary.to(x.dtype)
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
     """
-    What both kinds of attention share: heads, rotary positions, the KV cache, an optional Bank of
-    Values, one causal softmax, and the projection back into the residual stream.
+    What both kinds of attention share: W_q, W_k and W_v or a Bank of Values, heads, rotary
+    positions, the KV cache, one causal softmax, and W_o, which projects back into the stream.
 
-    qk_width and value_width count the channels of all heads together. Raises ConfigError where
-    they do not divide into heads, or where a head's queries do not divide into pairs of channels.
+    qk_width and value_width count the channels of all heads together. Raises ConfigError if they
+    do not divide into heads, or if a rotated head has an odd number of channels.
     """
 
     def __init__(self, config, banked, n_head, qk_width, value_width):
         super().__init__()
-        D = qk_width // n_head
+        C, self.n_head, self.dropout = config.n_embd, n_head, config.dropout
         if qk_width % n_head or value_width % n_head:
-            raise ConfigError(f"n_embd={config.n_embd} does not divide into n_head={n_head} heads: "
-                              f"choose an n_head that divides it")
-        if config.rotary and D % 2:
-            raise ConfigError(f"rotary positions turn channels in pairs, and a query has {D} of "
-                              f"them: make that even, or leave them out with --rotary=False")
-        self.n_head, self.dropout = n_head, config.dropout
-        self.multiplications_per_pair = qk_width + value_width
-        self.rotary = Rotary(config.block_size, D) if config.rotary else None
+            raise ConfigError(f"n_embd={C} does not divide into n_head={n_head} heads: choose an "
+                              f"n_head that divides it")
+        if config.is_rotary and qk_width // n_head % 2:
+            setting = f"n_head={n_head}" if n_head > 1 else f"qk_dim={qk_width}"
+            raise ConfigError(f"{setting}: rotary positions rotate pairs of channels, but a query "
+                              f"has {qk_width // n_head}: make that number even, or choose "
+                              f"--rotary=False")
         self.bank = BankOfValues(config.vocab_size, value_width) if banked else None
-        self.c_proj = Linear(value_width, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(value_width, C, bias=config.bias)
+        self.c_q = nn.Linear(C, qk_width, bias=config.bias)
+        self.c_k = nn.Linear(C, qk_width, bias=config.bias)
+        self.c_v = None if banked else nn.Linear(C, value_width, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def mix(self, q, k, v, idx, cache):
+    def values(self, x, idx, cache):
         """
-        For each query the sum of the values, weighted by a softmax over all keys up to its own
-        position: q, k (B, T, H D), v (B, T, M) -> (B, T, M). Where the layer has a bank, v is None
-        and the bank looks up the values of all token ids so far, idx (B, S).
+        The values u of all positions so far, (B, S, M): W_v x for x (B, T, C), after those in the
+        cache, or the rows of the bank for all token ids so far, idx (B, S).
         """
         if self.bank is not None:
-            v = self.bank(idx)                                         # (B, S, M)
-        q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in (q, k, v))
-        if self.rotary is not None:
-            first = 0 if cache is None else cache.length
-            q, k = self.rotary(torch.stack((q, k)), first)             # (B, H, T, D)
+            return self.bank(idx)
+        u = self.c_v(x)
+        return u if cache is None else cache.append(cache.values, self, u)
+
+    def mix(self, q, k, u, rotary, cache):
+        """
+        For each query the sum of the values, weighted by a softmax over all keys up to its own
+        position: q, k (B, T, H D), u (B, S, M), rotary (2, T, D) or None -> (B, T, M).
+        """
+        q, k, u = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in (q, k, u))
+        if rotary is not None:
+            q, k = rotate(torch.stack((q, k)), rotary)                 # (B, H, T, D)
         if cache is not None:
             k = cache.append(cache.keys, self, k)                      # (B, H, S, D)
-        if cache is not None and self.bank is None:
-            v = cache.append(cache.values, self, v)                    # (B, H, S, M / H)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)    # (B, H, T, M / H)
+        y = attend(q, k, u, self.dropout if self.training else 0.0)    # (B, H, T, M / H)
         return y.transpose(1, 2).flatten(2)
 
 
 # ---- GPT-2 -------------------------------------------------------------------------------------
 
 class CausalSelfAttention(Attention):
-    """GPT-2's attention: several heads, and for each key one value, which all queries read."""
+    """GPT-2's attention: several heads, and one value for each key, which all queries share."""
 
     def __init__(self, config, banked):
         C = config.n_embd
         super().__init__(config, banked, config.n_head, qk_width=C, value_width=C)
-        self.c_attn = Linear(C, 2 * C if banked else 3 * C, bias=config.bias)
 
-    def forward(self, x, idx, cache=None):
-        """x (B, T, C), all token ids so far idx (B, S) -> (B, T, C)"""
-        q, k, *v = self.c_attn(x).split(x.size(-1), dim=-1)            # a bank layer has no v
-        y = self.mix(q, k, v[0] if self.bank is None else None, idx, cache)
+    def forward(self, x, idx, rotary, cache=None):
+        """x (B, T, C), all token ids so far idx (B, S), rotary (2, T, D) or None -> (B, T, C)"""
+        q, k, u = self.c_q(x), self.c_k(x), self.values(x, idx, cache)
+        y = self.mix(q, k, u, rotary, cache)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -154,9 +172,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -173,54 +191,52 @@ class GPT2Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, idx, cache=None):
-        x = x + self.attn(self.ln_1(x), idx, cache)
+    def forward(self, x, idx, rotary, cache=None):
+        x = x + self.attn(self.ln_1(x), idx, rotary, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 # ---- DVA ---------------------------------------------------------------------------------------
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, x (..., M) -> (..., M), with its weight in x's type: autocast leaves it float32."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
 
 class DynamicValueAttention(Attention):
     """
     One head, and a value of its own for every pair of positions (arXiv 2512.22212, whose abstract
     gives no equations: these are this project's reading of it).
 
-    From position i come a query q_i and a gate g_i, from position j a key k_j and a value u_j:
+    Position i gives a query q_i and a gate g_i, position j a key k_j and a value u_j:
 
-        s_ij = softmax over j <= i of q_i . k_j / sqrt(D)       strength of the pair
+        s_ij = softmax over j <= i of q_i . k_j / sqrt(D)       attention weight of the pair
         v_ij = g_i * u_j                                        value of the pair, elementwise
         y_i  = W_o sum_j s_ij v_ij                              what the block adds to the stream
 
     All v_ij together would be a (T, T, M) tensor. It is never built: g_i does not depend on j, so
-    it comes out of the sum, sum_j s_ij v_ij = g_i * sum_j s_ij u_j, and what is left is one
-    ordinary attention. The norm (on by default) divides that sum by its size, which is one number
-    for each query. So each pair keeps a value of its own: v_ij = (w * g_i / rms_i) * u_j.
-
-    An open gate (gate="open", this project's own change) has 1 + g_i in the place of g_i: a value
-    that all queries share, plus the change that each query makes. That change is small at the
-    start of training, so the block begins close to ordinary attention.
+    it can be taken out of the sum, sum_j s_ij v_ij = g_i * sum_j s_ij u_j. What is left is one
+    ordinary attention. The norm (on by default) divides this sum by its root mean square, one
+    number per query. So each pair keeps a value of its own: v_ij = (w * g_i / rms_i) * u_j.
     """
 
     def __init__(self, config, banked):
-        C, D, M = config.n_embd, config.qk_dim, config.value_dim
+        C, D, M = config.n_embd, config.qk_dim, config.value_width
         super().__init__(config, banked, n_head=1, qk_width=D, value_width=M)
-        self.c_q = Linear(C, D, bias=config.bias)
-        self.c_k = Linear(C, D, bias=config.bias)
-        self.c_v = Linear(C, M, bias=config.bias) if not banked else None
-        self.c_gate = Linear(C, M, bias=config.bias)
-        self.norm = RMSNorm(M) if config.value_norm else nn.Identity()
-        self.starts_open = config.gate == "open"
+        self.c_gate = nn.Linear(C, M, bias=config.bias)
+        self.norm = RMSNorm(M, eps=1e-5) if config.value_norm else nn.Identity()
         if banked and config.value_norm:
-            # The norm divides by the table's scale, so its gradient would be rounding noise
+            # The norm cancels any common scale, so gamma's gradient would be rounding noise
             self.bank.gamma.requires_grad_(False)
 
-    def forward(self, x, idx, cache=None):
-        """x (B, T, C), all token ids so far idx (B, S) -> (B, T, C)"""
-        q, k, g = self.c_q(x), self.c_k(x), self.c_gate(x)
-        if self.starts_open:
-            g = 1 + g
-        y = self.mix(q, k, self.c_v(x) if self.bank is None else None, idx, cache)
-        return self.resid_dropout(self.c_proj(self.norm(y) * g))
+    def forward(self, x, idx, rotary, cache=None):
+        """x (B, T, C), all token ids so far idx (B, S), rotary (2, T, D) or None -> (B, T, C)"""
+        q, k, u = self.c_q(x), self.c_k(x), self.values(x, idx, cache)
+        g = self.c_gate(x)
+        y = self.norm(self.mix(q, k, u, rotary, cache)) * g
+        return self.resid_dropout(self.c_proj(y))
 
 
 class DVABlock(nn.Module):
@@ -231,8 +247,8 @@ class DVABlock(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = DynamicValueAttention(config, banked)
 
-    def forward(self, x, idx, cache=None):
-        return x + self.attn(self.ln_1(x), idx, cache)
+    def forward(self, x, idx, rotary, cache=None):
+        return x + self.attn(self.ln_1(x), idx, rotary, cache)
 
 
 # ---- BoV ---------------------------------------------------------------------------------------
@@ -254,12 +270,15 @@ class BankOfValues(nn.Module):
 
     @torch.no_grad()
     def align(self, embedding):
-        """Start as the values that a fresh W_v would make of each token's embedding (V, C)."""
+        """
+        Initialise the table with the values that a newly initialised W_v would give each token's
+        embedding, (V, C).
+        """
         w_v = embedding.new_empty(self.table.size(1), embedding.size(1)).normal_(std=0.02)
         self.table.copy_(F.layer_norm(embedding, embedding.shape[1:]) @ w_v.T)
 
 
-# A block is built from (config, banked), and called with (x, idx, cache).
+# A block is built from (config, banked), and called with (x, idx, rotary, cache).
 BLOCKS = {"gpt2": GPT2Block, "dva": DVABlock}
 
 
@@ -267,8 +286,9 @@ BLOCKS = {"gpt2": GPT2Block, "dva": DVABlock}
 
 class GPT(nn.Module):
     """
-    A decoder-only transformer with GPT-2's parameter names. Raises ConfigError for settings that
-    its block refuses, and for banks in a block that cannot hold one.
+    A decoder-only transformer with GPT-2's parameter names, except that W_q, W_k and W_v are three
+    matrices in both blocks. Raises ConfigError for settings that its block refuses, and for banks
+    in a block that cannot hold one.
     """
 
     def __init__(self, config):
@@ -278,19 +298,20 @@ class GPT(nn.Module):
         Block = BLOCKS[config.block]
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(V, C),
-            wpe=nn.Embedding(config.block_size, C) if config.rotary != "only" else None,
+            wpe=nn.Embedding(config.block_size, C) if config.has_learned_positions else None,
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer >= L - config.bank_layers) for layer in range(L)),
             ln_f=nn.LayerNorm(C, bias=config.bias),
         ))
-        self.lm_head = Linear(C, V, bias=False)
+        self.lm_head = nn.Linear(C, V, bias=False)
         # One table embeds the tokens and scores the next one (arXiv 1608.05859)
         self.transformer.wte.weight = self.lm_head.weight
-        # All layers turn their queries and keys by one and the same table
-        tables = {}
-        for module in list(self.modules()):
-            if isinstance(module, Attention) and module.rotary is not None:
-                module.rotary = tables.setdefault(module.rotary.table.shape, module.rotary)
+        widths = {attn.c_q.out_features // attn.n_head for attn in self.attentions()}
+        if config.is_rotary and len(widths) > 1:
+            raise ConfigError(f"the heads of this model's layers are {sorted(widths)} channels "
+                              f"wide, and rotary positions need one width for all of them")
+        table = rotary_table(config.block_size, *widths) if config.is_rotary and widths else None
+        self.register_buffer("rotary", table, persistent=False)        # (2, block_size, D)
         if len(self.banks()) != config.bank_layers:
             raise ConfigError(f"bank_layers={config.bank_layers}: a block of the kind "
                               f"{config.block!r} cannot hold a bank; leave bank_layers out")
@@ -314,19 +335,22 @@ class GPT(nn.Module):
         for bank in self.banks():
             bank.align(self.transformer.wte.weight)
 
+    def attentions(self):
+        """The Attention of every layer that has one."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
     def banks(self):
         """The BankOfValues of every layer that has one."""
         return [module for module in self.modules() if isinstance(module, BankOfValues)]
 
-    def forward(self, idx, targets=None, cache=None, return_logits=True):
+    def forward(self, idx, targets=None, cache=None, last_only=False):
         """
-        Token ids idx (B, T) and, if given, the token after each, targets (B, T), with -1 for
-        those that do not count.
+        Token ids idx (B, T) -> logits (B, T, V), or with last_only those of the last position,
+        (B, 1, V). With targets (B, T), the token after each, -1 for those that do not count: the
+        mean cross-entropy in nats instead, a scalar. It needs far less memory than all logits.
 
-        Returns (logits (B, T, V), mean cross-entropy in nats), or without targets (logits of the
-        last position (B, 1, V), None). With return_logits=False the logits are None: the loss
-        alone needs far less memory. With a Cache, idx continues what the cache holds and is added
-        to it. Raises ConfigError for more than block_size positions.
+        With a Cache, idx continues the text in the cache and is added to it. Raises ConfigError
+        for more than block_size positions.
         """
         first = 0 if cache is None else cache.length
         end = first + idx.size(1)
@@ -337,22 +361,20 @@ class GPT(nn.Module):
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe.weight[first:end]
         x = self.transformer.drop(x)
+        rotary = None if self.rotary is None else self.rotary[:, first:end]        # (2, T, D)
         if cache is not None:
             idx = cache.append_ids(idx)                                # (B, S)
         for block in self.transformer.h:
-            x = block(x, idx, cache)
-        x = self.transformer.ln_f(x)
+            x = block(x, idx, rotary, cache)
         if cache is not None:
             cache.length = end
-        if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        if not return_logits:
-            return None, head_loss(x, self.lm_head.weight, targets)
-        logits = self.lm_head(x)                                       # (B, T, V)
-        return logits, mean_loss(logits, targets)
+        x = self.transformer.ln_f(x[:, -1:] if last_only else x)
+        if targets is not None:
+            return head_loss(x, self.lm_head.weight, targets)
+        return self.lm_head(x)
 
     def num_params(self):
-        """Numbers in the model. The token table counts once."""
+        """Number of parameters; the tied token table counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
@@ -361,7 +383,7 @@ class GPT(nn.Module):
         FLOPs per multiplication, and twice backward. All T x T pairs count; look-ups cost none.
         """
         products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        pairs = sum(m.multiplications_per_pair for m in self.modules() if isinstance(m, Attention))
+        pairs = sum(a.c_q.out_features + a.c_proj.in_features for a in self.attentions())
         return 3 * 2 * (products + pairs * self.config.block_size)
 
 
@@ -374,11 +396,11 @@ class Cache:
     """
 
     def __init__(self, size):
-        self.size = size            # positions that there is room for
+        self.size = size            # the most positions it can hold
         self.length = 0             # positions before this call
         self.ids = None             # all token ids so far, those of this call included (B, S)
         self.keys = {}              # attention layer: (B, H, size, D)
-        self.values = {}            # attention layer: (B, H, size, M / H)
+        self.values = {}            # attention layer: (B, size, M)
 
     def append_ids(self, new):
         """Add the token ids of this call, new (B, T); return all ids so far, (B, S)."""
@@ -386,13 +408,11 @@ class Cache:
         return self.ids
 
     def append(self, store, layer, new):
-        """Put new (B, H, T, N) after the past in store[layer]; return both, (B, H, S, N)."""
+        """Put new (..., T, N) after the past in store[layer]; return both, (..., S, N)."""
         if layer not in store:
-            B, H, _, N = new.shape
-            store[layer] = new.new_empty(B, H, self.size, N)
-        end = self.length + new.size(2)
-        store[layer].narrow(2, self.length, new.size(2)).copy_(new)
-        return store[layer].narrow(2, 0, end)
+            store[layer] = new.new_empty(*new.shape[:-2], self.size, new.size(-1))
+        store[layer].narrow(-2, self.length, new.size(-2)).copy_(new)
+        return store[layer].narrow(-2, 0, self.length + new.size(-2))
 
     def repeat(self, times):
         """Make `times` copies of each row, one after another."""
@@ -409,14 +429,14 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop
     Continue each row of idx (B, T), T >= 1, num_samples times, and yield the next ids
     (B num_samples, 1), one step after another.
 
-    temperature, top_k and top_p: see `draw`. Only ids below num_tokens are drawn, since a
-    padded table has rows that are no tokens. A row that drew stop_token goes on with it; when
-    all rows have, the stream ends. Each row has a random generator of its own, seeded from
-    torch's, so that a text does not depend on how many others are made with it. Raises
-    FloatingPointError where the model's logits are not finite.
+    temperature, top_k and top_p: see `sample_token`. Ids from num_tokens on are padding and are
+    never sampled. A row that has produced stop_token repeats it; generation ends when every row
+    has. Each row has a random generator of its own, seeded from torch's, so a text does not depend
+    on how many others are sampled with it. Raises FloatingPointError for logits that are not
+    finite.
 
-    Positions are learned, so a full window cannot slide. Its newer half becomes the prompt of
-    the next one: a token sees between block_size / 2 and block_size others.
+    Cached keys belong to fixed positions, so a full window cannot slide. Its newer half becomes
+    the prompt of the next one: a token sees between block_size / 2 and block_size others.
     """
     size, rows = model.config.block_size, idx.size(0) * num_samples
     generators = [torch.Generator().manual_seed(seed)
@@ -428,14 +448,14 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop
         if cache.length + new.size(1) > size:
             new = torch.cat((cache.ids, new), dim=1)[:, -max(1, size // 2):]
             cache = Cache(size)
-        logits, _ = model(new, cache=cache)
-        logits = logits[:, -1, :num_tokens]
+        with decoding(model, new):
+            logits = model(new, cache=cache, last_only=True)[:, -1, :num_tokens]
         if step == 0:
             # The prompt went through the model once for all its samples
             cache.repeat(num_samples)
             logits = logits.repeat_interleave(num_samples, dim=0)
         uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators])
-        new = draw(logits, uniform.to(idx.device), temperature, top_k, top_p)
+        new = sample_token(logits, uniform.to(idx.device), temperature, top_k, top_p)
         if stop_token >= 0:
             new = new.masked_fill(stopped, stop_token)
             stopped |= new == stop_token
@@ -446,8 +466,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop
 
 def generate(model, idx, max_new_tokens=100, **options):
     """
-    idx (B, T) with up to max_new_tokens more in each row; the options are stream's. In place of idx
-    a model that load_model() made takes a text, and the text comes back with its continuation.
+    Token ids idx (B, T), followed in each row by up to max_new_tokens more; the options are
+    stream's. For a model of load_model(), idx may be a text: the result is the text with its
+    continuation, or with num_samples > 1 a list of such texts.
     """
     if isinstance(idx, str):
         tokenizer = getattr(model, "tokenizer", None)
@@ -457,16 +478,17 @@ def generate(model, idx, max_new_tokens=100, **options):
         if not idx:
             raise ValueError("the prompt is empty: give at least one character, such as a new line")
         ids = torch.tensor([tokenizer.encode(idx)], device=model.lm_head.weight.device)
-        options = {"num_tokens": tokenizer.vocab_size} | options
-        [row, *_] = generate(model, ids, max_new_tokens, **options).tolist()
-        return tokenizer.decode(row).decode(errors="replace")
+        rows = generate(model, ids, max_new_tokens,
+                        **{"num_tokens": tokenizer.vocab_size} | options).tolist()
+        texts = [tokenizer.decode(row).decode(errors="replace") for row in rows]
+        return texts if len(texts) > 1 else texts[0]
     rows = idx.repeat_interleave(options.get("num_samples", 1), dim=0)
     return torch.cat([rows, *stream(model, idx, max_new_tokens, **options)], dim=1)
 
 
-def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
-    One token id (B, 1) for each row of logits (B, V), chosen by uniform (B, 1), random numbers in
+    Sample one token id (B, 1) for each row of logits (B, V) with uniform (B, 1), random numbers in
     [0, 1). Raises FloatingPointError for logits that are not finite.
 
     Temperature 0 takes the most probable token. top_k, if not 0, keeps the k most probable tokens.
@@ -486,69 +508,72 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         share = probs / probs.sum(dim=-1, keepdim=True)
         before = share.cumsum(dim=-1) - share                          # of more probable tokens
         probs = probs.masked_fill(before >= top_p, 0)
-    # The token at which the running sum exceeds a random share of the whole. That takes one random
-    # number; torch.multinomial draws V of them, which took 4 % to 8 % of a token's time.
+    # The first token at which the running sum exceeds a uniform share of the total. This takes one
+    # random number; torch.multinomial takes V of them, 4 % to 8 % of the time of a token.
     sums = probs.cumsum(dim=-1)
     place = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)           # (B, 1)
     return place if ids is None else ids.gather(-1, place)
 
 
-# ---- faster ways to the same numbers -----------------------------------------------------------
+# ---- faster ways to the same numbers: a first reading can stop here ----------------------------
 
 def attend(q, k, v, dropout=0.0):
     """
     Causal softmax attention: q (B, H, T, D), k (B, H, S, D), v (B, H, S, M) -> (B, H, T, M).
-    The T queries stand at the newest of the S positions.
+    The T queries are at the last T of the S positions.
 
-    torch has a fast kernel where keys and values are equally wide, on CUDA up to 256 channels.
-    Elsewhere its own fallback takes longer than the explicit softmax, for long windows several
-    times. On a CPU the explicit one wins for windows up to 256, too, except for a single query.
+        keys and values equally wide (CUDA: up to 256 channels)    torch's fused kernel
+        the same on a CPU, but 1 < T <= 256                        explicit softmax, faster there
+        CUDA, half precision, M a multiple of 64 or 128            the kernel, value in chunks
+        everything else                                            explicit softmax
     """
     T, S, D, M, device = q.size(-2), k.size(-2), q.size(-1), v.size(-1), q.device.type
     has_kernel = D == M and (device != "cuda" or D <= 256)
     # torch's causal mask begins at the first key, so queries after a cache need their own
     if has_kernel and T in (1, S) and not (device == "cpu" and 1 < T <= 256):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-    # Pieces of 128 are the widest that all fused kernels train, and take half of the softmax of 64.
-    # At 124M they move 0.1 GB per layer, the explicit way 0.5 to 0.9. Arithmetic, not timed yet.
+    # 128 is the widest head that every fused kernel can train, and needs half as many softmaxes as
+    # 64. At 124M they move 0.1 GB per layer, the explicit way 0.5 to 0.9: arithmetic, not timed.
     width = 128 if M % 128 == 0 else 64
     fits = T == S > 1 and D <= width and M % width == 0 and dropout == 0
     if device == "cuda" and fits and q.dtype != torch.float32:
-        return attend_in_pieces(q, k, v, width)
-    return explicit_attention(q, k, v, dropout, rows=128 if device == "cpu" else T)
+        return attend_in_chunks(q, k, v, width)
+    # A (T, T) matrix of a whole window would leave a CPU's cache; an exported graph has no loop
+    is_looped = device == "cpu" and not torch.compiler.is_exporting()
+    return explicit_attention(q, k, v, dropout, rows=128 if is_looped else T)
 
 
 def explicit_attention(q, k, v, dropout=0.0, rows=128):
     """
-    attend() as a textbook writes it, but for `rows` queries at a time: none of them sees the keys
-    after the last of them, which saves almost half of the work in a long window.
+    attend() as a textbook writes it, `rows` queries at a time: a chunk of queries needs no keys
+    after its last one, which saves almost half of the work in a long window. The scores are float32
+    until the softmax, as in the fused kernels.
     """
     T, S, mixed = q.size(-2), k.size(-2), []
     q = q / math.sqrt(q.size(-1))
     if T == 1:
-        # A token of generation: what the loop does around the products would double its time
-        strengths = F.dropout((q @ k.mT).softmax(dim=-1), dropout).to(v.dtype)
-        return strengths @ v
+        # Decoding one token: the loop's overhead would double its time
+        weights = F.dropout((q @ k.mT).float().softmax(dim=-1), dropout)
+        return weights.to(v.dtype) @ v
     for first in range(0, T, rows):
         seen = S - T + first + rows                                    # slices end with the tensor
-        scores = q[..., first:first + rows, :] @ k[..., :seen, :].mT   # (B, H, rows, seen)
+        scores = (q[..., first:first + rows, :] @ k[..., :seen, :].mT).float()
         future = torch.full_like(scores[0, 0], -math.inf).triu(S - T + first + 1)
-        scores = scores + future
-        strengths = F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype)
-        mixed.append(strengths @ v[..., :seen, :])
+        weights = F.dropout((scores + future).softmax(dim=-1), dropout)
+        mixed.append(weights.to(v.dtype) @ v[..., :seen, :])
     return torch.cat(mixed, dim=-2)
 
 
-def attend_in_pieces(q, k, v, width=128):
+def attend_in_chunks(q, k, v, width=128):
     """
-    attend() for a value that is too wide for a kernel: each piece of `width` channels becomes the
+    attend() for a value that is too wide for a kernel: each chunk of `width` channels becomes the
     value of a head of its own, and all heads share their queries and keys. q, k (B, H, T, D) with
-    D up to `width`, v (B, H, T, M) -> (B, H, T, M). Dropout would differ from piece to piece.
+    D up to `width`, v (B, H, T, M) -> (B, H, T, M). Dropout would differ from chunk to chunk.
     """
     B, _, _, D = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))                     # (B H, T, D or M)
-    v = v.unflatten(-1, (-1, width)).transpose(1, 2)                   # (B H, pieces, T, width)
-    # Zeros make queries and keys as wide as a piece; expand() repeats them without a copy
+    v = v.unflatten(-1, (-1, width)).transpose(1, 2)                   # (B H, chunks, T, width)
+    # Zeros make queries and keys as wide as a chunk; expand() repeats them without a copy
     q, k = (F.pad(x, (0, width - D))[:, None].expand(-1, v.size(1), -1, -1) for x in (q, k))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / math.sqrt(D))
     return y.transpose(1, 2).flatten(2).unflatten(0, (B, -1))          # (B, H, T, M)
@@ -556,17 +581,17 @@ def attend_in_pieces(q, k, v, width=128):
 
 def mean_loss(logits, targets):
     """
-    Mean cross-entropy in nats of logits (B, T, V) over the targets (B, T) that are not -1; 0 where
+    Mean cross-entropy in nats of logits (B, T, V) over the targets (B, T) that are not -1; 0 if
     all of them are.
     """
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
                             reduction="sum")
-    return total / (targets >= 0).sum().clamp(min=1)
+    return total / (targets != -1).sum().clamp(min=1)
 
 
 def head_loss(x, weight, targets):
     """
-    mean_loss() of the logits x W^T, x (B, T, C) and W (V, C), without keeping them. Where V is much
+    mean_loss() of the logits x W^T, x (B, T, C) and W (V, C), without keeping them. If V is much
     larger than C, all logits together would be most of a training step's memory.
     """
     if weight.size(0) < 8 * weight.size(1):
@@ -574,84 +599,80 @@ def head_loss(x, weight, targets):
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    total = HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), dtype,
+    # More rows at a time cost memory, and fewer a GPU's bandwidth for the sums in dw
+    rows = 512 if device == "cpu" else 4096
+    total = HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, rows,
                            torch.is_grad_enabled())
-    return total / (targets >= 0).sum().clamp(min=1)
+    return total / (targets != -1).sum().clamp(min=1)
 
 
 class HeadLoss(torch.autograd.Function):
     """
-    The summed cross-entropy of the logits x W^T, from x (N, C), W (V, C) and targets (N), for 512
-    rows at a time. The gradients need the same logits, so they are made with them: that spares the
-    second product of a recomputation. Products are in `dtype`, the loss and sums in float32.
+    The summed cross-entropy of the logits x W^T, from x (N, C), W (V, C) and targets (N), `rows`
+    of them at a time. The gradients are computed together with the logits, which saves recomputing
+    them in the backward pass. Products are in `dtype`, the loss and sums in float32.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, with_gradients):
+    def forward(ctx, x, weight, targets, dtype, rows, with_gradients):
         total, dx, dw = x.new_zeros((), dtype=torch.float32), None, None
         if with_gradients:
             dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         narrow = weight.to(dtype)
-        # One buffer, changed in place: fresh pages for each chunk would take longer than its exp
-        buffer = x.new_empty(min(512, len(x)), len(weight), dtype=dtype)
-        for rows in range(0, len(x), 512):
-            rows = slice(rows, rows + 512)
-            h, counts = x[rows].to(dtype), targets[rows, None] >= 0    # (512, C), (512, 1)
-            target = targets[rows, None].clamp(min=0)
-            logits = torch.mm(h, narrow.T, out=buffer[:len(h)]).float()            # (512, V)
+        # One buffer for all chunks: page faults for a new one each time would take longer than exp
+        buffer = x.new_empty(min(rows, len(x)), len(weight), dtype=dtype)
+        for first in range(0, len(x), rows):
+            chunk = slice(first, first + rows)
+            h, counts = x[chunk].to(dtype), targets[chunk, None] != -1             # (rows, 1)
+            target = targets[chunk, None].where(counts, 0)
+            logits = torch.mm(h, narrow.T, out=buffer[:len(h)]).float()            # (rows, V)
             top, right = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
-            exps = logits.sub_(top).exp_()
-            sums = exps.sum(dim=-1, keepdim=True)
+            probs = logits.sub_(top).exp_()
+            sums = probs.sum(dim=-1, keepdim=True)
             total += ((sums.log() + top - right) * counts).sum()
             if with_gradients:
-                # Of the loss by the logits: their softmax, less 1 at the target
-                d = exps.mul_(counts / sums).scatter_add_(1, target, -counts.float()).to(dtype)
-                dx[rows] = d @ narrow
-                dw = dw.addmm_(d.T, h) if dtype == dw.dtype else dw.add_(d.T @ h)
+                # The loss by the logits: their softmax, less 1 at the target
+                probs *= counts / sums
+                probs.scatter_add_(1, target, -counts.float())
+                d = probs.to(dtype)
+                dx[chunk] = d @ narrow
+                dw += d.T @ h
         ctx.save_for_backward(dx, dw)
         return total
 
     @staticmethod
     def backward(ctx, upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError("this loss has no second derivatives (create_graph=True): take "
+                               "mean_loss(model(idx), targets), which keeps the logits")
         dx, dw = ctx.saved_tensors
-        return dx.mul_(upstream), dw.mul_(upstream), None, None, None
+        return dx.mul_(upstream), dw.mul_(upstream), None, None, None, None
 
 
-class Linear(nn.Linear):
+def decoding(model, new):
+    """The context in which stream() calls the model with the ids new (B, T)."""
+    weight = model.lm_head.weight
+    is_one_row = new.numel() == 1 and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return HalvedProducts() if is_one_row and weight.numel() >= 2**20 else nullcontext()
+
+
+class HalvedProducts(TorchFunctionMode):
     """
-    nn.Linear, x (..., K) -> (..., N). A large matrix times a single row, as in generation, takes
-    the time of reading the matrix. On an AMD EPYC torch reads it at 12 GB/s in one product, and at
-    20 to 27 as a batch of two, its upper and its lower half: at 124M 0.6 of a token's time.
+    A context in which a large matrix times a single row is computed as a batch of two products,
+    with the upper and the lower half of the matrix. Such a product takes the time of reading the
+    matrix, which torch does on an AMD EPYC at 12 GB/s in one product, and at 20 to 27 in two: a
+    token of a 124M model takes 0.6 of the time.
     """
 
-    def forward(self, x):
-        N, K = self.out_features, self.in_features
-        if N * K < 2**16 or x.numel() > K or x.device.type != "cpu" or x.dtype != torch.float32:
-            return super().forward(x)
-        halves = self.weight[:N // 2 * 2].view(2, -1, K)               # (2, N / 2, K)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.linear or args[1].numel() < 2**16:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias = args                                         # (1, 1, K), (N, K)
+        N, K = weight.shape
+        halves = weight[:N // 2 * 2].view(2, -1, K)                    # (2, N / 2, K)
         # A column with the strides of a transposed row: with those of a plain one it is slow
         column = x.view(1, 1, K).mT.expand(2, K, 1)
         y = torch.bmm(halves, column).view(*x.shape[:-1], -1)          # (..., N)
         if N % 2:
-            y = torch.cat((y, x @ self.weight[-1:].T), dim=-1)
-        return y if self.bias is None else y + self.bias
-
-
-class RMSNorm(nn.Module):
-    """
-    x (..., M) over the root of its mean square, times a weight (arXiv 1910.07467), in x's type.
-    By way of the vector's length training takes two thirds of the time of torch's own on a CPU at
-    GPT-2's width. Without gradients torch's takes half of this one's time for a single row.
-    """
-
-    def __init__(self, width, eps=1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        if not torch.is_grad_enabled():
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(length ** 2 / x.size(-1) + self.eps)       # (..., 1)
-        return x * scale.to(x.dtype) * self.weight.to(x.dtype)
+            y = torch.cat((y, x @ weight[-1:].T), dim=-1)
+        return y if bias is None else y + bias

@@ -34,7 +34,7 @@ from model import ModelConfig
 from nanodva import checkpoints, machine
 from nanodva.dataset import open_data, read_meta, table_rows
 from nanodva.machine import DTYPES, RANK, WORLD, Stop, say
-from nanodva.optimizers import build_optimizers, learning_rate, set_learning_rate
+from nanodva.optimizers import build_optimizer, learning_rate, set_learning_rate
 from nanodva.settings import PathName, build, change, check, read_settings
 from nanodva.tokenizer import same_tokenizer
 from nanodva.weights import OPENAI, build_model, outline, start_from
@@ -55,6 +55,7 @@ class TrainConfig(ModelConfig):
     weight_decay: float = 1e-1               # on matrices and embeddings, never on vectors
     embedding_lr: float = 1.0                # of the embeddings, in learning_rates
     bank_lr: float = 32.0                    # of the banks' tables, in learning_rates
+    momentum: float = 0.95                   # Muon
     beta1: float = 0.9                       # AdamW
     beta2: float = 0.95                      # AdamW
     grad_clip: float = 1.0                   # gradient clipping: its largest norm; 0: no clipping
@@ -83,8 +84,8 @@ class TrainConfig(ModelConfig):
         check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, eval_interval=1,
                                eval_iters=1, log_interval=1, max_iters=0, warmup_iters=0,
                                lr_decay_iters=0, min_lr=0, learning_rate=0, weight_decay=0,
-                               grad_clip=0, embedding_lr=0, bank_lr=0, beta1=0, beta2=0, seed=0,
-                               patience=0),
+                               grad_clip=0, embedding_lr=0, bank_lr=0, momentum=0, beta1=0,
+                               beta2=0, seed=0, patience=0),
               choices=dict(optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
                            dtype=["auto", *DTYPES], compile=[True, False, "auto"]))
         for name in ("out_dir", "dataset", "data_dir"):
@@ -169,7 +170,7 @@ def evaluate(model, compiled, data, splits, cfg, device, stop):
             x, y = windows(data[split], starts[first:first + cfg.batch_size], cfg, device)
             forward = compiled if len(x) == cfg.batch_size else model
             with machine.autocast(device, cfg.dtype):
-                loss = forward(x, y, return_logits=False)[1]
+                loss = forward(x, y)
             sums[0] += loss.float() * len(x)
             if stop.signal:
                 sums[1] += 1
@@ -241,13 +242,13 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
     model = build_model(cfg, weights).to(device)
-    optimizers = build_optimizers(model, cfg)
+    optimizer = build_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     measured_on = {"data": meta["sha256"]["val"], "windows": count_windows(data["val"], cfg),
                    "dtype": cfg.dtype}
     best_val_loss, best_step, kept = math.inf, step, None
     if checkpoint:
-        checkpoints.restore(checkpoint, model, optimizers, scaler)
+        checkpoints.restore(checkpoint, model, optimizer, scaler)
         best_val_loss, best_step, kept = checkpoints.best_so_far(out_dir, checkpoint, measured_on)
         if checkpoint["config"]["dataset"] != cfg.dataset:
             say(f"from here on it trains on {cfg.dataset!r}, and no longer on "
@@ -266,7 +267,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
         # that the step after a restart gives the same bits as it would have given without one.
         with machine.autocast(device, cfg.dtype):
             unused = get_batch(data["train"], cfg, step, RANK, device)
-            parallel(*unused, return_logits=False)[1].backward()
+            parallel(*unused).backward()
         model.zero_grad()
     wandb_log = open_wandb(cfg)
 
@@ -307,7 +308,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
         while True:
             # -- schedule
             lr = learning_rate(step, cfg)
-            set_learning_rate(optimizers, lr)
+            set_learning_rate(optimizer, lr)
             finished = cfg.eval_only or step >= cfg.max_iters
             record, improved = {"step": step, "tokens": step * batch_tokens}, False
 
@@ -348,7 +349,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
                 if improved:
                     checkpoints.save(snapshot(), out_dir / "best.pt")
                 if full:
-                    state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    state = {"optimizer": optimizer.state_dict(),
                              "scaler": scaler.state_dict(),
                              "elapsed_s": time.perf_counter() - start}
                     checkpoints.save(snapshot() | state, out_dir / "last.pt")
@@ -366,8 +367,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
                     # Processes exchange gradients once per step
                     parallel.require_backward_grad_sync = is_last
                 with machine.autocast(device, cfg.dtype):
-                    # The logits are not asked for: they would stay in memory until the next step
-                    loss = parallel(x, y, return_logits=False)[1]
+                    loss = parallel(x, y)
                 # The next batch comes while the device works
                 following = (step + 1, RANK) if is_last else (step, micro + WORLD)
                 x, y = get_batch(data["train"], cfg, *following, device)
@@ -375,12 +375,10 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
                 scaler.scale(loss / len(micro_batches)).backward()
 
             # -- step
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)
             norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-            for optimizer in optimizers:
-                # In float16 a step that overflows is left out, and the next one scaled down
-                scaler.step(optimizer)
+            # In float16 a step that overflows is skipped, and the next one scaled down
+            scaler.step(optimizer)
             scaler.update()
             model.zero_grad()
 

@@ -16,7 +16,7 @@ from nanodva.errors import UserError, check_folder, fail, only_writer, replacing
 from nanodva.machine import say
 from nanodva.settings import build
 
-FORMAT = 3
+FORMAT = 4
 
 
 def save(checkpoint, path):
@@ -74,7 +74,7 @@ def resume(cls, given):
     out_dir = Path(given.get("out_dir", cls.out_dir))
     recover(out_dir)
     checkpoint = load_checkpoint(out_dir / "last.pt")
-    if "optimizers" not in checkpoint:
+    if "optimizer" not in checkpoint:
         fail(f"{out_dir}/last.pt holds weights to sample from, without the optimizer's state: it "
              f"cannot be resumed")
     # The run may have been moved: it goes on where it was found
@@ -134,11 +134,10 @@ def same_measure(checkpoint, measured_on):
                                                              measured_on["dtype"])
 
 
-def restore(checkpoint, model, optimizers, scaler):
+def restore(checkpoint, model, optimizer, scaler):
     """Put a checkpoint's state into the objects of a run, whose own settings stay."""
     model.load_state_dict(checkpoint["model"])
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
     # Only a run in float16 has a state to scale the loss by
     if scaler.is_enabled() and checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])

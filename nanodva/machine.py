@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from model import Attention, BankOfValues, RMSNorm
+from model import Attention, BankOfValues
 from nanodva.errors import UserError, fail
 
 # torchrun tells each process its number and how many there are
@@ -192,13 +192,13 @@ def training_memory(model, cfg, device):
             kept += width * (module.in_features + module.out_features)
         elif isinstance(module, nn.LayerNorm):
             kept += (4 - width) * C                                    # of the stream, in float32
-        elif isinstance(module, RMSNorm) and half:
+        elif isinstance(module, nn.RMSNorm) and half:
             kept += 3 * width * module.weight.numel()
         elif isinstance(module, BankOfValues):
             kept += 4 * module.table.size(1)
         elif isinstance(module, Attention):
             # attend() keeps a (T, T) matrix, on a CPU half of it, where no fused kernel is used
-            equal = module.multiplications_per_pair == 2 * module.c_proj.in_features
+            equal = module.c_q.out_features == module.c_proj.in_features
             if not (equal and cfg.block_size > 256 or half and device.type == "cuda"):
                 share = 0.5 if device.type == "cpu" else 1
                 kept += (4 + 2 * half) * module.n_head * cfg.block_size * share

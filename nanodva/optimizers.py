@@ -1,13 +1,14 @@
 """
-How a gradient becomes a step: the learning rate's schedule, which optimizer has which parameters,
-and Muon.
+How a gradient becomes a step: the schedule of the learning rate, which parameters Muon and AdamW
+have, and the optimizer that applies both.
 """
 import math
 
 import torch
+from torch.optim.adamw import adamw
 
-# The banks' optimizer as their authors set it (arXiv 2606.02780): a row is seen rarely, and slow
-# averages let it go on moving after its token was seen. A bank's scale learns faster than all else.
+# The banks' optimizer as their authors set it (arXiv 2606.02780). A row's token is rare; slow
+# moving averages keep updating the row after the token was seen. gamma has the highest rate.
 TABLE = dict(betas=(0.8, 0.995), eps=1e-10, weight_decay=0.01)
 GAMMA = dict(betas=(0.96, 0.95), eps=1e-10, weight_decay=0.0, lr_multiple=25.0)
 
@@ -23,19 +24,18 @@ def learning_rate(step, cfg):
     return cfg.min_lr + cosine * (cfg.learning_rate - cfg.min_lr)
 
 
-def set_learning_rate(optimizers, lr):
+def set_learning_rate(optimizer, lr):
     """Give each parameter group its multiple of the learning rate lr."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_multiple"]
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_multiple"]
 
 
 def parameter_groups(model):
     """
-    Each parameter that a GPT learns in exactly one group, {name: list of parameters}:
+    Each trainable parameter of a GPT in exactly one group, {name: list of parameters}:
 
-        matrices      2-D weights of the blocks, for which Muon is made
-        embeddings    tokens and positions, and what else has two dimensions or more
+        matrices      weights of the blocks with two dimensions or more, for which Muon is made
+        embeddings    tokens and positions
         vectors       biases and the scales of norms, which are never decayed
         tables        the banks' tables
         gammas        the banks' scales
@@ -50,88 +50,93 @@ def parameter_groups(model):
             continue
         if p.dim() < 2:
             groups["vectors"].append(p)
-        elif p.dim() == 2 and p in in_blocks:
+        elif p in in_blocks:
             groups["matrices"].append(p)
         else:
             groups["embeddings"].append(p)
     return groups
 
 
-def build_optimizers(model, cfg):
+def build_optimizer(model, cfg):
     """
-    The optimizers of a training run: AdamW for everything, or Muon for the matrices and AdamW for
-    the rest. Each group of theirs learns at `lr_multiple` times the learning rate. Muon multiplies
-    in the type cfg.dtype, as the model does; in float32 where that is still auto.
+    The optimizer of a training run: AdamW for everything, or with cfg.optimizer="muon" Muon for
+    the matrices and AdamW for the rest. Each group learns at `lr_multiple` times the learning
+    rate. Muon multiplies in the type cfg.dtype, as the model does; in float32 if that is auto.
     """
     groups = parameter_groups(model)
-    dtype = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    optimizers = []
-    matrices = groups["matrices"]
-    if cfg.optimizer == "muon" and matrices:
-        optimizers.append(Muon(matrices, cfg.learning_rate, cfg.weight_decay, dtype=dtype))
-        matrices = []
-    adamw = [dict(params=groups["embeddings"], lr_multiple=cfg.embedding_lr,
-                  weight_decay=cfg.weight_decay),
-             dict(params=matrices, weight_decay=cfg.weight_decay),
-             dict(params=groups["vectors"], weight_decay=0.0),
-             dict(params=groups["tables"], lr_multiple=cfg.bank_lr, **TABLE),
-             dict(params=groups["gammas"], **GAMMA)]
-    adamw = [group for group in adamw if group["params"]]
-    optimizers.append(torch.optim.AdamW(adamw, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                                        fused=True))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("lr_multiple", 1.0)
-    return optimizers
+    decay, betas = cfg.weight_decay, (cfg.beta1, cfg.beta2)
+    matrices = dict(betas=betas, weight_decay=decay)
+    if cfg.optimizer == "muon":
+        dtype = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+        matrices = dict(kind="muon", momentum=cfg.momentum, weight_decay=decay, dtype=dtype)
+    settings = {"matrices": matrices,
+                "embeddings": dict(betas=betas, weight_decay=decay, lr_multiple=cfg.embedding_lr),
+                "vectors": dict(betas=betas, weight_decay=0.0),
+                "tables": dict(lr_multiple=cfg.bank_lr) | TABLE,
+                "gammas": GAMMA}
+    optimizer = MuonAdamW([dict(params=groups[name], **settings[name])
+                           for name in settings if groups[name]])
+    set_learning_rate(optimizer, cfg.learning_rate)
+    return optimizer
 
 
-# ---- Muon --------------------------------------------------------------------------------------
-
-class Muon(torch.optim.Optimizer):
+class MuonAdamW(torch.optim.Optimizer):
     """
-    Momentum whose singular values are brought near 1 before it is applied, for matrices alone
-    (Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon). The step is scaled to the size
-    of AdamW's, so that one learning rate serves both (arXiv 2502.16982).
+    Muon and AdamW as one optimizer, so a float16 step that overflows is skipped for all parameters
+    or for none. A group of the kind "muon" needs momentum, weight_decay and dtype, one of the kind
+    "adamw", the default, betas, eps (by default 1e-8) and weight_decay. Both need an lr.
 
-    The numbers are those of torch.optim.Muon, which takes one matrix at a time. Here all matrices
-    of one shape go together: a quarter to two thirds of its time for models up to 384 wide. They
-    are multiplied in the type dtype: a CPU without instructions for bfloat16 takes a hundred times
-    as long in it as in float32. Raises ValueError for a parameter that is no matrix.
+    AdamW (arXiv 1711.05101) is torch's fused one. Muon (Keller Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon) applies momentum whose singular values are brought near 1,
+    to matrices alone: of a weight (rows, ...) with more dimensions, all but the first are one. Its
+    step is scaled to the size of AdamW's, so one learning rate serves both (arXiv 2502.16982). The
+    numbers are those of torch.optim.Muon, which takes one matrix at a time. Here all matrices of
+    one shape are multiplied together, in the type dtype: a quarter to two thirds of its time for
+    models up to 384 wide. A CPU without instructions for bfloat16 needs a hundred times as long
+    for it as for float32.
     """
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, dtype=torch.bfloat16):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.dim() != 2:
-                    raise ValueError(f"Muon is for matrices: a parameter has the shape "
-                                     f"{tuple(p.shape)}")
+    def __init__(self, groups):
+        super().__init__(groups, dict(kind="adamw", lr_multiple=1.0, lr=0.0, eps=1e-8, fused=True))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                grads = [p.grad for p in params]
-                momenta = [self.momentum_of(p) for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                # Nesterov's look ahead: the gradient, moved towards the momentum
-                ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
-                updates = orthogonal(torch.stack(ahead), self.dtype)
-                updates = updates.to(params[0].dtype).unbind()
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                size = 0.2 * max(shape) ** 0.5
-                torch._foreach_add_(params, updates, alpha=-group["lr"] * size)
+            params = [p for p in group["params"] if p.grad is not None]
+            if params and group["kind"] == "muon":
+                self.muon_step(params, group)
+            elif params:
+                self.adamw_step(params, group)
 
-    def momentum_of(self, p):
-        """The running mean of p's gradients, zero before its first step."""
-        if "momentum_buffer" not in self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return self.state[p]["momentum_buffer"]
+    def adamw_step(self, params, group):
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {"step": torch.zeros((), device=p.device),
+                                 "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        means, squares, steps = ([self.state[p][name] for p in params]
+                                 for name in ("exp_avg", "exp_avg_sq", "step"))
+        beta1, beta2 = group["betas"]
+        adamw(params, [p.grad for p in params], means, squares, [], steps, fused=group["fused"],
+              amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+              weight_decay=group["weight_decay"], eps=group["eps"])
+
+    def muon_step(self, params, group):
+        by_shape = {}
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {"momentum": torch.zeros_like(p)}
+            by_shape.setdefault(p.shape, []).append(p)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for same in by_shape.values():
+            grads, momenta = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            # Nesterov's momentum: the gradient, moved towards the new average
+            ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
+            matrices = torch.stack(ahead).flatten(2)                   # (N, rows, columns)
+            updates = orthogonal(matrices, group["dtype"]).to(same[0].dtype)
+            size = 0.2 * max(matrices.shape[1:]) ** 0.5
+            updates = [update.view_as(p) for update, p in zip(updates, same, strict=True)]
+            torch._foreach_add_(same, updates, alpha=-group["lr"] * size)
 
 
 def orthogonal(x, dtype):
@@ -145,7 +150,8 @@ def orthogonal(x, dtype):
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x                                            # smaller side first
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)           # no singular value above 1
-    x = x.to(dtype)                                   # now that float16 can hold even small numbers
+    # Cast only after normalising: small gradients would underflow in float16
+    x = x.to(dtype)
     for _ in range(5):
         gram = x @ x.mT                                                # (N, side, side)
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)

@@ -22,6 +22,8 @@ from nanodva.settings import build, coerce
 from nanodva.tokenizer import Tokenizer
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+# Settings with a word for "by default", and the properties that tell what they resolve to
+RESOLVED = {"rotary": ["is_rotary", "has_learned_positions"], "value_dim": ["value_width"]}
 
 
 def load_model(source, **changes):
@@ -105,7 +107,8 @@ def fit_weights(weights, config, origin=None):
              f"{reason}{where}")
 
     for name in fixed:
-        if getattr(config, name) != getattr(theirs, name):
+        resolved = RESOLVED.get(name, [name])
+        if any(getattr(config, each) != getattr(theirs, each) for each in resolved):
             refuse(name, f"they have {name}={getattr(theirs, name)!r}; leave it out, or train from "
                          f"scratch")
     positions = "transformer.wpe.weight"
@@ -174,6 +177,10 @@ def read_weights(source):
 def config_of(state, settings):
     """The ModelConfig of these settings, which must be those of the state dict's weights."""
     kinds = {field.name: field.type for field in fields(ModelConfig)}
+    settings = dict(settings)
+    if settings.pop("gate", "plain") != "plain":
+        fail("gate='open' was a setting of version 3, which ended with it: sample with that "
+             "version, or train a dva block from scratch")
     unknown = ", ".join(settings.keys() - kinds.keys())
     if unknown:
         fail(f"unknown settings, as of another version: {unknown}")
@@ -191,8 +198,9 @@ def config_of(state, settings):
 
 def plain_names(state):
     """
-    A state dict without what is no weight: prefixes of torch.compile and DistributedDataParallel,
-    and the causal masks of old models. The tied weight that safetensors leaves out is there.
+    A state dict with the names of model.py: without the prefixes of torch.compile and
+    DistributedDataParallel and the causal masks of old models, with the tied weight that
+    safetensors leaves out, and with GPT-2's c_attn cut into c_q, c_k and c_v.
     """
     plain = {}
     for name, p in state.items():
@@ -202,6 +210,11 @@ def plain_names(state):
             plain[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = p
     if "transformer.wte.weight" in plain:
         plain.setdefault("lm_head.weight", plain["transformer.wte.weight"])
+        # W_q, W_k and W_v were one matrix; in a bank layer of version 3 there was no W_v
+        C = plain["transformer.wte.weight"].size(1)
+        for name in [name for name in plain if ".attn.c_attn." in name]:
+            for part, p in zip("qkv", plain.pop(name).split(C), strict=False):
+                plain[name.replace("c_attn", f"c_{part}")] = p
     return plain
 
 
@@ -211,7 +224,7 @@ def read_checkpoint(path):
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
         settings = found.get("config")
         dataset = settings.get("dataset") if isinstance(settings, dict) else None
-        if found.get("format") == FORMAT and isinstance(found.get("model_config"), dict):
+        if found.get("format") in (3, FORMAT) and isinstance(found.get("model_config"), dict):
             weights = {key: found[key] for key in ("model", "model_config", "tokenizer")}
             return weights | {"dataset": dataset}
         if isinstance(found.get("model_args"), dict):

@@ -68,10 +68,10 @@ class RunningMeanBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, idx, cache=None):
+    def forward(self, x, idx, rotary, cache=None):
         y = self.ln_1(x)
         if cache is not None:
-            y = cache.append(cache.values, self, y[:, None])[:, 0]     # with the past, (B, S, C)
+            y = cache.append(cache.values, self, y)                    # with the past, (B, S, C)
         counts = torch.arange(1, y.size(1) + 1, device=y.device)
         means = y.cumsum(dim=1) / counts[:, None]
         return x + self.attn(means[:, -x.size(1):])
@@ -86,18 +86,18 @@ def block_of_the_readme():
     code = re.search(r"```python\n(class .*?)```", readme, re.DOTALL)[1]
     names = dict(vars(model))
     exec(code, names)
-    return names["BLOCKS"]["parallel"]
+    return names["BLOCKS"]["sigmoid"]
 
 
-BLOCKS["parallel"] = block_of_the_readme()
+BLOCKS["sigmoid"] = block_of_the_readme()
 
 # Both blocks with a bank and without; the mean has no values that a bank could replace. The
-# README's block is made of gpt2's parts, and stands in SYSTEMS and BLOCKS alone.
+# README's block is made of dva's parts, and is in SYSTEMS and BLOCKS alone.
 KINDS = [("gpt2", 0), ("gpt2", 1), ("dva", 0), ("dva", 1), ("mean", 0)]
 # And those with rotary positions and without, as settings of ModelConfig
 SYSTEMS = [dict(block=block, bank_layers=banks, rotary=rotary)
            for block, banks, rotary in [*itertools.product(("gpt2", "dva"), (0, 1), (False, True)),
-                                        ("mean", 0, False), ("parallel", 1, True)]]
+                                        ("mean", 0, False), ("sigmoid", 1, True)]]
 each_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: "-".join(
     f"{name}={value}" for name, value in system.items()))
 

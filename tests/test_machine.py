@@ -22,7 +22,7 @@ from nanodva import machine
 from nanodva.checkpoints import load_checkpoint
 from nanodva.errors import UserError
 from nanodva.machine import Stop
-from nanodva.optimizers import build_optimizers, set_learning_rate
+from nanodva.optimizers import build_optimizer, set_learning_rate
 from nanodva.weights import outline
 from tools.bench import contender, training_step
 from train import TrainConfig
@@ -51,7 +51,7 @@ def gradients_of(kind, device=CPU, dtype="float32", backend=None):
     forward = torch.compile(model, backend=backend, dynamic=False) if backend else model
     idx = tokens(4, 17).to(device)
     with machine.autocast(device, dtype):
-        _, loss = forward(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+        loss = forward(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
     loss.backward()
     gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters()
                  if p.requires_grad}
@@ -95,14 +95,13 @@ def test_an_optimizers_steps_are_those_of_float64_on_the_cpu(name, kind, optimiz
     _, gradients = gradients_of(kind)
     models = [shaken(tiny(n_layer=2, **kind)).to(where) for where in (name, torch.float64)]
     for model in models:
-        optimizers = build_optimizers(model, TrainConfig(optimizer=optimizer))
+        own = build_optimizer(model, TrainConfig(optimizer=optimizer))
         for step in range(3):
-            set_learning_rate(optimizers, 1e-2 / (step + 1))
+            set_learning_rate(own, 1e-2 / (step + 1))
             for parameter_name, p in model.named_parameters():
                 if p.requires_grad:
                     p.grad = gradients[parameter_name].to(p) * (1 - step / 2)
-            for each in optimizers:
-                each.step()
+            own.step()
     for p, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
         # Rounding grows in Muon's five products
         allowed = 1e-5 if optimizer == "adamw" else 2e-3
@@ -117,7 +116,7 @@ def test_logits_with_a_cache_are_those_without(name, kind, dtype):
     """As sampling computes them, with weights of that type."""
     model = shaken(tiny(**kind)).to(name, getattr(torch, dtype))
     idx, cache = tokens(2, 16).to(name), Cache(16)
-    whole = model(idx, idx)[0].float()
+    whole = model(idx).float()
     for first, end in [(0, 10), *((t, t + 1) for t in range(10, 16))]:
         logits = model(idx[:, first:end], cache=cache)[0].float()
         distance = (logits[:, 0] - whole[:, end - 1]).norm() / whole[:, end - 1].norm()

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import each_system, shaken, tiny, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import GPT, Cache, ModelConfig, draw, generate
-from nanodva.optimizers import build_optimizers
+from model import GPT, Cache, ModelConfig, generate, mean_loss, sample_token
+from nanodva.optimizers import build_optimizer
 from train import TrainConfig
 
 each_bank = pytest.mark.parametrize("block", ["gpt2", "dva"])
@@ -33,11 +34,10 @@ def turned(x):
 
 @pytest.mark.parametrize("value_norm, rotary, banked",
                          list(itertools.product((True, False), repeat=3)))
-@pytest.mark.parametrize("gate", ["plain", "open"])
 @pytest.mark.parametrize("value_dim, qk_dim", [(40, 8), (24, 24)])
-def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, gate, rotary, banked):
+def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, rotary, banked):
     model = shaken(tiny(block="dva", value_norm=value_norm, value_dim=value_dim, qk_dim=qk_dim,
-                        gate=gate, rotary=rotary, bank_layers=banked))
+                        rotary=rotary, bank_layers=banked))
     attn, B, T = model.transformer.h[-1].attn, 2, 16
     x, idx = torch.randn(B, T, 24), tokens(B, T)
     q, k, g = attn.c_q(x), attn.c_k(x), attn.c_gate(x)
@@ -49,26 +49,25 @@ def test_dva_is_the_sum_of_pair_values(value_norm, value_dim, qk_dim, gate, rota
         scores = (k[:, :i + 1] @ q[:, i, :, None])[..., 0] / math.sqrt(qk_dim)
         strength[:, i, :i + 1] = torch.softmax(scores, dim=-1)
     # v_ij, (B, T, T, M): the tensor that the model never builds
-    factor = {"plain": g, "open": 1 + g}[gate]
-    pairs = factor[:, :, None, :] * u[:, None, :, :]
+    pairs = g[:, :, None, :] * u[:, None, :, :]
     if value_norm:
         mixed = torch.einsum("bij,bjm->bim", strength, u)
         rms = (mixed.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         pairs = pairs * (attn.norm.weight / rms)[:, :, None, :]
     expected = attn.c_proj(torch.einsum("bij,bijm->bim", strength, pairs))
-    torch.testing.assert_close(attn(x, idx), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attn(x, idx, model.rotary), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rotary_positions_turn_every_head_of_gpt2():
-    attn = shaken(tiny(block="gpt2", rotary=True)).transformer.h[0].attn
-    x, mixed = torch.randn(2, 16, 24), []
-    q, k, v = attn.c_attn(x).split(24, dim=2)
+    model = shaken(tiny(block="gpt2", rotary=True))
+    attn, x, mixed = model.transformer.h[0].attn, torch.randn(2, 16, 24), []
+    q, k, v = attn.c_q(x), attn.c_k(x), attn.c_v(x)
     for head in (slice(0, 12), slice(12, 24)):
         scores = turned(q[..., head]) @ turned(k[..., head]).mT / math.sqrt(12)
         scores = scores + torch.full((16, 16), -math.inf).triu(1)
         mixed.append(scores.softmax(dim=-1) @ v[..., head])
     expected = attn.c_proj(torch.cat(mixed, dim=-1))
-    torch.testing.assert_close(attn(x, tokens(2, 16)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attn(x, tokens(2, 16), model.rotary), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("block", ["gpt2", "dva"])
@@ -78,7 +77,7 @@ def test_rotary_positions_can_take_the_place_of_learned_ones(block):
     torch.nn.init.zeros_(both.transformer.wpe.weight)
     alone.load_state_dict(both.state_dict(), strict=False)
     idx = tokens(2, 16)
-    torch.testing.assert_close(alone(idx, idx), both(idx, idx))
+    torch.testing.assert_close(alone(idx), both(idx))
 
 
 @pytest.mark.parametrize("T, S, D, M", [(16, 16, 8, 24), (16, 16, 24, 24), (1, 16, 8, 24),
@@ -94,7 +93,7 @@ def test_both_ways_of_attention_give_the_same(T, S, D, M):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
 def test_rms_norm_is_torchs_in_the_type_of_its_input(dtype, size):
-    norm = model_module.RMSNorm(40)
+    norm = model_module.RMSNorm(40, eps=1e-5)
     torch.nn.init.uniform_(norm.weight)
     x = (size * torch.randn(7, 40)).to(dtype)
     expected = F.rms_norm(x.float(), (40,), norm.weight, eps=1e-5)
@@ -121,7 +120,7 @@ def test_a_bank_starts_as_values_projected_from_the_token_embedding(block):
     attn = model.transformer.h[-1].attn
     assert [layer.attn.bank is None for layer in model.transformer.h] == [True, True, False]
     # There is no W_v
-    assert attn.c_v is None if block == "dva" else attn.c_attn.out_features == 2 * 24
+    assert attn.c_v is None
     assert attn.bank.gamma == 1
     embedded = F.layer_norm(model.transformer.wte.weight, (24,))
     # 101 equations for the 24 unknowns of each channel
@@ -132,29 +131,24 @@ def test_a_bank_starts_as_values_projected_from_the_token_embedding(block):
     # The same layer with W_v in it, which a hook gives the token's embedding for its input
     oracle = tiny(block=block, vocab_size=101, bias=False)
     state = {name: p for name, p in model.state_dict().items() if "bank" not in name}
-    if block == "gpt2":
-        name = "transformer.h.2.attn.c_attn.weight"
-        state[name] = torch.cat((state[name], w_v))
-    else:
-        state["transformer.h.2.attn.c_v.weight"] = w_v
+    state["transformer.h.2.attn.c_v.weight"] = w_v
     oracle.load_state_dict(state)
     idx, layer = tokens(2, 16, 101), oracle.transformer.h[2].attn
     values = F.layer_norm(oracle.transformer.wte(idx), (24,)) @ w_v.T
-    c_v = layer.c_attn if block == "gpt2" else layer.c_v
-    c_v.register_forward_hook(lambda module, args, out: torch.cat((out[..., :-24], values), -1))
-    torch.testing.assert_close(model(idx, idx)[0], oracle(idx, idx)[0], atol=1e-5, rtol=1e-5)
+    layer.c_v.register_forward_hook(lambda module, args, out: values)
+    torch.testing.assert_close(model(idx), oracle(idx), atol=1e-5, rtol=1e-5)
 
 
 @each_bank
 def test_gamma_scales_what_the_bank_says(block):
     model, idx = shaken(tiny(block=block, bank_layers=1)), tokens(2, 16)
     bank = model.transformer.h[-1].attn.bank
-    before = model(idx, idx)[0]
+    before = model(idx)
     with torch.no_grad():
         bank.table *= 2
-        assert not torch.allclose(before, model(idx, idx)[0], atol=1e-3)
+        assert not torch.allclose(before, model(idx), atol=1e-3)
         bank.gamma /= 2
-    torch.testing.assert_close(model(idx, idx)[0], before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(idx), before, atol=1e-5, rtol=1e-5)
 
 
 @each_bank
@@ -178,7 +172,7 @@ def test_the_compiled_model_is_one_graph_and_trains_the_same(system):
     compiled = torch.compile(model, backend=counter, dynamic=False, fullgraph=True)
     for each in (compiled, eager):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = each(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
+            loss = each(idx[:, :-1], idx[:, 1:])
         loss.backward()
     assert counter.frame_count == 1
     for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
@@ -190,21 +184,21 @@ def test_the_compiled_model_is_one_graph_and_trains_the_same(system):
 @each_system
 def test_every_position_sees_itself_and_all_earlier_ones_and_no_later_one(system):
     model, idx = shaken(tiny(**system)), tokens(1, 16)
-    before = model(idx, idx)[0]
+    before = model(idx)
     for position in (0, 7, 15):
         changed = idx.clone()
         changed[0, position] = (changed[0, position] + 1) % 37
-        moved = (model(changed, idx)[0] - before).abs().amax(dim=-1)[0]
+        moved = (model(changed) - before).abs().amax(dim=-1)[0]
         assert (moved[:position] < 1e-6).all() and (moved[position:] > 1e-5).all()
 
 
 @each_system
 def test_every_parameter_gets_a_dense_gradient(system):
     model, idx = shaken(tiny(**system)).train(), tokens(4, 17)
-    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    model(idx[:, :-1], idx[:, 1:]).backward()
     for name, p in model.named_parameters():
         # Under DVA's norm the scale of a bank cancels, and it alone is not learned
-        if system["block"] == "dva" and name.endswith("bank.gamma"):
+        if system["block"] in ("dva", "sigmoid") and name.endswith("bank.gamma"):
             assert p.grad is None and not p.requires_grad
         else:
             assert not p.grad.is_sparse and p.grad.abs().max() > 0, name
@@ -213,29 +207,28 @@ def test_every_parameter_gets_a_dense_gradient(system):
 @each_system
 def test_the_loss_at_the_start_is_that_of_guessing(system):
     idx = tokens(8, 17, 512)
-    _, loss = tiny(vocab_size=512, **system)(idx[:, :-1], idx[:, 1:])
+    loss = tiny(vocab_size=512, **system)(idx[:, :-1], idx[:, 1:])
     assert loss.item() == pytest.approx(math.log(512), abs=0.1)
 
 
 @each_system
 def test_forty_steps_learn_one_batch_by_heart(system):
     model, idx = tiny(**system).train(), tokens(4, 17)
-    optimizers = build_optimizers(model, TrainConfig(learning_rate=2e-2))
+    optimizer = build_optimizer(model, TrainConfig(learning_rate=2e-2))
     for _ in range(40):
-        _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert loss.item() < 0.3
 
 
 @each_system
 def test_dropout_is_off_in_evaluation_mode(system):
     model, idx = shaken(tiny(dropout=0.5, **system)), tokens(2, 16)
-    assert torch.equal(model(idx, idx)[0], model(idx, idx)[0])
+    assert torch.equal(model(idx), model(idx))
     model.train()
-    assert not torch.equal(model(idx, idx)[0], model(idx, idx)[0])
+    assert not torch.equal(model(idx), model(idx))
 
 
 @each_system
@@ -243,9 +236,10 @@ def test_targets_of_minus_one_do_not_count(system):
     model, idx = shaken(tiny(**system)), tokens(2, 16)
     targets = idx.clone()
     targets[:, ::2] = -1
-    logits, loss = model(idx, targets)
+    logits = model(idx)
     expected = F.cross_entropy(logits[:, 1::2].flatten(0, 1), idx[:, 1::2].flatten())
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(model(idx, targets), expected)
+    torch.testing.assert_close(mean_loss(logits, targets), expected)
 
 
 @each_system
@@ -253,7 +247,7 @@ def test_flops_per_token_agree_with_torchs_counter(system):
     # The counter does not know torch's fused attention on a CPU, which a short window does not take
     model, idx = tiny(block_size=32, **system), tokens(2, 32)
     with FlopCounterMode(display=False) as counter:
-        model(idx, idx)[1].backward()
+        model(idx, idx).backward()
     counted = counter.get_total_flops() / idx.numel()
     assert counted == pytest.approx(model.flops_per_token(), rel=0.01)
 
@@ -267,15 +261,31 @@ def test_tied_weights_stay_one_tensor(system):
     assert model.num_params() == sum(p.numel() for p in set(model.parameters()))
 
 
+BOTH = {"ln_1.weight", "ln_1.bias", "attn.c_q.weight", "attn.c_q.bias", "attn.c_k.weight",
+        "attn.c_k.bias", "attn.c_v.weight", "attn.c_v.bias", "attn.c_proj.weight",
+        "attn.c_proj.bias"}
+OF_A_LAYER = {
+    "gpt2": BOTH | {"ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias",
+                    "mlp.c_proj.weight", "mlp.c_proj.bias"},
+    "dva": BOTH | {"attn.c_gate.weight", "attn.c_gate.bias", "attn.norm.weight"},
+    "mean": {"ln_1.weight", "ln_1.bias", "attn.weight", "attn.bias"}}
+OF_A_LAYER["sigmoid"] = OF_A_LAYER["dva"]
+
+
 @each_system
-def test_angles_are_not_in_the_checkpoint_and_names_are_gpt2s(system):
-    names = {name.removeprefix("transformer.") for name in tiny(**system).state_dict()}
-    assert {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias", "lm_head.weight"} <= names
-    assert {"h.0.ln_1.weight", "h.0.ln_1.bias"} <= names
-    assert not [name for name in names if "angles" in name]
-    banks = [name for name in names if "bank" in name]
-    last = ["h.2.attn.bank.gamma", "h.2.attn.bank.table"]
-    assert sorted(banks) == last[:2 * system["bank_layers"]]
+@pytest.mark.parametrize("rotary", [False, True, "only"])
+def test_a_checkpoint_has_these_names_and_no_others(system, rotary):
+    expected = {"lm_head.weight", *(f"transformer.{name}" for name in
+                                    ("wte.weight", "ln_f.weight", "ln_f.bias"))}
+    if rotary != "only":
+        expected.add("transformer.wpe.weight")
+    for layer in range(3):
+        names = OF_A_LAYER[system["block"]]
+        if layer == 2 and system["bank_layers"]:
+            names = names - {"attn.c_v.weight", "attn.c_v.bias"}
+            names = names | {"attn.bank.table", "attn.bank.gamma"}
+        expected |= {f"transformer.h.{layer}.{name}" for name in names}
+    assert set(tiny(**system | {"rotary": rotary}).state_dict()) == expected
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -290,7 +300,7 @@ def test_cached_generation_equals_recomputation_across_a_full_window(system):
     for new in text[:, 5:].split(1, dim=1):
         if window.size(1) > 16:
             window = window[:, -8:]
-        logits, _ = model(window)
+        logits = model(window)
         assert torch.equal(logits[:, -1].argmax(dim=-1, keepdim=True), new)
         window = torch.cat((window, new), dim=1)
 
@@ -299,11 +309,11 @@ def test_cached_generation_equals_recomputation_across_a_full_window(system):
 def test_any_chunk_continues_what_the_cache_holds(system):
     """The text in two parts, in every way, and in more; the logits of all positions."""
     model, idx = shaken(tiny(**system)), tokens(2, 16)
-    whole = model(idx, idx)[0]
+    whole = model(idx)
     for parts in [(n, 16 - n) for n in range(1, 16)] + [(5, 6, 5), (1, 14, 1), (6, *[1] * 10)]:
         cache, logits = Cache(16), []
         for part in idx.split(parts, dim=1):
-            logits.append(model(part, part, cache)[0])
+            logits.append(model(part, cache=cache))
         torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=2e-5, rtol=1e-4)
 
 
@@ -315,10 +325,11 @@ def test_a_long_chunk_continues_a_long_cache():
     torch.testing.assert_close(model_module.attend(q, k, v), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_all_layers_turn_by_one_table():
+def test_the_model_has_one_rotary_table_and_no_file_holds_it():
     model = tiny(rotary=True).double()
-    tables = {id(layer.attn.rotary.table) for layer in model.transformer.h}
-    assert len(tables) == 1 and len([name for name, _ in model.named_buffers()]) == 1
+    assert [name for name, _ in model.named_buffers()] == ["rotary"]
+    assert "rotary" not in model.state_dict()
+    assert model.rotary.shape == (2, 16, 12) and model.rotary.dtype == torch.float64
 
 
 # ---- drawing a token -----------------------------------------------------------------------------
@@ -338,7 +349,7 @@ def test_draws_follow_the_probabilities(options):
     keep = keep[share.cumsum(dim=0) - share < options.get("top_p", 1.1)]
     expected = torch.zeros(23).index_copy(0, keep, probs[keep] / probs[keep].sum())
     u = torch.rand(20000, 1, generator=torch.Generator().manual_seed(1))
-    drawn = draw(logits.expand(20000, 23), u, **options)
+    drawn = sample_token(logits.expand(20000, 23), u, **options)
     share = drawn.flatten().bincount(minlength=23) / 20000
     assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 20000).sqrt()).all()
 
@@ -351,7 +362,7 @@ def test_top_k_and_top_p_leave_the_tokens_that_transformers_leaves(top_k, top_p)
     left = TopPLogitsWarper(top_p)(None, theirs).isfinite()
     u = torch.linspace(0, 1 - 1e-6, 3000)[:, None]
     for row in range(8):
-        drawn = draw(logits[row].expand(3000, 40), u, top_k=top_k, top_p=top_p)
+        drawn = sample_token(logits[row].expand(3000, 40), u, top_k=top_k, top_p=top_p)
         likely = left[row] & (logits[row].softmax(dim=0) > 1e-3)
         drawn = set(drawn.flatten().tolist())
         assert drawn <= set(left[row].nonzero().flatten().tolist())
@@ -362,7 +373,7 @@ def test_top_k_and_top_p_leave_the_tokens_that_transformers_leaves(top_k, top_p)
 @pytest.mark.parametrize("temperature", [0, 1e-40, 1e-6, 1e-4])
 def test_a_temperature_near_0_takes_the_likeliest(temperature, u):
     logits = torch.tensor([[1.0, 3.0, 2.0], [-1e4, -2e4, -3e4]])
-    drawn = draw(logits, torch.full((2, 1), u), temperature)
+    drawn = sample_token(logits, torch.full((2, 1), u), temperature)
     assert drawn.tolist() == [[1], [0]]
 
 
@@ -372,7 +383,7 @@ def test_logits_that_are_no_numbers_draw_nothing(temperature, top_k, wrong):
     logits = torch.zeros(2, 9)
     logits[1, 4] = wrong
     with pytest.raises(FloatingPointError, match="not finite"):
-        draw(logits, torch.rand(2, 1), temperature, top_k)
+        sample_token(logits, torch.rand(2, 1), temperature, top_k)
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -408,11 +419,35 @@ def test_a_stopped_row_stays_stopped_and_the_stream_ends_with_the_last():
 @pytest.mark.parametrize("K, N", [(256, 300), (256, 301), (768, 96), (24, 24)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_single_row_is_multiplied_in_halves(K, N, bias):
-    layer = model_module.Linear(K, N, bias=bias)
-    for shape in ((1, 1, K), (1, K), (K,), (1, 2, K)):
-        x = torch.randn(1, 3, 2 * K)[:, :, ::2][0, :math.prod(shape) // K].reshape(shape)
-        torch.testing.assert_close(layer(x), torch.nn.Linear.forward(layer, x), atol=1e-5,
-                                   rtol=1e-5)
+    layer, products = torch.nn.Linear(K, N, bias=bias), []
+    for x in (torch.randn(1, 1, K), torch.randn(1, 1, 2 * K)[..., ::2]):
+        expected = layer(x)
+        with model_module.HalvedProducts(), Products(products):
+            torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    assert ("bmm" in products) == (K * N >= 2**16)
+
+
+class Products(TorchDispatchMode):
+    """Notes the names of the operations that are carried out."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("block, large", [("gpt2", 7), ("dva", 4)])
+def test_a_large_model_decodes_with_halved_products(block, large):
+    """Of dva's, those that make queries and keys are small. The prompt has several rows."""
+    model, idx = tiny(block=block, n_layer=1, n_embd=256, vocab_size=2**12), tokens(1, 4)
+    for max_new_tokens, expected in ((1, 0), (2, large)):
+        products = []
+        with Products(products):
+            generate(model, idx, max_new_tokens)
+        assert products.count("bmm") == expected
 
 
 def test_a_prompt_is_read_once_for_all_its_texts(monkeypatch):
@@ -430,14 +465,11 @@ def test_a_prompt_is_read_once_for_all_its_texts(monkeypatch):
 
 # ---- the loss without the logits -----------------------------------------------------------------
 
-def loss_and_gradients(model, idx, targets, dtype, **options):
-    """The loss, in its own type, and the gradients of three times the loss, as one vector."""
+def gradients_of(model, loss):
+    """The gradients of three times the loss, as one vector."""
     model.zero_grad()
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        logits, loss = model(idx, targets, **options)
     (3 * loss).backward()
-    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return logits, loss, torch.cat(gradients)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("dtype, precision", [(None, 1e-5), (torch.bfloat16, 3e-2),
@@ -449,32 +481,67 @@ def test_the_loss_is_the_same_without_logits(vocab_size, dtype, precision):
     idx = tokens(2, 301, vocab_size)
     targets = idx[:, 1:].clone()
     targets[0, ::3] = -1
-    logits, expected, wanted = loss_and_gradients(model, idx[:, :-1], targets, dtype)
-    none, loss, found = loss_and_gradients(model, idx[:, :-1], targets, dtype, return_logits=False)
-    assert logits.shape == (2, 300, vocab_size) and none is None and loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, atol=1e-3 if dtype else 1e-5, rtol=0)
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        expected, loss = mean_loss(model(idx[:, :-1]), targets), model(idx[:, :-1], targets)
+        with torch.no_grad():
+            without_gradients = model(idx[:, :-1], targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected.float(), atol=1e-3 if dtype else 1e-5, rtol=0)
+    torch.testing.assert_close(without_gradients, loss.detach(), atol=1e-5, rtol=1e-5)
+    wanted, found = gradients_of(model, expected), gradients_of(model, loss)
     assert (found - wanted).norm() < precision * wanted.norm()
-    with torch.no_grad():
-        unheld = model(idx[:, :-1], targets, return_logits=False)[1]
-    torch.testing.assert_close(unheld, model(idx[:, :-1], targets)[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30, 4096])
+def test_any_number_of_rows_at_a_time_gives_the_same_loss(rows):
+    x, weight = torch.randn(30, 6).double(), torch.randn(50, 6).double()
+    targets = tokens(1, 30, 50)[0]
+    targets[::4] = -1
+    x.requires_grad_(), weight.requires_grad_()
+    expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1, reduction="sum")
+    wanted = torch.autograd.grad(expected, (x, weight))
+    loss = model_module.HeadLoss.apply(x, weight, targets, torch.float64, rows, True)
+    found = torch.autograd.grad(loss, (x, weight))
+    torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-6)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("vocab_size", [37, 400])
-def test_where_no_target_counts_nothing_is_learned_and_nothing_is_nan(vocab_size):
+def test_targets_all_ignored_teach_nothing_and_give_no_nan(vocab_size):
     model, idx = tiny(vocab_size=vocab_size).train(), tokens(2, 16, vocab_size)
-    for options in ({}, {"return_logits": False}):
-        _, loss, gradients = loss_and_gradients(model, idx, torch.full_like(idx, -1), None,
-                                                **options)
-        assert loss == 0 and (gradients == 0).all()
+    loss = model(idx, torch.full_like(idx, -1))
+    assert loss == 0 and (gradients_of(model, loss) == 0).all()
+
+
+@pytest.mark.parametrize("vocab_size", [37, 400])
+@pytest.mark.parametrize("wrong", [-100, -2, 400])
+def test_only_minus_one_is_ignored(vocab_size, wrong):
+    model, idx = tiny(vocab_size=vocab_size), tokens(2, 16)
+    targets = idx.clone()
+    targets[1, 3] = wrong
+    with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
+        model(idx, targets)
 
 
 def test_the_gradients_of_the_loss_are_used_once():
-    """They are scaled where they lie, so a second backward pass would be wrong: it is refused."""
+    """They are scaled in place, so a second backward pass would be wrong: it is refused."""
     model, idx = tiny(vocab_size=400).train(), tokens(2, 16, 400)
-    loss = model(idx, idx, return_logits=False)[1]
+    loss = model(idx, idx)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_second_derivatives_of_the_loss_are_refused():
+    """Its gradients were made with the logits: to a second backward pass they are constants."""
+    model, idx = tiny(vocab_size=400).train(), tokens(2, 16, 400)
+    with pytest.raises(RuntimeError, match="no second derivatives.* take mean_loss"):
+        torch.autograd.grad(model(idx, idx), model.lm_head.weight, create_graph=True)
+    loss = mean_loss(model(idx), idx)
+    [gradient] = torch.autograd.grad(loss, model.lm_head.weight, create_graph=True)
+    gradient.square().sum().backward()
+    assert model.lm_head.weight.grad.abs().max() > 0
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -491,8 +558,8 @@ def test_a_sequence_longer_than_the_window_is_refused():
 @pytest.mark.parametrize("settings, words", [
     (dict(block="mean", bank_layers=1), "block of the kind 'mean' cannot hold a bank"),
     (dict(n_embd=25), "n_embd=25 does not divide into n_head=2"),
-    (dict(block="dva", qk_dim=7), "a query has 7 of them"),
-    (dict(block="gpt2", n_head=8, rotary=True), "a query has 3 of them"),
+    (dict(block="dva", qk_dim=7), "qk_dim=7: rotary positions rotate pairs of channels"),
+    (dict(block="gpt2", n_head=8, rotary=True), "n_head=8: .* a query has 3"),
     (dict(gelu="new"), "gelu='new': choose from exact"), (dict(vocab_size=0), "vocab_size=0")],
     ids=str)
 def test_a_wrong_setting_is_named(settings, words):

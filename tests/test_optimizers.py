@@ -6,10 +6,11 @@ from conftest import each_system, tiny
 from nanodva.optimizers import (
     GAMMA,
     TABLE,
-    Muon,
-    build_optimizers,
+    MuonAdamW,
+    build_optimizer,
     learning_rate,
     orthogonal,
+    parameter_groups,
     set_learning_rate,
 )
 from train import TrainConfig
@@ -47,18 +48,17 @@ def test_each_parameter_is_in_one_group_with_the_right_optimizer_and_decay(syste
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     found = []
     cfg = TrainConfig(optimizer=optimizer, weight_decay=0.3, embedding_lr=3.0)
-    for each in build_optimizers(model, cfg):
-        for group in each.param_groups:
-            for p in group["params"]:
-                name = names[p]
-                found.append(name)
-                in_bank = "attn.bank." in name
-                matrix = p.dim() == 2 and name.startswith("transformer.h.") and not in_bank
-                assert isinstance(each, Muon) == (optimizer == "muon" and matrix), name
-                if not in_bank:
-                    assert group["weight_decay"] == (0.3 if p.dim() == 2 else 0), name
-                    embeds = name in ("transformer.wte.weight", "transformer.wpe.weight")
-                    assert group["lr_multiple"] == (3 if embeds else 1), name
+    for group in build_optimizer(model, cfg).param_groups:
+        for p in group["params"]:
+            name = names[p]
+            found.append(name)
+            in_bank = "attn.bank." in name
+            matrix = p.dim() >= 2 and name.startswith("transformer.h.") and not in_bank
+            assert (group["kind"] == "muon") == (optimizer == "muon" and matrix), name
+            if not in_bank:
+                assert group["weight_decay"] == (0.3 if p.dim() >= 2 else 0), name
+                embeds = name in ("transformer.wte.weight", "transformer.wpe.weight")
+                assert group["lr_multiple"] == (3 if embeds else 1), name
     assert sorted(found) == sorted(names.values())
 
 
@@ -67,13 +67,12 @@ def test_each_parameter_is_in_one_group_with_the_right_optimizer_and_decay(syste
 def test_banks_have_groups_of_their_own_with_their_authors_constants(block, optimizer):
     model = tiny(n_layer=2, block=block, bank_layers=2)
     cfg = TrainConfig(optimizer=optimizer, learning_rate=0.01, bank_lr=5.0)
-    optimizers = build_optimizers(model, cfg)
-    set_learning_rate(optimizers, 0.004)
-    groups = {p: group for each in optimizers for group in each.param_groups
-              for p in group["params"]}
-    assert isinstance(optimizers[-1], torch.optim.AdamW)
+    own = build_optimizer(model, cfg)
+    set_learning_rate(own, 0.004)
+    groups = {p: group for group in own.param_groups for p in group["params"]}
     for layer in model.transformer.h:
         table = groups[layer.attn.bank.table]
+        assert table["kind"] == "adamw"
         assert all(table[name] == value for name, value in TABLE.items())
         assert table["lr"] == pytest.approx(5 * 0.004)
         # Under DVA the norm divides gamma out, and it is not learned
@@ -96,16 +95,15 @@ def table_of(model):
 def test_a_row_of_a_bank_goes_on_moving_after_its_token_was_seen(block):
     """The dense moments are the reason that banks pay."""
     model = tiny(block=block, bank_layers=1)
-    optimizers = build_optimizers(model, TrainConfig(learning_rate=1e-2))
+    own = build_optimizer(model, TrainConfig(learning_rate=1e-2, bank_lr=1.0))
     table, moved = table_of(model), []
     for first_id in (0, 20, 20):                       # ids 0 to 9, and then others
         idx = torch.arange(first_id, first_id + 10)[None]
         before = table.detach().clone()
-        model(idx, idx)[1].backward()
+        model(idx, idx).backward()
         assert not table.grad.is_sparse
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        own.step()
+        own.zero_grad()
         moved.append((table - before).detach().norm(dim=1))
     seen_first, never_seen = slice(0, 10), slice(10, 20)
     assert (moved[1][seen_first] > 1e-3).all() and (moved[2][seen_first] > 1e-3).all()
@@ -116,7 +114,7 @@ def test_a_row_of_a_bank_goes_on_moving_after_its_token_was_seen(block):
 def test_adamw_is_torchs_in_its_plainest_form():
     models = [tiny(), tiny()]
     cfg = TrainConfig(learning_rate=1e-2, weight_decay=0.2, beta1=0.8, beta2=0.9)
-    ours = build_optimizers(models[0], cfg)
+    ours = build_optimizer(models[0], cfg)
     matrices = [p for p in models[1].parameters() if p.dim() == 2]
     vectors = [p for p in models[1].parameters() if p.dim() == 1]
     theirs = torch.optim.AdamW([dict(params=matrices, weight_decay=0.2),
@@ -125,16 +123,20 @@ def test_adamw_is_torchs_in_its_plainest_form():
     set_learning_rate(ours, 5e-3)
     idx = torch.arange(32).view(2, 16)
     for _ in range(3):
-        for model, optimizers in zip(models, (ours, [theirs]), strict=True):
-            model(idx, idx)[1].backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            model(idx, idx).backward()
+            optimizer.step()
+            optimizer.zero_grad()
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
 
 # ---- Muon ----------------------------------------------------------------------------------------
+
+def muon(params, dtype=torch.float32):
+    return MuonAdamW([dict(params=params, kind="muon", momentum=0.95, weight_decay=0.3, lr=0.1,
+                           dtype=dtype)])
+
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 is the first with Muon")
 def test_muon_is_torchs():
@@ -143,7 +145,7 @@ def test_muon_is_torchs():
     shapes = [(24, 8), (8, 24), (8, 8), (24, 8), (8, 24), (1, 5)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
     without_gradient = torch.nn.Parameter(torch.ones(8, 8))
-    optimizers = (Muon([*ours, without_gradient], lr=0.1, weight_decay=0.3),
+    optimizers = (muon([*ours, without_gradient], dtype=torch.bfloat16),
                   torch.optim.Muon(theirs, lr=0.1, weight_decay=0.3,
                                    adjust_lr_fn="match_rms_adamw"))
     for _ in range(3):
@@ -173,10 +175,42 @@ def test_muon_brings_singular_values_near_one(dtype):
 
 def test_muon_multiplies_in_the_type_of_the_run():
     for name, dtype in dict(auto=torch.float32, float16=torch.float16).items():
-        muon, _ = build_optimizers(tiny(), TrainConfig(optimizer="muon", dtype=name))
-        assert muon.dtype == dtype
+        own = build_optimizer(tiny(), TrainConfig(optimizer="muon", dtype=name))
+        assert (own.param_groups[0]["kind"], own.param_groups[0]["dtype"]) == ("muon", dtype)
 
 
-def test_muon_is_for_matrices():
-    with pytest.raises(ValueError, match=r"Muon is for matrices: a parameter has the shape \(3,\)"):
-        Muon([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+def test_a_weight_of_more_dimensions_is_a_matrix():
+    """As a convolution's, (rows, columns, width): Muon takes it as (rows, columns x width)."""
+    torch.manual_seed(0)
+    folded, flat = (torch.nn.Parameter(torch.ones(shape)) for shape in ((6, 4, 3), (6, 12)))
+    folded.grad = torch.randn(6, 4, 3)
+    flat.grad = folded.grad.flatten(1)
+    muon([folded]).step()
+    muon([flat]).step()
+    torch.testing.assert_close(folded.flatten(1), flat)
+    assert (flat != 1).all()
+
+
+def test_a_readers_convolution_is_no_embedding():
+    model = tiny()
+    model.transformer.h[0].add_module("conv", torch.nn.Conv1d(24, 24, 3))
+    groups = parameter_groups(model)
+    assert any(p is model.transformer.h[0].conv.weight for p in groups["matrices"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_state_survives_saving_bit_for_bit(optimizer, tmp_path):
+    idx, cfg = torch.arange(32).view(2, 16), TrainConfig(optimizer=optimizer, learning_rate=1e-2)
+    models = [tiny(bank_layers=1), tiny(bank_layers=1)]
+    own = [build_optimizer(model, cfg) for model in models]
+    for step in range(4):
+        for model, each in zip(models, own, strict=True):
+            model(idx, idx).backward()
+            each.step()
+            each.zero_grad()
+        if step == 1:
+            torch.save(own[0].state_dict(), tmp_path / "state.pt")
+            own[1] = build_optimizer(models[1], cfg)
+            own[1].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -38,7 +38,7 @@ SHAPE = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=130)
 def assert_same_model(ours, theirs):
     """The same logits on a full window."""
     idx = tokens(2, 128, theirs.config.vocab_size)
-    torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
 
 
 def write_nanogpt(path, theirs, dataset="tiny_char", prefix="", masks=False, **changes):
@@ -127,7 +127,7 @@ def test_positions_are_cropped_and_never_made_up(tmp_path):
     theirs.save_pretrained(tmp_path)
     ours, idx = load_model(str(tmp_path), block_size=8, dropout=0.1), torch.arange(16).view(2, 8)
     assert ours.config.dropout == 0.1 and ours.transformer.wpe.weight.shape == (8, 32)
-    torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
     with refused("block_size=129", "they have 128 positions"):
         load_model(str(tmp_path), block_size=129)
     with refused("n_layer=4", "they have n_layer=3"):
@@ -146,7 +146,7 @@ def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path
         assert logits.argmax(-1).min() >= 50257
         logits = logits[:, :-1, :50257].flatten(0, 1)
         expected = F.cross_entropy(logits, idx[:, 1:].flatten()).item()
-        assert ours(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(expected, abs=1e-5)
+        assert ours(idx[:, :-1], idx[:, 1:]).item() == pytest.approx(expected, abs=1e-5)
     assert generate(ours, idx[:, :4], 20, temperature=5.0).max() < 50257
 
 
@@ -282,7 +282,7 @@ def test_a_row_for_an_added_token_is_never_drawn(tmp_path, texts):
     assert all(len(text) > 50 for text in texts(out_dir=tmp_path, num_samples=2, start="\n",
                                                 max_new_tokens=50))
     ours, idx = load_model(str(tmp_path)), torch.arange(50)[None]
-    assert ours(idx, idx)[0].argmax(-1).max() == 50257
+    assert ours(idx).argmax(-1).max() == 50257
     assert ours.tokenizer.vocab_size == 50257
 
 
@@ -417,7 +417,7 @@ def test_a_longer_window_where_weights_hold_no_positions(run, tmp_path):
     short, long = load_model(tmp_path / "only"), load_model(tmp_path / "only", block_size=64)
     idx = torch.arange(64)[None] % 23
     with torch.no_grad():
-        difference = short(idx[:, :16], idx[:, :16])[0] - long(idx, idx)[0][:, :16]
+        difference = short(idx[:, :16]) - long(idx)[:, :16]
     assert difference.abs().max() < 1e-5
     _, out = run("longer", init_from=tmp_path / "only", block="dva", rotary="only", block_size=64,
                  max_iters=1)

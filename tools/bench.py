@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from model import Cache, ModelConfig, attend, attend_in_pieces, explicit_attention, stream
 from nanodva.machine import DTYPES, autocast, pick_compile, pick_device, pick_dtype
-from nanodva.optimizers import build_optimizers
+from nanodva.optimizers import build_optimizer
 from nanodva.settings import build, change, check, read_settings
 from nanodva.weights import build_model, outline
 from tools.report import markdown, write_json
@@ -198,7 +198,7 @@ def training_step(cfg, device):
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
     model = build_model(cfg).to(device)
-    optimizers = build_optimizers(model, cfg)
+    optimizer = build_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     forward = torch.compile(model, dynamic=False) if cfg.compile else model
     tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=device)
@@ -207,14 +207,12 @@ def training_step(cfg, device):
     def step():
         for _ in range(cfg.gradient_accumulation_steps):
             with autocast(device, cfg.dtype):
-                loss = forward(x, y, return_logits=False)[1]
+                loss = forward(x, y)
             scaler.scale(loss / cfg.gradient_accumulation_steps).backward()
         with record_function("optimizer"):                             # the profile's name for it
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)
             clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-            for optimizer in optimizers:
-                optimizer.step()
+            optimizer.step()
             scaler.update()
             model.zero_grad()
         return loss.item()

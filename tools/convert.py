@@ -50,8 +50,12 @@ def to_gpt2(weights, rows):
     (settings, state dict) of transformers' GPT2LMHeadModel for what read_weights() gave, with the
     first `rows` rows of the token table.
     """
-    model, state = ModelConfig(**weights["model_config"]), {}
-    for name, p in weights["model"].items():
+    model, ours, state = ModelConfig(**weights["model_config"]), dict(weights["model"]), {}
+    for name in [name for name in ours if ".attn.c_q." in name]:
+        # GPT-2 has W_q, W_k and W_v in one matrix
+        parts = [ours.pop(name.replace("c_q", f"c_{part}")) for part in "qkv"]
+        ours[name.replace("c_q", "c_attn")] = torch.cat(parts)
+    for name, p in ours.items():
         # transformers' Conv1D keeps its matrices as (in, out)
         is_conv1d = name.startswith("transformer.h.") and p.dim() == 2
         state[name] = p.T if is_conv1d else p
@@ -89,7 +93,7 @@ def main(argv=None):
         model, spec = ModelConfig(**weights["model_config"]), weights["tokenizer"]
         tokenizer = Tokenizer(spec) if spec else None
         rows = tokenizer.vocab_size if tokenizer else model.vocab_size
-        if (model.block, model.bank_layers, model.rotary) == ("gpt2", 0, False):
+        if (model.block, model.bank_layers, model.is_rotary) == ("gpt2", 0, False):
             settings, state = to_gpt2(weights, rows)
         else:
             # transformers has no class for it: model.py goes along, and what calls it

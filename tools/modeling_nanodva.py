@@ -65,8 +65,7 @@ class NanoDVAForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and (attention_mask.diff() > 0).any():
             raise ValueError("padding before a text moves its positions, and is not left out: put "
                              "it after the text, or give texts of one length")
-        logits, _ = self.gpt(input_ids, targets=input_ids)
-        logits, loss = logits[..., :self.config.vocab_size], None
+        logits, loss = self.gpt(input_ids)[..., :self.config.vocab_size], None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **settings)
         return CausalLMOutput(loss=loss, logits=logits)
