@@ -481,10 +481,10 @@ def test_the_pages_lines_of_python_do_what_they_say(run, tmp_path, monkeypatch, 
     exec(code, names)
     assert capsys.readouterr().out.startswith("abc")
     # What the block adds is W_o of the gated, weighted sum of the values
-    attn, x = names["attn"], names["x"]
-    mixed = names["strengths"] @ attn.c_v(x) * names["gates"]
+    attn, x, rotary = names["attn"], names["x"], names["rotary"]
+    mixed = names["weights"] @ attn.c_v(x) * names["gates"]
     ids = torch.tensor([names["model"].tokenizer.encode("abc")])
-    torch.testing.assert_close(attn.c_proj(mixed), attn(x[None], ids)[0], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(attn.c_proj(mixed), attn(x[None], ids, rotary)[0], atol=1e-6, rtol=1e-4)
 
 
 def test_a_run_starts_from_another_ones_weights_at_step_0(run, trained, tmp_path):
