@@ -31,7 +31,6 @@ from nanodva.errors import check_folder, fail, run_script
 import numpy as np
 
 from nanodva.dataset import FEW, adopt, balance, encode_all, read_meta, write_ids, write_meta
-from nanodva.huggingface import read_tokenizer
 from nanodva.readers import (
     END_LINE,
     READERS,
@@ -45,7 +44,7 @@ from nanodva.readers import (
 )
 from nanodva.settings import PathName, check, load_settings
 from nanodva.sources import BUILT_IN, counted, fetched, find_sources, plain, sha256
-from nanodva.tokenizer import Tokenizer, bpe_size
+from nanodva.tokenizer import Tokenizer, bpe_size, read_tokenizer
 
 OPENWEBTEXT = "hf:Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c"
 OPENWEBTEXT_TOKENS = 9.1e9

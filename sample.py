@@ -102,7 +102,7 @@ def line_ends(text):
 
 
 def find_tokenizer(weights, cfg):
-    """The tokenizer of the weights or, if they do not know it, of a data set: --dataset or theirs."""
+    """The tokenizer of the weights or, if they do not name it, of --dataset or their data set."""
     spec, assumed = weights["tokenizer"], weights["assumed"]
     if spec and not (assumed and cfg.dataset):
         if cfg.dataset:

@@ -8,6 +8,9 @@ gpt2:N without tokens, as version 2 wrote it. Tokens that somebody else has trai
 manner are {"kind": "bpe", "tokens": "...", "end_of_text": 0}.
 """
 import base64
+import hashlib
+import json
+import math
 import re
 import sys
 
@@ -118,3 +121,106 @@ def gpt2_tokens():
 def code_points(text):
     """The code points of text as a uint32 array."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+# ---- the files of a tokenizer in Hugging Face format ---------------------------------------------
+
+# sha256 of GPT-2's tokens as a spec has them
+GPT2_TOKENS = "445c95aed02d34f9cebfeeba666b08c9aebb5419c128c1c8e6995ac1a15f28b9"
+# The files write each byte as one visible character: its own if it has one, else one from 256 on
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+INVISIBLE = sorted(set(range(256)) - set(VISIBLE))
+LETTERS = dict(zip(VISIBLE + INVISIBLE, map(chr, VISIBLE + [*range(256, 324)]), strict=True))
+
+
+def read_tokenizer(folder, rows=None):
+    """
+    The spec, for Tokenizer, of the tokenizer in a folder, or None where the folder has none. Its
+    tokens may be others than GPT-2's. Raises UserError for one that does not work as GPT-2's does,
+    and for one of more tokens than the weights have rows, if that is given.
+    """
+    try:
+        if (folder / "tokenizer.json").exists():
+            parts = json.loads((folder / "tokenizer.json").read_bytes())
+            words, ids = parts["pre_tokenizer"], parts["model"]["vocab"]
+            # Older versions wrote a pair as one text
+            merges = [pair.split(" ") if isinstance(pair, str) else pair
+                      for pair in parts["model"]["merges"]]
+            as_gpt2 = words["type"] == "ByteLevel" and words.get("use_regex", True) \
+                and not words["add_prefix_space"] and parts["normalizer"] is None
+        elif (folder / "vocab.json").exists():
+            ids = json.loads((folder / "vocab.json").read_bytes())
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            merges = [line.split(" ") for line in lines if not line.startswith("#version")]
+            settings = folder / "tokenizer_config.json"
+            settings = json.loads(settings.read_bytes()) if settings.exists() else {}
+            as_gpt2 = not settings.get("add_prefix_space")
+        else:
+            return None
+        if len(ids) > (rows or math.inf):
+            raise ValueError(f"{len(ids)} tokens, and the weights have {rows}")
+        end = ids.get(END_OF_TEXT)
+        if end is None and (folder / "config.json").exists():
+            # Some call it </s>
+            end = json.loads((folder / "config.json").read_bytes()).get("eos_token_id")
+        byte_of = {letter: byte for byte, letter in LETTERS.items()}
+        tokens = [bytes(byte_of[letter] for letter in word)
+                  for word in sorted(ids, key=ids.get) if ids[word] != end]
+        text = " ".join(base64.b64encode(token).decode() for token in tokens)
+        if as_gpt2 and hashlib.sha256(text.encode()).hexdigest() == GPT2_TOKENS:
+            return {"kind": "gpt2"}
+        # tiktoken joins the two tokens whose union has the lowest id, and these files name the
+        # pairs to join: it is the same if each of them is what tiktoken would have joined last.
+        joined, letters = [left + right for left, right in merges], set(LETTERS.values())
+        special = ids.keys() - letters - set(joined)
+        as_gpt2 = as_gpt2 and end in ids.values() and letters <= ids.keys() \
+            and sorted(ids.values()) == list(range(len(ids))) \
+            and joined == sorted(joined, key=lambda word: ids[word]) \
+            and all(last_merge(left + right, ids) == [left, right] for left, right in merges) \
+            and not any(word.isalpha() for word in special)
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        fail(f"cannot read the tokenizer in {folder}: {type(error).__name__}: {error}")
+    if not as_gpt2:
+        fail(f"the tokenizer in {folder} does not work as GPT-2's does, and with other tokens its "
+             f"weights would write nonsense: use transformers for this model")
+    return {"kind": "bpe", "tokens": text, "end_of_text": end}
+
+
+def last_merge(token, ranks):
+    """
+    The two tokens that byte-pair encoding joins last when it makes `token`, a text or bytes. It
+    starts from single letters or bytes, and joins the pair of the lowest rank first.
+    """
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
+        first = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], math.inf))
+        parts[first:first + 2] = [pairs[first]]
+    return parts
+
+
+def write_tokenizer(folder, tokenizer):
+    """Write the files from which transformers' AutoTokenizer makes this tokenizer."""
+    if tokenizer.bpe is None:
+        alphabet = tokenizer.spec["alphabet"]
+        # Each character is a word of its own. One that is not in the alphabet raises an error.
+        words = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
+                 "invert": False}
+        model = {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(alphabet)},
+                 "unk_token": "<unk>"}
+        files = {"tokenizer.json": {"version": "1.0", "added_tokens": [], "pre_tokenizer": words,
+                                    "model": model, "decoder": {"type": "Fuse"}},
+                 "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    else:
+        ids = {"".join(LETTERS[byte] for byte in tokenizer.decode([i])): i
+               for i in range(tokenizer.vocab_size) if i != tokenizer.end_of_text}
+        pairs = [last_merge(word, ids) for word in sorted(ids, key=ids.get) if len(word) > 1]
+        # A token that no two others make is a special one, such as <pad>
+        merges = [f"{left} {right}" for left, right in pairs if left in ids and right in ids]
+        text = "\n".join(["#version: 0.2", *merges, ""])
+        (folder / "merges.txt").write_text(text, encoding="utf-8")
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        files = {"vocab.json": ids | {END_OF_TEXT: tokenizer.end_of_text},
+                 "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"} | special}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))

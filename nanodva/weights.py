@@ -7,6 +7,7 @@ format. Nothing is ever unpickled.
     model = load_model("out-demo")                # or "gpt2", or a folder from the hub
     print(generate(model, "ROMEO:", 200))
 """
+import json
 import re
 import sys
 from dataclasses import asdict, fields
@@ -17,11 +18,18 @@ import torch
 from model import GPT, ConfigError, ModelConfig
 from nanodva.checkpoints import FORMAT, load_file
 from nanodva.errors import UserError, fail
-from nanodva.huggingface import PADDED, TOKENS, download, read_folder
 from nanodva.settings import build, coerce
-from nanodva.tokenizer import Tokenizer
+from nanodva.tokenizer import Tokenizer, read_tokenizer
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+# GPT-2's vocabulary, and the table of a multiple of 64 rows that nanoGPT makes for it
+TOKENS, PADDED = 50257, 50304
+# What config.json may say of a GPT-2 that this is; if it says nothing, transformers takes the first
+CONFIG = {
+    "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu"],
+    "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False], "tie_word_embeddings": [True],
+    "add_cross_attention": [False]}
 # Settings with a word for "by default", and the properties that tell what they resolve to
 RESOLVED = {"rotary": ["is_rotary", "has_learned_positions"], "value_dim": ["value_width"]}
 
@@ -29,9 +37,9 @@ RESOLVED = {"rotary": ["is_rotary", "has_learned_positions"], "value_dim": ["val
 def load_model(source, **changes):
     """
     The GPT, in evaluation mode, whose weights `source` names, see read_weights. Its attribute
-    `tokenizer` is the Tokenizer of these weights, or None where they do not know it. `changes` are
-    settings to change: dropout, gelu, a smaller block_size. Raises UserError, which is a
-    ValueError, for a source that cannot be read and for changes that contradict the weights.
+    `tokenizer` is the Tokenizer of these weights, or None if they do not name it. `changes` are
+    settings to change: dropout, gelu, a smaller block_size. Raises UserError, a ValueError, for a
+    source that cannot be read and for changes that contradict the weights.
     """
     weights = read_weights(source)
     if weights["assumed"]:
@@ -45,8 +53,8 @@ def load_model(source, **changes):
 
 def build_model(config, weights=None):
     """
-    A GPT with the settings in config and, if given, with what fit_weights() left of weights.
-    Blocks that it left out start fresh. Raises UserError for settings that the block refuses.
+    A GPT with the settings in config and, if given, the weights that fit_weights() returned. Blocks
+    without weights are initialised. Raises UserError for settings that the block refuses.
     """
     try:
         model = GPT(config)
@@ -62,8 +70,8 @@ def build_model(config, weights=None):
 
 def outline(config):
     """
-    The GPT with these settings on the meta device, where it takes no memory: it tells how large it
-    is. Raises UserError for settings that the block refuses.
+    The GPT with these settings on the meta device, where it has sizes but takes no memory. Raises
+    UserError for settings that the block refuses.
     """
     with torch.device("meta"):
         return build_model(config)
@@ -72,10 +80,9 @@ def outline(config):
 def start_from(cls, given):
     """
     (cfg, weights) of a new run from the weights that given["init_from"] names, with their
-    architecture. Another kind of block takes over embeddings, positions and the final norm.
+    architecture. Another kind of block keeps embeddings, positions and the final norm.
     """
-    # Mistakes come to light before a long download. How many layers there are for banks is known
-    # after it.
+    # Check the settings before a long download; bank_layers can only be checked after it
     build(cls, given | {"bank_layers": 0})
     weights = read_weights(given["init_from"])
     theirs = weights["model_config"]
@@ -90,9 +97,9 @@ def start_from(cls, given):
 def fit_weights(weights, config, origin=None):
     """
     The state dict of read_weights() for the ModelConfig `config`: its first block_size positions,
-    and without the blocks where those are to be of another kind. dropout and gelu have no
-    weights, so they are free. Raises UserError for a setting that contradicts the weights;
-    `origin` tells for each setting where it was given.
+    and without the blocks if config asks for another kind. dropout and gelu have no weights and
+    may differ. Raises UserError for a setting that contradicts the weights; `origin` tells where
+    each setting was given.
     """
     theirs, state = ModelConfig(**weights["model_config"]), dict(weights["model"])
     free = ("block_size", "dropout", "gelu")
@@ -117,7 +124,7 @@ def fit_weights(weights, config, origin=None):
     if positions in state:
         if config.block_size > len(state[positions]):
             refuse("block_size", f"they have {len(state[positions])} positions, and more cannot be "
-                                 f"made up; use at most that many")
+                                 f"invented; use at most that many")
         state[positions] = state[positions][:config.block_size]
     return state
 
@@ -130,9 +137,9 @@ def read_weights(source):
 
       model           state dict, with the names and shapes that model_config asks for
       model_config    fields of ModelConfig, without dropout, which is a matter of the run
-      tokenizer       spec for Tokenizer, or None where only the data set knows it
-      assumed         "", or a sentence if the spec was only concluded from the number of tokens
-      dataset         the name of the data set, where a checkpoint tells it, or None
+      tokenizer       spec for Tokenizer, or None if only the data set has it
+      assumed         "", or a sentence if the spec was only inferred from the number of tokens
+      dataset         the name of the data set, if a checkpoint tells it, or None
       source          as given, for messages
 
     A source is a run of ours or of nanoGPT's (its folder or a .pt file), or a folder with
@@ -160,7 +167,7 @@ def read_weights(source):
     except UserError as error:
         fail(f"{source}: weights and settings do not belong together: {error}")
     for name, p in state.items():
-        # Its smallest and its largest number take less memory than asking for each of them
+        # The smallest and the largest number: a mask of all of them would take more memory
         if not torch.stack(p.aminmax()).isfinite().all():
             fail(f"{source}: {name} holds numbers that are not finite, as after a training that "
                  f"diverged: take an earlier checkpoint, or train with a lower --learning_rate")
@@ -204,7 +211,7 @@ def plain_names(state):
     """
     plain = {}
     for name, p in state.items():
-        # A mask is (1, 1, T, T), and what it put in place of a masked score is one number
+        # A mask is (1, 1, T, T), and the score of a masked position is one number
         is_mask = name.endswith(".attn.bias") and p.dim() == 4
         if not is_mask and not (name.endswith(".attn.masked_bias") and p.dim() == 0):
             plain[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = p
@@ -232,4 +239,75 @@ def read_checkpoint(path):
             config = {"bias": True} | found["model_args"] | {"gelu": "exact"}
             return {"model": found["model"], "model_config": config, "tokenizer": None,
                     "dataset": dataset}
-    fail(f"{path} is neither a nanoDVA checkpoint of format {FORMAT} nor one of nanoGPT")
+    fail(f"{path} is neither a nanoDVA checkpoint of format 3 or {FORMAT} nor one of nanoGPT")
+
+
+# ---- GPT-2 in Hugging Face format ----------------------------------------------------------------
+
+def download(repository):
+    """The folder in the hub's cache that holds a repository's config.json and weights."""
+    from huggingface_hub import constants, hf_hub_download
+    try:
+        paths = [hf_hub_download(repository, name) for name in ("config.json", "model.safetensors")]
+    except Exception as error:
+        # The network, a proxy or the disk may raise anything here
+        fail(f"cannot fetch {repository} from {constants.ENDPOINT} ({type(error).__name__}): where "
+             f"there is a network, run  hf download {repository} --local-dir=FOLDER  and come back "
+             f"with --init_from=FOLDER")
+    return Path(paths[0]).parent
+
+
+def read_folder(folder):
+    """
+    {"model", "model_config", "tokenizer"} of a folder that transformers or tools.convert saved. The
+    last is None if the folder has no tokenizer. Raises UserError.
+    """
+    try:
+        theirs, state = dict(json.loads((folder / "config.json").read_bytes())), read_state(folder)
+    except ImportError:
+        fail(f"{folder} needs the package safetensors:  pip install safetensors")
+    except UserError:
+        raise
+    except Exception as error:
+        # json, safetensors and torch raise a dozen kinds of error for a damaged file
+        fail(f"{folder} is damaged, or no model in Hugging Face format: {str(error)[:200]}")
+    if "model_config" in theirs:
+        state = {name.removeprefix("gpt."): p for name, p in state.items()}
+        return {"model": state, "model_config": theirs["model_config"],
+                "tokenizer": theirs.get("tokenizer")}
+    for key, allowed in CONFIG.items():
+        if theirs.get(key, allowed[0]) not in allowed:
+            fail(f"{folder}/config.json: {key}={theirs[key]!r} is not GPT-2: it has "
+                 f"{' or '.join(map(repr, allowed))}")
+    weights = {}
+    for name, p in state.items():
+        if not name.startswith(("transformer.", "lm_head.")):
+            name = f"transformer.{name}"
+        # transformers' Conv1D keeps its matrices as (in, out)
+        is_conv1d = name.startswith("transformer.h.") and p.dim() == 2
+        weights[name] = p.T if is_conv1d else p
+    rows = theirs.get("vocab_size")
+    spec = theirs.get("nanodva_tokenizer") or read_tokenizer(folder, rows)
+    if rows == PADDED and spec in (None, {"kind": "gpt2"}):
+        # Padded rows are no tokens, and would take part in the softmax
+        rows = TOKENS
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            if name in weights:
+                weights[name] = weights[name][:TOKENS]
+    config = {"n_layer": theirs.get("n_layer"), "n_head": theirs.get("n_head"),
+              "n_embd": theirs.get("n_embd"), "block_size": theirs.get("n_positions"),
+              "vocab_size": rows, "bias": True,
+              "gelu": "exact" if theirs.get("activation_function") == "gelu" else "tanh"}
+    return {"model": weights, "model_config": config, "tokenizer": spec}
+
+
+def read_state(folder):
+    """The state dict in a folder, from one file or from several with an index."""
+    from safetensors.torch import load_file as load_safetensors
+    for name, load in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_file)):
+        index, files = folder / f"{name}.index.json", [name]
+        if index.exists():
+            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if (folder / files[0]).exists():
+            return {key: p for file in files for key, p in load(folder / file).items()}
+    fail(f"no model.safetensors and no pytorch_model.bin next to {folder / 'config.json'}")

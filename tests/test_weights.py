@@ -3,6 +3,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from conftest import (
     BLOCKS,
     ROOT,
+    SYSTEMS,
     TINY,
     command_line,
     comparable,
@@ -18,6 +20,8 @@ from conftest import (
     ids_of,
     oracle,
     refused,
+    shaken,
+    tiny,
     tokens,
 )
 from safetensors.torch import load_file, save_file
@@ -386,6 +390,45 @@ def test_a_file_that_only_looks_like_a_checkpoint_is_refused(tmp_path, checkpoin
         load_model(str(tmp_path))
 
 
+# ---- version 3 -----------------------------------------------------------------------------------
+
+def as_version_3(state, block):
+    """The state dict with GPT-2's W_q, W_k and, without a bank, W_v in one matrix."""
+    old = dict(state)
+    for name in [name for name in state if block == "gpt2" and ".attn.c_q." in name]:
+        parts = [old.pop(name.replace("c_q", f"c_{part}"), None) for part in "qkv"]
+        old[name.replace("c_q", "c_attn")] = torch.cat([p for p in parts if p is not None])
+    return old
+
+
+@pytest.mark.parametrize("system", [system for system in SYSTEMS
+                                    if system["block"] in ("gpt2", "dva")], ids=str)
+def test_a_checkpoint_of_version_3_samples(system, tmp_path):
+    model = shaken(tiny(**system))
+    alphabet = {"kind": "char", "alphabet": "".join(chr(97 + i) for i in range(37))}
+    # Version 3 stored these settings as they were resolved, and its gate
+    config = asdict(model.config) | {"gate": "plain", "value_dim": 24,
+                                     "rotary": model.config.is_rotary}
+    saved = {"format": 3, "model": as_version_3(model.state_dict(), system["block"]),
+             "model_config": config, "config": {"dataset": "x"}, "tokenizer": alphabet, "step": 9}
+    torch.save(saved, tmp_path / "best.pt")
+    ours, idx = load_model(tmp_path), tokens(2, 16)
+    assert torch.equal(ours(idx), model(idx))
+    saved["model_config"]["gate"] = "open"
+    torch.save(saved, tmp_path / "best.pt")
+    with refused("gate='open' was a setting of version 3"):
+        load_model(tmp_path)
+
+
+def test_settings_that_resolve_to_the_same_do_not_contradict_the_weights(run, tmp_path):
+    run("auto", block="dva", max_iters=1)
+    for same in (dict(rotary=True), dict(value_dim=16)):
+        run("same", init_from=tmp_path / "auto", block="dva", max_iters=1, overwrite=True, **same)
+    for other, words in ((dict(rotary=False), "rotary=False"), (dict(value_dim=8), "value_dim=8")):
+        with refused(f"{words} contradicts the weights"):
+            run("other", init_from=tmp_path / "auto", block="dva", **other)
+
+
 # ---- our own, and starting from any --------------------------------------------------------------
 
 def test_a_folder_that_is_called_gpt2_is_the_folder(run, texts, tmp_path, monkeypatch, hub):
@@ -484,7 +527,8 @@ def test_the_pages_lines_of_python_do_what_they_say(run, tmp_path, monkeypatch, 
     attn, x, rotary = names["attn"], names["x"], names["rotary"]
     mixed = names["weights"] @ attn.c_v(x) * names["gates"]
     ids = torch.tensor([names["model"].tokenizer.encode("abc")])
-    torch.testing.assert_close(attn.c_proj(mixed), attn(x[None], ids, rotary)[0], atol=1e-6, rtol=1e-4)
+    expected = attn(x[None], ids, rotary)[0]
+    torch.testing.assert_close(attn.c_proj(mixed), expected, atol=1e-6, rtol=1e-4)
 
 
 def test_a_run_starts_from_another_ones_weights_at_step_0(run, trained, tmp_path):

@@ -25,9 +25,8 @@ from nanodva.errors import fail, run_script
 import torch
 
 from model import ModelConfig
-from nanodva.huggingface import write_tokenizer
 from nanodva.settings import PathName, check, load_settings
-from nanodva.tokenizer import Tokenizer
+from nanodva.tokenizer import Tokenizer, write_tokenizer
 from nanodva.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
