@@ -8,13 +8,14 @@ import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from nanodva.errors import check_folder, fail, replacing
 from nanodva.readers import PIECE
 from nanodva.sources import BUILT_IN, sha256
-from nanodva.tokenizer import Tokenizer
+from nanodva.tokenizer import END_OF_TEXT, Tokenizer
 
 SPLITS = ("train", "val")
 # The split of a set with at most so many documents is looked at when it is done, see balance().
@@ -25,8 +26,9 @@ FEW = 10_000
 
 def encode_all(documents, spec, num_proc, end):
     """
-    Yield (ids, split, number of bytes) for each (text, split), in order; the array `end` follows
-    the ids of each. The work is done by threads: tiktoken runs outside Python's global lock.
+    Yield (ids, split, number of bytes, number of <|endoftext|> in the text) for each (text, split),
+    in order; the array `end` follows the ids of each. Threads do the work: tiktoken runs outside
+    Python's global lock.
     """
     thread = threading.local()
 
@@ -36,8 +38,8 @@ def encode_all(documents, spec, num_proc, end):
         thread.tokenizer = Tokenizer(spec)
 
     def encode(batch):
-        return [(np.append(thread.tokenizer.encode_array(text), end), split, len(text.encode()))
-                for text, split in batch]
+        return [(np.append(thread.tokenizer.encode_array(text), end), split, len(text.encode()),
+                 text.count(END_OF_TEXT)) for text, split in batch]
 
     with ThreadPoolExecutor(num_proc, initializer=start_thread) as threads:
         waiting = deque()
@@ -62,40 +64,37 @@ def batches_of(documents):
     yield batch
 
 
-def write_ids(encoded, folder, dtype, max_tokens):
+def write_ids(encoded, folder, dtype):
     """
-    Write train.bin and val.bin from what encode_all() yields, up to the document that reaches
-    max_tokens. Returns {split: tokens}, {split: bytes of text}, the number of documents, and a list
-    of (split, tokens, bytes) of the first ones.
+    Write train.bin and val.bin from what encode_all() yields. Returns the counts: .tokens and
+    .bytes of each split, .documents, .marks, and .first, (split, tokens, bytes) of the first ones.
     """
-    tokens, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-    count, documents = 0, []
+    written = SimpleNamespace(tokens=dict.fromkeys(SPLITS, 0), bytes=dict.fromkeys(SPLITS, 0),
+                              documents=0, marks=0, first=[])
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
-        files = {"train": train, "val": val}
-        for ids, split, size in encoded:
-            files[split].write(ids.astype(dtype))
-            tokens[split] += len(ids)
-            sizes[split] += size
-            count += 1
-            if count <= FEW:
-                documents.append((split, len(ids), size))
-            if sum(tokens.values()) >= max_tokens:
-                break
-    return tokens, sizes, count, documents
+        for ids, split, size, marks in encoded:
+            (train if split == "train" else val).write(ids.astype(dtype))
+            written.tokens[split] += len(ids)
+            written.bytes[split] += size
+            written.documents += 1
+            written.marks += marks
+            if len(written.first) <= FEW:
+                written.first.append((split, len(ids), size))
+    return written
 
 
-def balance(partial, dtype, documents, val_fraction, tokenizer, end):
+def balance(source, folder, dtype, documents, val_fraction, tokenizer, end):
     """
-    Split a small set anew, where the documents' hashes have left val empty or far from its share.
+    Split a small set again if the documents' hashes have left val empty or far from its share.
 
-    `documents` is the list of write_ids(). The documents of the lowest hashes go to val, and of the
-    one that would be too much only its last part. Equal documents are treated alike. Returns the
-    folder of the new .bin files, {split: tokens} and {split: bytes of text}.
+    `source` is the folder that write_ids() has written to, `documents` its .first. The documents of
+    the lowest hashes go to val, and of the next one only its last part; equal documents are treated
+    alike. Writes to `folder`, and returns the counts.
     """
     import xxhash
     ids, parts, weights = {}, [], Counter()
     for split in SPLITS:
-        path = partial / f"{split}.bin"
+        path = source / f"{split}.bin"
         ids[split] = np.memmap(path, dtype, "r") if path.stat().st_size else np.array([], dtype)
     for split, length, _ in documents:
         parts.append(ids[split][:length])
@@ -108,22 +107,17 @@ def balance(partial, dtype, documents, val_fraction, tokenizer, end):
         share[number] = min(1, wanted / max(1, weights[number]))
         wanted -= share[number] * weights[number]
 
-    folder = partial / "balanced"
-    folder.mkdir()
-    tokens, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-    with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
+    def halves():
         for part, number, (_, length, size) in zip(parts, hashes, documents, strict=True):
             cut = length - round(share[number] * length)
-            head, tail, head_size = part[:cut], part[cut:], size if cut == length else 0
+            head, head_size = part[:cut], size if cut == length else 0
             if 0 < cut < length:
                 head_size = len(tokenizer.decode(head.tolist()))
                 head = np.append(head, end)
-            for split, file, found, found_size in [("train", train, head, head_size),
-                                                   ("val", val, tail, size - head_size)]:
-                file.write(found.astype(dtype))
-                tokens[split] += len(found)
-                sizes[split] += found_size
-    return folder, tokens, sizes
+            yield head, "train", head_size, 0
+            yield part[cut:], "val", size - head_size, 0
+
+    return write_ids(halves(), folder, dtype)
 
 
 # ---- meta.json -----------------------------------------------------------------------------------
@@ -156,9 +150,6 @@ def read_meta(folder, deep=False):
         if not (folder / name).is_file():
             if name == "meta.json":
                 again += ", or with --adopt if nanoGPT has prepared it"
-            if folder.parent.name and folder.parent.name == folder.parent.parent.name:
-                # --dataset=data/mine
-                again = f"did you mean the data set {folder.name}, without its folder?"
             # The whole path, for somebody who has gone to another folder.
             fail(f"no {(folder / name).absolute()}: {again}")
     try:

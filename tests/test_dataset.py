@@ -55,7 +55,7 @@ def test_a_missing_file_is_shown_with_its_whole_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with refused(f"no {tmp_path}/data/mine/train.bin: run python prepare_data.py mine --input"):
         read_meta("data/mine")
-    with pytest.raises(UserError, match="data/data/mine/train.bin: .*mine, without its folder\\?$"):
+    with refused(f"no {tmp_path}/data/data/mine/train.bin: "):
         read_meta("data/data/mine")
 
 

