@@ -24,8 +24,8 @@ END_OF_TEXT = "<|endoftext|>"
 # How GPT-2 splits a text into words; no token crosses their boundaries. tiktoken's spelling of the
 # published pattern: the same words, faster.
 WORDS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
-# GPT-2's files write each byte as one visible character, its own if it has one, else one from 256 on,
-# and begin with these in this order.
+# GPT-2's files write each byte as one visible character: its own if it has one, else one from 256
+# on. These are also the first 256 tokens, in this order.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 INVISIBLE = sorted(set(range(256)) - set(VISIBLE))
 LETTERS = dict(zip(VISIBLE + INVISIBLE, map(chr, VISIBLE + [*range(256, 324)]), strict=True))
