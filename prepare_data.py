@@ -105,9 +105,11 @@ def find_spec(tokenizer):
     if spec is None:
         # A run, which needs torch
         from nanodva.weights import read_weights
-        spec = read_weights(path)["tokenizer"]
-    if spec is None:
-        fail(f"tokenizer={tokenizer!r} does not say what its tokens are: name its data set")
+        weights = read_weights(path)
+        spec = weights["tokenizer"]
+        if spec is None or weights["assumed"]:
+            fail(f"tokenizer={tokenizer!r} has neither tokenizer.json nor vocab.json and does not "
+                 "say what its tokens are: name its data set, as data/NAME, or gpt2")
     return spec
 
 

@@ -32,9 +32,9 @@ MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
          codecs.BOM_UTF16_BE: "utf-16"}
 # PDF, RTF and ZIP, which is also what .docx, .odt, .epub and .xlsx are
 NO_TEXT = (b"%PDF-", b"{\\rtf", b"PK\x03\x04")
-WAYS_OUT = ("if it is text, name its encoding, such as --encoding=latin-1, cp1252 or utf-16-le; "
-            "else make text of it first: pdftotext reads a PDF, pandoc other documents, and unzip, "
-            "tar -xf, bunzip2 or zstd -d unpack archives")
+WAY_OUT = ("if it is text, name its encoding, such as --encoding=latin-1, cp1252 or utf-16-le; "
+           "else make text of it first: pdftotext reads a PDF, pandoc other documents, and unzip, "
+           "tar -xf, bunzip2 or zstd -d unpack archives")
 
 
 class Source(NamedTuple):
@@ -82,7 +82,7 @@ def read_texts(source, config, separator=""):
 # ---- bytes and characters ------------------------------------------------------------------------
 
 @contextmanager
-def reading(path):
+def reading(path, way_out=WAY_OUT):
     """Any error of the disk or of a damaged file becomes a UserError."""
     try:
         yield
@@ -91,7 +91,7 @@ def reading(path):
     except UnicodeDecodeError as error:
         near = error.object[max(0, error.start - 30):error.start + 10]
         fail(f"{path} is not {error.encoding}: byte {error.object[error.start]:#x} in "
-             f"{bytes(near)}; {WAYS_OUT}")
+             f"{bytes(near)}; {way_out}")
     except (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError) as error:
         fail(f"cannot read {path}: {type(error).__name__}: {str(error)[:200]}")
 
@@ -115,7 +115,7 @@ def open_text(source, config, newline=None):
         encoding = encoding_of(head, config.encoding)
         is_zeros = encoding == "utf-8" and head.count(0) > len(head) // 8
         if is_zeros or head.startswith(NO_TEXT) or head[257:262] == b"ustar":
-            fail(f"{source.path} is no plain text in {encoding}: it begins {head[:20]}; {WAYS_OUT}")
+            fail(f"{source.path} is no plain text in {encoding}: it begins {head[:20]}; {WAY_OUT}")
         yield io.TextIOWrapper(file, encoding, newline=newline)
 
 
@@ -137,7 +137,7 @@ def characters(file, count=float("inf")):
 
 def decode_text(data, name):
     """The text in bytes, by the rules for a .txt file; errors call them `name`."""
-    with reading(name):
+    with reading(name, "save it in UTF-8"):
         return plain_lines(data.decode(encoding_of(data)))
 
 

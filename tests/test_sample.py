@@ -170,10 +170,10 @@ def test_characters_that_span_tokens_are_put_together(tmp_path, texts):
 
 def test_a_prompt_that_cannot_be_read_is_named(texts, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
-    with refused("line 1 of", "prompt.txt is not UTF-8: byte 0xff at position 2; save it in UTF-8"):
+    with refused("prompt.txt is not utf-8: byte 0xff in b'ab\\xff'; save it in UTF-8"):
         texts(start=f"FILE:{tmp_path / 'prompt.txt'}")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="ascii"))
-    with refused("the prompt standard input is not UTF-8"):
+    with refused("the prompt standard input is not utf-8"):
         texts(start="-")
 
 
