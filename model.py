@@ -12,13 +12,11 @@ Letters in shapes: B batch, T positions of this call, S all positions so far (S 
 holds earlier ones), C n_embd, H heads, D and M the widths of keys and values, V vocab_size.
 """
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 
 class ConfigError(ValueError):
@@ -130,7 +128,7 @@ class Attention(nn.Module):
     def values(self, x, idx, cache):
         """
         The values u of all positions so far, (B, S, M): W_v x for x (B, T, C), after those in the
-        cache, or the rows of the bank for all token ids so far, idx (B, S).
+        cache; or the bank's rows for all token ids so far, idx (B, S).
         """
         if self.bank is not None:
             return self.bank(idx)
@@ -270,10 +268,7 @@ class BankOfValues(nn.Module):
 
     @torch.no_grad()
     def align(self, embedding):
-        """
-        Initialise the table with the values that a newly initialised W_v would give each token's
-        embedding, (V, C).
-        """
+        """Initialise the table as a new W_v of the normalised token embeddings (V, C)."""
         w_v = embedding.new_empty(self.table.size(1), embedding.size(1)).normal_(std=0.02)
         self.table.copy_(F.layer_norm(embedding, embedding.shape[1:]) @ w_v.T)
 
@@ -391,8 +386,8 @@ class GPT(nn.Module):
 
 class Cache:
     """
-    The KV cache: keys and values of the positions so far, so that a new token costs one position
-    and not the whole text. A layer with a bank keeps no values: it looks them up by token id.
+    The KV cache: keys and values of the positions so far, so a new token costs one position and
+    not the whole text. A layer with a bank keeps no values: it looks them up by token id.
     """
 
     def __init__(self, size):
@@ -414,46 +409,32 @@ class Cache:
         store[layer].narrow(-2, self.length, new.size(-2)).copy_(new)
         return store[layer].narrow(-2, 0, self.length + new.size(-2))
 
-    def repeat(self, times):
-        """Make `times` copies of each row, one after another."""
-        self.ids = self.ids.repeat_interleave(times, dim=0)
-        for store in (self.keys, self.values):
-            for layer in store:
-                store[layer] = store[layer].repeat_interleave(times, dim=0)
-
 
 @torch.inference_mode()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=-1,
-           num_tokens=None, num_samples=1):
+           num_tokens=None):
     """
-    Continue each row of idx (B, T), T >= 1, num_samples times, and yield the next ids
-    (B num_samples, 1), one step after another.
+    Continue each row of idx (B, T), T >= 1, and yield the next ids (B, 1), one step after another.
 
-    temperature, top_k and top_p: see `sample_token`. Ids from num_tokens on are padding and are
-    never sampled. A row that has produced stop_token repeats it; generation ends when every row
-    has. Each row has a random generator of its own, seeded from torch's, so a text does not depend
-    on how many others are sampled with it. Raises FloatingPointError for logits that are not
-    finite.
+    temperature, top_k and top_p: see sample_token. Ids from num_tokens on are padding and are never
+    sampled. A row that has produced stop_token repeats it; generation ends when every row has. Each
+    row has its own random generator, seeded from torch's, so a text does not depend on the number
+    of rows. Raises FloatingPointError for logits that are not finite.
 
     Cached keys belong to fixed positions, so a full window cannot slide. Its newer half becomes
     the prompt of the next one: a token sees between block_size / 2 and block_size others.
     """
-    size, rows = model.config.block_size, idx.size(0) * num_samples
+    size = model.config.block_size
     generators = [torch.Generator().manual_seed(seed)
-                  for seed in torch.randint(2**62, (rows,)).tolist()]
-    stopped = torch.zeros(rows, 1, dtype=torch.bool, device=idx.device)
+                  for seed in torch.randint(2**62, (len(idx),)).tolist()]
+    stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)
     new = idx[:, -size:]
     cache = Cache(min(size, new.size(1) + max_new_tokens))
-    for step in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         if cache.length + new.size(1) > size:
             new = torch.cat((cache.ids, new), dim=1)[:, -max(1, size // 2):]
             cache = Cache(size)
-        with decoding(model, new):
-            logits = model(new, cache=cache, last_only=True)[:, -1, :num_tokens]
-        if step == 0:
-            # The prompt went through the model once for all its samples
-            cache.repeat(num_samples)
-            logits = logits.repeat_interleave(num_samples, dim=0)
+        logits = model(new, cache=cache, last_only=True)[:, -1, :num_tokens]
         uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators])
         new = sample_token(logits, uniform.to(idx.device), temperature, top_k, top_p)
         if stop_token >= 0:
@@ -464,26 +445,22 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop
             return
 
 
-def generate(model, idx, max_new_tokens=100, **options):
+def generate(model, idx, max_new_tokens=100, num_samples=1, **options):
     """
-    Token ids idx (B, T), followed in each row by up to max_new_tokens more; the options are
-    stream's. For a model of load_model(), idx may be a text: the result is the text with its
-    continuation, or with num_samples > 1 a list of such texts.
+    Token ids idx (B, T) -> each row num_samples times, with up to max_new_tokens more; the options
+    are stream's. For a model with a tokenizer, as load_model() in nanodva/weights.py returns it,
+    idx may be a text: the result is the text and its continuation, or a list of num_samples texts.
     """
     if isinstance(idx, str):
-        tokenizer = getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            raise TypeError("a text needs model.tokenizer, as load_model() sets it in "
-                            "nanodva/weights.py; without it give token ids, a tensor (B, T)")
         if not idx:
             raise ValueError("the prompt is empty: give at least one character, such as a new line")
-        ids = torch.tensor([tokenizer.encode(idx)], device=model.lm_head.weight.device)
-        rows = generate(model, ids, max_new_tokens,
-                        **{"num_tokens": tokenizer.vocab_size} | options).tolist()
-        texts = [tokenizer.decode(row).decode(errors="replace") for row in rows]
-        return texts if len(texts) > 1 else texts[0]
-    rows = idx.repeat_interleave(options.get("num_samples", 1), dim=0)
-    return torch.cat([rows, *stream(model, idx, max_new_tokens, **options)], dim=1)
+        ids = torch.tensor([model.tokenizer.encode(idx)], device=model.lm_head.weight.device)
+        options = {"num_tokens": model.tokenizer.vocab_size} | options
+        rows = generate(model, ids, max_new_tokens, num_samples, **options).tolist()
+        texts = [model.tokenizer.decode(row).decode(errors="replace") for row in rows]
+        return texts if num_samples > 1 else texts[0]
+    rows = idx.repeat_interleave(num_samples, dim=0)
+    return torch.cat([rows, *stream(model, rows, max_new_tokens, **options)], dim=1)
 
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -508,8 +485,7 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         share = probs / probs.sum(dim=-1, keepdim=True)
         before = share.cumsum(dim=-1) - share                          # of more probable tokens
         probs = probs.masked_fill(before >= top_p, 0)
-    # The first token at which the running sum exceeds a uniform share of the total. This takes one
-    # random number; torch.multinomial takes V of them, 4 % to 8 % of the time of a token.
+    # The first token at which the running sum exceeds a uniform share of the total
     sums = probs.cumsum(dim=-1)
     place = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)           # (B, 1)
     return place if ids is None else ids.gather(-1, place)
@@ -523,38 +499,29 @@ def attend(q, k, v, dropout=0.0):
     The T queries are at the last T of the S positions.
 
         keys and values equally wide (CUDA: up to 256 channels)    torch's fused kernel
-        the same on a CPU, but 1 < T <= 256                        explicit softmax, faster there
-        CUDA, half precision, M a multiple of 64 or 128            the kernel, value in chunks
+        the same on a CPU, if 1 < T <= 256                         explicit softmax, faster there
+        CUDA, one head, no dropout, D a divisor of M               the kernel, by attend_in_heads
         everything else                                            explicit softmax
     """
-    T, S, D, M, device = q.size(-2), k.size(-2), q.size(-1), v.size(-1), q.device.type
-    has_kernel = D == M and (device != "cuda" or D <= 256)
+    T, S, D, M, is_cpu = q.size(-2), k.size(-2), q.size(-1), v.size(-1), q.device.type == "cpu"
     # torch's causal mask begins at the first key, so queries after a cache need their own
-    if has_kernel and T in (1, S) and not (device == "cpu" and 1 < T <= 256):
+    if T in (1, S) and D == M and not (is_cpu and 1 < T <= 256) and (is_cpu or D <= 256):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-    # 128 is the widest head that every fused kernel can train, and needs half as many softmaxes as
-    # 64. At 124M they move 0.1 GB per layer, the explicit way 0.5 to 0.9: arithmetic, not timed.
-    width = 128 if M % 128 == 0 else 64
-    fits = T == S > 1 and D <= width and M % width == 0 and dropout == 0
-    if device == "cuda" and fits and q.dtype != torch.float32:
-        return attend_in_chunks(q, k, v, width)
-    # A (T, T) matrix of a whole window would leave a CPU's cache; an exported graph has no loop
-    is_looped = device == "cpu" and not torch.compiler.is_exporting()
-    return explicit_attention(q, k, v, dropout, rows=128 if is_looped else T)
+    if T in (1, S) and q.device.type == "cuda" and q.size(1) == 1 and M % D == 0 and dropout == 0:
+        return attend_in_heads(q, k, v)
+    # In chunks, a (T, T) matrix stays in a CPU's cache. An exported graph has no loop.
+    is_chunked = is_cpu and not torch.compiler.is_exporting()
+    return explicit_attention(q, k, v, dropout, rows=128 if is_chunked else T)
 
 
 def explicit_attention(q, k, v, dropout=0.0, rows=128):
     """
-    attend() as a textbook writes it, `rows` queries at a time: a chunk of queries needs no keys
-    after its last one, which saves almost half of the work in a long window. The scores are float32
-    until the softmax, as in the fused kernels.
+    Textbook attention, `rows` queries at a time: a chunk of queries needs no keys after its last
+    one, which saves almost half of the work in a long window. The scores are float32 until the
+    softmax, as in the fused kernels.
     """
     T, S, mixed = q.size(-2), k.size(-2), []
     q = q / math.sqrt(q.size(-1))
-    if T == 1:
-        # Decoding one token: the loop's overhead would double its time
-        weights = F.dropout((q @ k.mT).float().softmax(dim=-1), dropout)
-        return weights.to(v.dtype) @ v
     for first in range(0, T, rows):
         seen = S - T + first + rows                                    # slices end with the tensor
         scores = (q[..., first:first + rows, :] @ k[..., :seen, :].mT).float()
@@ -564,26 +531,21 @@ def explicit_attention(q, k, v, dropout=0.0, rows=128):
     return torch.cat(mixed, dim=-2)
 
 
-def attend_in_chunks(q, k, v, width=128):
+def attend_in_heads(q, k, v):
     """
-    attend() for a value that is too wide for a kernel: each chunk of `width` channels becomes the
-    value of a head of its own, and all heads share their queries and keys. q, k (B, H, T, D) with
-    D up to `width`, v (B, H, T, M) -> (B, H, T, M). Dropout would differ from chunk to chunk.
+    attend() of one head with a value too wide for a kernel: each D of its M channels become the
+    value of a head, and these heads share the queries and keys. At 124M the kernel moves 0.1 GB
+    per layer, the explicit softmax 0.5 to 0.9: by arithmetic, not timed yet.
     """
-    B, _, _, D = q.shape
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))                     # (B H, T, D or M)
-    v = v.unflatten(-1, (-1, width)).transpose(1, 2)                   # (B H, chunks, T, width)
-    # Zeros make queries and keys as wide as a chunk; expand() repeats them without a copy
-    q, k = (F.pad(x, (0, width - D))[:, None].expand(-1, v.size(1), -1, -1) for x in (q, k))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / math.sqrt(D))
-    return y.transpose(1, 2).flatten(2).unflatten(0, (B, -1))          # (B, H, T, M)
+    heads = v.size(-1) // q.size(-1)
+    v = v[:, 0].unflatten(-1, (heads, -1)).transpose(1, 2)             # (B, M / D, S, D)
+    q, k = (x.expand(-1, heads, -1, -1) for x in (q, k))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(-2) > 1)
+    return y.transpose(1, 2).flatten(2)[:, None]                       # (B, 1, T, M)
 
 
 def mean_loss(logits, targets):
-    """
-    Mean cross-entropy in nats of logits (B, T, V) over the targets (B, T) that are not -1; 0 if
-    all of them are.
-    """
+    """Mean cross-entropy in nats of logits (B, T, V) over the targets (B, T) that are not -1."""
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
                             reduction="sum")
     return total / (targets != -1).sum().clamp(min=1)
@@ -599,8 +561,7 @@ def head_loss(x, weight, targets):
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    # More rows at a time cost memory, and fewer a GPU's bandwidth for the sums in dw
-    rows = 512 if device == "cpu" else 4096
+    rows = 512 if device == "cpu" else 4096            # each chunk reads and writes all of dw
     total = HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, rows,
                            torch.is_grad_enabled())
     return total / (targets != -1).sum().clamp(min=1)
@@ -647,32 +608,3 @@ class HeadLoss(torch.autograd.Function):
                                "mean_loss(model(idx), targets), which keeps the logits")
         dx, dw = ctx.saved_tensors
         return dx.mul_(upstream), dw.mul_(upstream), None, None, None, None
-
-
-def decoding(model, new):
-    """The context in which stream() calls the model with the ids new (B, T)."""
-    weight = model.lm_head.weight
-    is_one_row = new.numel() == 1 and weight.device.type == "cpu" and weight.dtype == torch.float32
-    return HalvedProducts() if is_one_row and weight.numel() >= 2**20 else nullcontext()
-
-
-class HalvedProducts(TorchFunctionMode):
-    """
-    A context in which a large matrix times a single row is computed as a batch of two products,
-    with the upper and the lower half of the matrix. Such a product takes the time of reading the
-    matrix, which torch does on an AMD EPYC at 12 GB/s in one product, and at 20 to 27 in two: a
-    token of a 124M model takes 0.6 of the time.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.linear or args[1].numel() < 2**16:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias = args                                         # (1, 1, K), (N, K)
-        N, K = weight.shape
-        halves = weight[:N // 2 * 2].view(2, -1, K)                    # (2, N / 2, K)
-        # A column with the strides of a transposed row: with those of a plain one it is slow
-        column = x.view(1, 1, K).mT.expand(2, K, 1)
-        y = torch.bmm(halves, column).view(*x.shape[:-1], -1)          # (..., N)
-        if N % 2:
-            y = torch.cat((y, x @ weight[-1:].T), dim=-1)
-        return y if bias is None else y + bias

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 import prepare_data
 import sample
 import train
-from model import GPT, generate
+from model import generate
 from nanodva.checkpoints import FORMAT, load_checkpoint
 from nanodva.weights import OPENAI, load_model, read_weights
 from tools import convert, explain
@@ -492,8 +492,9 @@ def test_a_mistake_in_a_readers_block_keeps_its_traceback(run, tmp_path, monkeyp
 def test_a_text_in_gives_a_text_out(trained, texts):
     model = load_model(trained)
     assert [generate(model, "ab", 20, temperature=0)] == texts(temperature=0)
-    with pytest.raises(TypeError, match="give token ids"):
-        generate(GPT(model.config), "ab")
+    torch.manual_seed(1)
+    three = generate(model, "ab", 20, num_samples=3)
+    assert len(set(three)) == 3 and all(text.startswith("ab") for text in three)
     with pytest.raises(ValueError, match="the prompt is empty: give at least one character"):
         generate(model, "")
 
