@@ -147,14 +147,14 @@ def write(model, tokenizer, prompt, ids, count, cfg):
     Print the prompt, of which `ids` are the token ids, with `count` continuations, the first of
     them token by token.
     """
-    idx = torch.tensor([ids], device=model.lm_head.weight.device)
+    idx = torch.tensor([ids] * count, device=model.lm_head.weight.device)          # (count, T)
     # A token may end inside a character, whose rest comes with the next one
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(count)]
     texts, ended, stop = [prompt] * count, [False] * count, line_ends(cfg.stop)
     print(prompt, end="", flush=True)
     try:
         for new in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                          cfg.stop_token, tokenizer.vocab_size, count):
+                          cfg.stop_token, tokenizer.vocab_size):
             for row, (token,) in enumerate(new.tolist()):
                 if ended[row]:
                     continue

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from model import Cache, attend, attend_in_pieces, explicit_attention
+from model import Cache, attend, attend_in_heads, explicit_attention
 from nanodva import machine
 from nanodva.checkpoints import load_checkpoint
 from nanodva.errors import UserError
@@ -157,53 +157,51 @@ def both_ways(function, q, k, v, upstream, *width):
 
 @each_device
 @pytest.mark.parametrize("dtype, allowed", [(torch.float64, 1e-13), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("H, D, width, backend", [
-    (1, 64, 64, None), (1, 64, 128, "aot_eager"), (1, 64, 256, None), (1, 256, 256, None),
-    (3, 64, 64, None), (3, 16, 128, "aot_eager"), (3, 64, 256, None)])
-def test_a_value_in_pieces_is_mixed_as_the_whole(name, dtype, allowed, backend, H, D, width):
-    inputs = wide_inputs(H, D, dtype, name)
-    pieces = attend_in_pieces
+@pytest.mark.parametrize("D, backend", [(64, None), (64, "aot_eager"), (32, None), (256, None)])
+def test_a_value_in_heads_is_mixed_as_the_whole(name, dtype, allowed, backend, D):
+    inputs = wide_inputs(1, D, dtype, name)
+    in_heads = attend_in_heads
     if backend:
         torch._dynamo.reset()
-        pieces = torch.compile(pieces, backend=backend, fullgraph=True, dynamic=False)
+        in_heads = torch.compile(in_heads, backend=backend, fullgraph=True, dynamic=False)
     expected = both_ways(explicit_attention, *(x.to(CPU, torch.float64) for x in inputs))
-    for x, wanted in zip(both_ways(pieces, *inputs, width), expected, strict=True):
+    for x, wanted in zip(both_ways(in_heads, *inputs), expected, strict=True):
         assert (x - wanted).norm() < allowed * wanted.norm()
 
 
 @each_device
 @each_dtype
-def test_a_model_with_its_values_in_pieces_has_the_same_gradients(monkeypatch, name, dtype):
-    """Under autocast, too, where a bank's values are float32 and the queries are not."""
+def test_a_model_with_its_values_in_heads_has_the_same_gradients(monkeypatch, name, dtype):
+    """Under autocast, too, which leaves a bank's values float32 and makes the queries bfloat16."""
     expected = gradients_of(DVA_BANK)
-    monkeypatch.setattr("model.attend", lambda q, k, v, dropout: attend_in_pieces(q, k, v, 8))
+    monkeypatch.setattr("model.attend", lambda q, k, v, dropout: attend_in_heads(q, k, v))
     assert_close_gradients(gradients_of(DVA_BANK, torch.device(name), dtype), expected, dtype)
 
 
 def test_heads_that_share_a_query_share_its_memory(monkeypatch):
     def kernel(q, k, v, **options):
-        assert (q.shape, k.shape, v.shape) == 3 * ((2, 4, 70, 128),)
+        assert (q.shape, k.shape, v.shape) == 3 * ((2, 8, 70, 64),)
         assert q.stride(1) == k.stride(1) == 0 and v.data_ptr() == value.data_ptr()
         return v
 
     q, k, value, _ = wide_inputs(1, 64, torch.float32, CPU)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
-    torch.testing.assert_close(attend_in_pieces(q, k, value, 128), value)
+    torch.testing.assert_close(attend_in_heads(q, k, value), value)
 
 
-@pytest.mark.parametrize("shape, dtype, dropout, chosen", [
-    ((1, 40, 40, 64, 768), torch.bfloat16, 0, 128), ((1, 40, 40, 64, 192), torch.float16, 0, 64),
-    ((2, 40, 40, 128, 384), torch.bfloat16, 0, 128), ((1, 40, 40, 64, 768), torch.float32, 0, 0),
-    ((1, 1, 40, 64, 768), torch.bfloat16, 0, 0), ((1, 8, 40, 64, 768), torch.bfloat16, 0, 0),
-    ((1, 40, 40, 64, 100), torch.bfloat16, 0, 0), ((1, 40, 40, 192, 768), torch.bfloat16, 0, 0),
-    ((1, 40, 40, 64, 768), torch.bfloat16, 0.1, 0)])
-def test_a_gpu_gets_the_value_in_pieces_where_they_fit(monkeypatch, shape, dtype, dropout, chosen):
+@pytest.mark.parametrize("shape, dropout, chosen", [
+    ((1, 40, 40, 64, 768), 0, "heads"), ((1, 40, 40, 64, 768), 0.1, "explicit"),
+    ((1, 1, 40, 64, 768), 0, "heads"), ((1, 8, 40, 64, 768), 0, "explicit"),
+    ((1, 40, 40, 64, 100), 0, "explicit"), ((2, 40, 40, 64, 768), 0, "explicit"),
+    ((12, 40, 40, 64, 64), 0.1, "kernel"), ((2, 40, 40, 320, 320), 0, "explicit")])
+def test_a_gpu_gets_a_fused_kernel_if_one_fits(monkeypatch, shape, dropout, chosen):
     """On tensors that only claim to be on a GPU: the choice is tested, not the kernels."""
-    monkeypatch.setattr("model.attend_in_pieces", lambda q, k, v, width: width)
-    monkeypatch.setattr("model.explicit_attention", lambda q, k, v, dropout, rows: 0)
+    for way, name in (("heads", "model.attend_in_heads"), ("explicit", "model.explicit_attention"),
+                      ("kernel", "torch.nn.functional.scaled_dot_product_attention")):
+        monkeypatch.setattr(name, lambda *args, way=way, **options: way)
     H, T, S, D, M = shape
     with FakeTensorMode():
-        q, k, v = (torch.empty(2, H, length, width, dtype=dtype, device="cuda")
+        q, k, v = (torch.empty(2, H, length, width, device="cuda")
                    for length, width in ((T, D), (S, D), (S, M)))
     assert attend(q, k, v, dropout) == chosen
 

@@ -47,7 +47,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.profiler import profile, record_function
 from tqdm import tqdm
 
-from model import Cache, ModelConfig, attend, attend_in_pieces, explicit_attention, stream
+from model import Cache, ModelConfig, attend, attend_in_heads, explicit_attention, stream
 from nanodva.machine import DTYPES, autocast, pick_compile, pick_device, pick_dtype
 from nanodva.optimizers import build_optimizer
 from nanodva.settings import build, change, check, read_settings
@@ -330,9 +330,8 @@ def ways_of_attention(cfg):
     """
     H, C, D, M = cfg.n_head, cfg.n_embd, cfg.qk_dim, cfg.value_dim
     ways = {f"gpt2, {H} x {C // H}": (attend, H, C, C)}
-    for width in (64, 128, 256):
-        if M % width == 0 and D <= width:
-            ways[f"{M // width} x {width}"] = (partial(attend_in_pieces, width=width), 1, D, M)
+    if M % D == 0:
+        ways[f"{M // D} x {D}"] = (attend_in_heads, 1, D, M)
     if M % 128 == 0:
         ways[f"{M // 128} x ({D}, 128), not padded"] = (unpadded_pieces, 1, D, M)
     for rows in sorted({256, 512, cfg.block_size}):
