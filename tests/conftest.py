@@ -26,6 +26,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import numpy as np
 import pytest
 import torch
+from browser import browser  # noqa: F401, a fixture
 from torch import nn
 
 import model

@@ -2,22 +2,18 @@
 The page that holds the model: in a real browser it computes what model.py does, its parts are those
 of autograd and add up to the logit, it takes real keys, and text stays text.
 """
-import fcntl
 import json
-import os
 import random
-import select
 import shutil
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import QUIET
 from conftest import ROOT, refused, save_run, shaken, tiny
 
-from model import BLOCKS, generate
+from model import BLOCKS, generate, rotate
 from nanodva.tokenizer import Tokenizer
 from tools import explain as tool
 
@@ -29,8 +25,7 @@ SYSTEMS = [dict(block=block, bank_layers=banks, rotary=rotary, bias=bias)
            for block in ("dva", "gpt2") for banks, rotary, bias in
            [(0, False, False), (0, True, True), (1, True, False), (2, "only", True)]]
 each_system = pytest.mark.parametrize("system", [
-    *SYSTEMS, dict(block="dva", value_norm=False, value_dim=12), dict(block="gpt2", gelu="tanh"),
-    dict(block="dva", gate="open", bank_layers=1, bias=True)],
+    *SYSTEMS, dict(block="dva", value_norm=False, value_dim=12), dict(block="gpt2", gelu="tanh")],
     ids=lambda system: "-".join(f"{name}={value}" for name, value in system.items()))
 
 
@@ -80,7 +75,7 @@ def test_the_terminal_gets_five_givers_that_autograd_finds(write, runs, characte
     page, out = write("dva")
     model, ids = load(runs["dva"]), characters.encode(TEXT[:40])
     with torch.no_grad():
-        logits = model(torch.tensor([ids]))[0][0, -1]
+        logits = model(torch.tensor([ids]))[0, -1]
     parts, logit = tool.parts_of(model, ids, logits.argmax().item())
     # Held or not, the model computes the same
     assert logit == pytest.approx(logits.max().item(), rel=1e-5)
@@ -116,8 +111,9 @@ def test_a_page_takes_the_place_of_a_page_alone(write, tmp_path):
 
 
 def test_models_that_no_page_can_hold(write, tmp_path, characters, monkeypatch):
-    with refused("block='mean'", "dva and gpt2", "tools/explain.html"):
-        write(save_run(tmp_path / "mean", build(block="mean"), characters.spec))
+    mean = save_run(tmp_path / "mean", build(block="mean"), characters.spec)
+    with refused("block='mean'", "dva and gpt2", "--against", "tools/read.js"):
+        write("dva", against=mean)
     model = build(block="dva")
     with torch.no_grad():
         model.transformer.h[0].attn.c_q.weight[0, 0] = 1e6
@@ -135,145 +131,6 @@ def test_models_that_no_page_can_hold(write, tmp_path, characters, monkeypatch):
 
 
 # ---- a real browser ------------------------------------------------------------------------------
-
-QUIET = "document.getElementById('main').ariaBusy === 'false'"
-
-
-class Browser:
-    """
-    Chromium without a window, spoken to over two pipes in its DevTools protocol: JSON messages
-    with a zero byte behind each. It reads them from its file 3, and answers on its file 4.
-    """
-
-    def __init__(self, program, profile):
-        # The ends are moved out of the way of 3 and 4
-        to_it, ours = (fcntl.fcntl(end, fcntl.F_DUPFD, 50) for end in os.pipe())
-        answers, from_it = (fcntl.fcntl(end, fcntl.F_DUPFD, 50) for end in os.pipe())
-
-        def place_pipes():
-            os.dup2(to_it, 3)
-            os.dup2(from_it, 4)
-
-        self.process = subprocess.Popen(
-            [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
-             "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}",
-             "about:blank"],
-            preexec_fn=place_pipes, pass_fds=(3, 4), stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
-        os.close(to_it)
-        os.close(from_it)
-        self.write, self.read = open(ours, "wb", buffering=0), open(answers, "rb", buffering=0)
-        self.unread = b""
-        self.count, self.session, self.events = 0, {}, []
-        pages = self.call("Target.getTargets")["targetInfos"]
-        page, = (target["targetId"] for target in pages if target["type"] == "page")
-        attached = self.call("Target.attachToTarget", targetId=page, flatten=True)
-        self.session = {"sessionId": attached["sessionId"]}
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **params):
-        """Send a command; return its result. What the browser tells meanwhile goes to events."""
-        self.count += 1
-        self.send(self.count, method, params)
-        while True:
-            answer = self.receive()
-            if answer.get("id") == self.count:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.events.append(answer)
-            if answer.get("method") == "Page.javascriptDialogOpening":
-                # An open dialog would stop the page, and so the test that finds it
-                self.send(0, "Page.handleJavaScriptDialog", {"accept": True})
-
-    def send(self, number, method, params):
-        message = {"id": number, "method": method, "params": params} | self.session
-        self.write.write(json.dumps(message).encode() + b"\0")
-
-    def receive(self):
-        while b"\0" not in self.unread:
-            ready, _, _ = select.select([self.read], [], [], 30)
-            assert ready, "the browser has not answered for 30 seconds"
-            new = self.read.read(65536)
-            assert new, "the browser has ended"
-            self.unread += new
-        message, _, self.unread = self.unread.partition(b"\0")
-        return json.loads(message)
-
-    def value(self, expression):
-        """What a JavaScript expression gives in the page; a promise is waited for."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True,
-                           awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def until(self, condition):
-        """Wait until a JavaScript expression is true."""
-        began = time.perf_counter()
-        while not self.value(condition):
-            assert time.perf_counter() - began < 60, self.value("document.body.innerText")
-            time.sleep(0.02)
-
-    def open(self, path):
-        """Open the file, and wait until all panels are there or the page says why not."""
-        self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
-        self.until("document.readyState === 'complete'")
-        self.until(f"document.getElementById('note').textContent || {QUIET}")
-
-    def press(self, key, text=""):
-        """Press a key; one that writes something says what."""
-        number = {"Tab": 9, "Enter": 13, "Backspace": 8, "Home": 36, "ArrowLeft": 37,
-                  "ArrowDown": 40}.get(key, 0)
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
-                      windowsVirtualKeyCode=number, text=text if kind == "keyDown" else "")
-        self.until(QUIET)
-
-    def text(self, selector):
-        """The texts of all elements that a selector finds."""
-        found = json.dumps(selector)
-        return self.value(f"[...document.querySelectorAll({found})].map(e => e.textContent)")
-
-    def click(self, selector, until=QUIET):
-        """Click in the middle of the first element that a selector finds, and wait."""
-        found = json.dumps(selector)
-        x, y = self.value(f"(() => {{ const e = document.querySelector({found});"
-                          f" e.scrollIntoView({{ block: 'center' }});"
-                          f" const b = e.getClientRects()[0];"
-                          f" return [b.x + b.width / 2, b.y + b.height / 2]; }})()")
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-        self.until(until)
-
-    def copy(self):
-        """The text of the coloured copy under the text."""
-        return "\n".join(self.text(".reading .paint > div")).removesuffix("\u2009")
-
-    def choose(self, name, value):
-        """Give a select, a slider or a field a value, as a user would."""
-        for kind in ("input", "change"):
-            self.value(f"$('{name}').value = {json.dumps(value)};"
-                       f"$('{name}').dispatchEvent(new Event('{kind}', {{ bubbles: true }}));")
-        self.until(QUIET)
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait(timeout=20)
-        self.write.close()
-        self.read.close()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
-                                                   "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    browser = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
 
 def number(text):
     return float(text.replace("−", "-").replace("%", ""))
@@ -314,7 +171,7 @@ def test_the_page_computes_what_model_py_does(browser, write, tmp_path, characte
     ids, wanted = characters.encode(TEXT)[:30], [(0, 3), (7, 5), (29, 10), (20, 11)]
     model, idx = load(folder), torch.tensor([ids])
     page = compute(browser, ids, wanted, count=60)
-    logits = model(idx, idx)[0][0]
+    logits = model(idx)[0]
     assert differ(page["logits"], logits) < 1e-5
     # 90 tokens do not fit into the window of 48
     assert ids + page["written"] == generate(model, idx, 60, temperature=0)[0].tolist()
@@ -322,20 +179,17 @@ def test_the_page_computes_what_model_py_does(browser, write, tmp_path, characte
     for (i, token), found in zip(wanted, page["parts"], strict=True):
         total = sum(found["parts"]) + found["positions"] + found["biases"]
         assert total == pytest.approx(logits[i, token].item(), abs=1e-5 * logits.abs().max().item())
-        assert bool(found["positions"]) == (model.config.rotary != "only")
+        assert bool(found["positions"]) == (model.config.has_learned_positions)
         assert bool(found["biases"]) == model.config.bias
         expected, _ = tool.parts_of(load(folder), ids[:i + 1], token)
         assert differ(found["parts"], expected) < 1e-5
 
 
-@pytest.mark.parametrize("gate, formula", [("plain", "v = g · u."), ("open", "v = (1 + g) · u.")])
-def test_the_looks_are_what_each_pairs_own_value_writes(browser, write, tmp_path, characters, gate,
-                                                        formula):
+def test_the_looks_are_what_each_pairs_own_value_writes(browser, write, tmp_path, characters):
     """The brute force that the fast way avoids: all (T, T, M) values of the pairs."""
-    model = build(block="dva", bank_layers=1, gate=gate)
+    model = build(block="dva", bank_layers=1)
     folder = save_run(tmp_path / "run", model, characters.spec)
     browser.open(write(folder)[0])
-    assert formula in browser.text("p.dva")[0]
     ids, inputs, model = characters.encode(TEXT)[:12], [], load(folder)
     found = compute(browser, ids, [(11, 4)])["parts"][0]["looks"]
     for module in (*(block.attn for block in model.transformer.h), model.transformer.ln_f):
@@ -344,12 +198,11 @@ def test_the_looks_are_what_each_pairs_own_value_writes(browser, write, tmp_path
     last = inputs[-1][-1]
     for layer, block in enumerate(model.transformer.h):
         attn, x = block.attn, inputs[layer]
-        q, k = (attn.rotary(c(x)[None, None], 0)[0, 0] for c in (attn.c_q, attn.c_k))
+        q, k = (rotate(c(x), model.rotary[:, :12]) for c in (attn.c_q, attn.c_k))
         s = (q @ k.T / 8 ** 0.5 + torch.full((12, 12), -torch.inf).triu(1)).softmax(dim=-1)
         u = attn.c_v(x) if attn.bank is None else attn.bank(torch.tensor(ids))
         rms = ((s @ u).square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-        g = attn.c_gate(x) + (gate == "open")
-        v = (attn.norm.weight * g / rms)[:, None] * u[None]                            # (T, T, M)
+        v = (attn.norm.weight * attn.c_gate(x) / rms)[:, None] * u[None]  # (T, T, M)
         written = (s[..., None] * v) @ attn.c_proj.weight.T                            # (T, T, C)
         written = (written - written.mean(dim=-1, keepdim=True))[-1]
         written = written / (last.var(correction=0) + 1e-5).sqrt()
@@ -360,32 +213,30 @@ def test_the_looks_are_what_each_pairs_own_value_writes(browser, write, tmp_path
 def without(model, piece):
     """The model with a piece taken away, as a hack in Python would do it."""
     blocks = model.transformer.h
-    # With this gate the factor of u is 1
-    neutral = torch.zeros_like if model.config.gate == "open" else torch.ones_like
     if piece == "layer":
         del blocks[1]
     for block in blocks:
         if piece == "gate":
-            block.attn.c_gate.register_forward_hook(lambda module, x, out: neutral(out))
+            block.attn.c_gate.register_forward_hook(lambda module, x, out: torch.ones_like(out))
         elif piece == "norm":
             block.attn.norm = torch.nn.Identity()
         elif piece == "mlp":
             block.mlp.register_forward_hook(lambda module, x, out: torch.zeros_like(out))
         elif piece == "rotary":
-            block.attn.rotary = None
+            model.rotary = None
     return model
 
 
-@pytest.mark.parametrize("block, gate", [("dva", "plain"), ("dva", "open"), ("gpt2", "plain")])
-def test_each_switch_takes_away_what_it_says(browser, write, tmp_path, characters, block, gate):
-    model = build(block=block, gate=gate, n_layer=3, rotary=True)
+@pytest.mark.parametrize("block", ["dva", "gpt2"])
+def test_each_switch_takes_away_what_it_says(browser, write, tmp_path, characters, block):
+    model = build(block=block, n_layer=3, rotary=True)
     folder = save_run(tmp_path / "run", model, characters.spec)
     browser.open(write(folder)[0])
     ids = characters.encode(TEXT)[:30]
     for piece in ["layer", "rotary", *(["gate", "norm"] if block == "dva" else ["mlp"])]:
         with torch.no_grad():
             model, idx = without(load(folder), piece), torch.tensor([ids])
-            expected = model(idx, idx)[0][0]
+            expected = model(idx)[0]
         page = compute(browser, ids, [(29, 3)], away={piece: 1})
         assert differ(page["logits"], expected) < 1e-5
         found = page["parts"][0]
@@ -396,13 +247,14 @@ def test_a_switch_changes_all_panels_and_the_loss(browser, write, runs, characte
     browser.open(write("dva")[0])
     browser.choose("passage", TEXT[:40])
     before, idx = browser.text("#expected b"), torch.tensor([characters.encode(TEXT[:40])])
+    browser.click("summary:has(+ form)")
     for box in ("gate", "norm", "rotary"):
         browser.click(f"#switches [name={box}]")
     model = load(runs["dva"])
-    losses = [model(idx[:, :-1], idx[:, 1:])[1].item()]
+    losses = [model(idx[:, :-1], idx[:, 1:]).item()]
     for piece in ("gate", "norm", "rotary"):
         model = without(model, piece)
-    losses.append(model(idx[:, :-1], idx[:, 1:])[1].item())
+    losses.append(model(idx[:, :-1], idx[:, 1:]).item())
     shown = [number(text) for text in browser.text("#losses td:nth-child(2)")[1:]]
     assert shown == pytest.approx(losses, abs=6e-4)
     assert "the gates and the value's norm" in browser.text("#changed")[0]
@@ -451,7 +303,7 @@ def expected_in(browser):
 
 def chances(model, ids):
     with torch.no_grad():
-        return model(torch.tensor([ids]))[0][0, -1].softmax(dim=-1) * 100
+        return model(torch.tensor([ids]))[0, -1].softmax(dim=-1) * 100
 
 
 def test_typing_and_continuing_by_key(browser, write, runs, characters):
@@ -490,16 +342,17 @@ def test_typing_and_continuing_by_key(browser, write, runs, characters):
     browser.click("#expected label:nth-child(3) input")
     browser.choose("against", str(ids[-1]))
     name = browser.text("#expected label:nth-child(3) bdi")[0]
-    logits = model(torch.tensor([ids[:-1]]))[0][0, -1]
+    logits = model(torch.tensor([ids[:-1]]))[0, -1]
     third = logits.topk(10).indices[2]
     assert browser.text("#wanted") == [name]
     sums = [number(text) for text in browser.text("#sum td")]
     assert sums[:2] == pytest.approx([(logits[third] - logits[ids[-1]]).item()] * 2, abs=1e-5)
     browser.click("#text")
     browser.press("Home")
-    browser.until("$('question').textContent.startsWith('Nothing stands before the cursor')")
+    browser.until("$('question').textContent.startsWith('Nothing is before the cursor')")
 
     # Continue, by key, as sample.py does at temperature 0
+    browser.press("End")
     browser.choose("temperature", "0")
     browser.press("Tab")
     browser.press("Enter", "\r")
@@ -557,7 +410,7 @@ def test_against_another_run(browser, write, runs, characters, data_dir, tmp_pat
     assert len(text) == 48 and text in tokenizer.decode(val.tolist()).decode()
     assert "validation split of tiny_char" in browser.text("#origin")[0]
     idx = torch.tensor([tokenizer.encode(text)])
-    losses = [load(folder)(idx[:, :-1], idx[:, 1:])[1].item() for folder in (ours, theirs)]
+    losses = [load(folder)(idx[:, :-1], idx[:, 1:]).item() for folder in (ours, theirs)]
     shown = [number(cell) for cell in browser.text("#losses td:nth-child(2)")[1:]]
     assert shown == pytest.approx(losses, abs=6e-4)
     assert browser.text("#losses th")[1:] == [str(ours), str(theirs)]
@@ -590,7 +443,7 @@ def test_text_stays_text(browser, write, runs, tmp_path, run):
     assert browser.copy() == text
     assert browser.text("#foot") == [ATTACK] and "<img" in browser.text("#losses")[0]
     browser.choose("passage", ATTACK)
-    assert browser.value("document.scripts.length") == 2
+    assert browser.value("document.scripts.length") == 5
     assert browser.value("document.images.length") == 0
     # No dialog, no error, and nothing loaded but the page itself
     told = [event for event in browser.events if event.get("method") in (
@@ -612,19 +465,19 @@ def test_what_is_typed_lies_on_its_coloured_copy(browser, write):
                                    ".previousElementSibling : $(id)).scrollHeight)")
         assert tall == copy
         assert browser.copy() == text
-    assert browser.text("#question") == ["Nothing stands before the cursor: move it, or type."]
+    assert browser.text("#question") == ["Nothing is before the cursor: move it, or type."]
     browser.call("Emulation.clearDeviceMetricsOverride")
 
 
 def test_a_block_that_was_changed_in_python_is_not_shown(browser, write, monkeypatch):
     class Changed(BLOCKS["dva"]):
-        def forward(self, x, idx, cache=None):
-            return x + 1.01 * self.attn(self.ln_1(x), idx, cache)
+        def forward(self, x, idx, rotary, cache=None):
+            return x + 1.01 * self.attn(self.ln_1(x), idx, rotary, cache)
 
     monkeypatch.setitem(BLOCKS, "dva", Changed)
     browser.open(write("dva")[0])
     note, = browser.text("#note")
-    assert "dva blocks in another way" in note and "class Model of tools/explain.html" in note
+    assert "dva blocks in another way" in note and "class Model of tools/read.js" in note
     assert browser.value("document.getElementById('main').hidden")
 
 

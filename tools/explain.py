@@ -10,7 +10,10 @@ terminal gets the five tokens that gave most to what is expected after the promp
 """
 import base64
 import json
+import math
+import re
 import sys
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,14 +27,20 @@ from nanodva.errors import UserError, check_new, fail, replacing, run_script
 import numpy as np
 import torch
 
-from model import ModelConfig
+from model import Attention, ModelConfig, rotate
 from nanodva.settings import PathName, check, load_settings
 from nanodva.tokenizer import Tokenizer, same_tokenizer
 from nanodva.weights import build_model, read_weights
 from prepare_data import read_meta
 from sample import encode_prompt, find_tokenizer, read_prompt
 
+HERE = Path(__file__).parent
 BLOCKS_OF_THE_PAGE = ("dva", "gpt2")
+# What a reader calls the data sets that prepare_data.py knows
+TITLES = {"plays_char": "Shakespeare's plays", "plays": "Shakespeare's plays",
+          "shakespeare_char": "Tiny Shakespeare", "shakespeare": "Tiny Shakespeare"}
+# Characters of the text that a page holds, to learn them: 0.5 MB of the page
+LONGEST_TEXT = 10**6
 # A browser multiplies some 1e9 numbers a second
 MOST_PARAMETERS = 2**23
 
@@ -53,19 +62,20 @@ class ExplainConfig:
         check(self, least=dict(max_new_tokens=-1, temperature=0, seed=0))
 
 
-# ---- who gave it -------------------------------------------------------------------------------
+# ---- contributions -----------------------------------------------------------------------------
 
 def hold(model):
     """
-    Make the gradient take strengths, gates and the norms' scales for constants: the model computes
-    what it always does, and is linear for the gradient. Returns the list to which each pass adds
-    what the tokens put into the network: embeddings (B, T, C) and rows of banks (B, T, M).
+    Make the gradient treat attention weights, gates and the norms' scales as constants: the model
+    computes what it always does, but is linear for the gradient. What a block does that the page
+    does not know cannot be held. Returns the list to which each pass adds the inputs that come from
+    tokens: embeddings (B, T, C) and rows of banks (B, T, M).
     """
-    put_in = []
+    inputs = []
 
     def entered(module, given, out):
-        put_in.append(out.detach().requires_grad_())
-        return put_in[-1]
+        inputs.append(out.detach().requires_grad_())
+        return inputs[-1]
 
     def normalized(module, given, out):
         x = given[0] - given[0].mean(dim=-1, keepdim=True)
@@ -76,56 +86,79 @@ def hold(model):
         # RMSNorm and GELU multiply each channel by a number, which is held
         return given[0] * torch.where(given[0] == 0, 0, out / given[0]).detach()
 
-    def values_only(module, given, out):
-        C = given[0].size(-1)
-        return torch.cat((out[..., :2 * C].detach(), out[..., 2 * C:]), dim=-1)
+    def held(module, given, out):
+        return out.detach()
 
-    hooks = {"wte": entered, "bank": entered, "c_attn": values_only, "norm": multiplied,
-             "gelu": multiplied, **dict.fromkeys(("ln_1", "ln_2", "ln_f"), normalized),
-             **dict.fromkeys(("c_q", "c_k", "c_gate"), lambda module, given, out: out.detach())}
+    hooks = {"wte": entered, "bank": entered}
+    if model.config.block in BLOCKS_OF_THE_PAGE:
+        hooks |= dict(norm=multiplied, gelu=multiplied, ln_1=normalized, ln_2=normalized,
+                      ln_f=normalized, c_q=held, c_k=held, c_gate=held)
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in hooks:
             module.register_forward_hook(hooks[name.rpartition(".")[2]])
-    return put_in
+    return inputs
 
 
 def parts_of(model, ids, token):
     """
     (parts (T), logit) of the logit that the model gives to `token` after the T token ids `ids`: one
-    backward pass says what each of them gave. Positions and biases gave the rest.
+    backward pass says what each of them contributed. Positions and biases contributed the rest; in
+    a block that the page does not know, so did what gradient times input does not see.
     """
-    put_in = hold(model)
-    logit = model(torch.tensor([ids]))[0][0, -1, token]
-    gradients = zip(put_in, torch.autograd.grad(logit, put_in), strict=True)
+    inputs = hold(model)
+    logit = model(torch.tensor([ids]))[0, -1, token]
+    gradients = zip(inputs, torch.autograd.grad(logit, inputs), strict=True)
     parts = [(x * gradient)[0].sum(dim=-1) for x, gradient in gradients]
     return sum(parts).detach(), logit.item()
 
 
-def print_givers(model, ids, tokenizer):
-    """Print what the model expects after the ids, and the five tokens that gave most to it."""
+def attention_weights(model, ids):
+    """For each attention layer of model.py's kind a list of heads: the last position's weights."""
+    found = []
+
+    def recording(attn, mix):
+        def record(q, k, u, rotary, cache):
+            q_, k_ = (x.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for x in (q, k))
+            if rotary is not None:
+                q_, k_ = rotate(torch.stack((q_, k_)), rotary)
+            scores = q_[:, :, -1:] @ k_.mT / math.sqrt(q_.size(-1))    # (1, H, 1, T)
+            found.append(scores.softmax(dim=-1)[0, :, 0].tolist())
+            return mix(q, k, u, rotary, cache)
+        return record
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.mix = recording(module, module.mix)
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    return found
+
+
+def print_parts(model, ids, tokenizer):
+    """Print what the model expects after the ids, and the five tokens that contributed most."""
     def shown(ids):
         return json.dumps(tokenizer.decode(ids).decode(errors="replace"), ensure_ascii=False)
 
     with torch.no_grad():
-        token = model(torch.tensor([ids]))[0][0, -1, :tokenizer.vocab_size].argmax().item()
+        token = model(torch.tensor([ids]))[0, -1, :tokenizer.vocab_size].argmax().item()
     parts, logit = parts_of(model, ids, token)
     print(f"after {shown(ids[-20:])} it expects {shown([token])} most. The largest parts of this "
           f"token's logit, {logit:.3f}, came from")
     for j in parts.abs().topk(min(5, len(parts))).indices.tolist():
         before = shown(ids[max(0, j - 8):j]) if j else "nothing"
         print(f"  {parts[j]:+8.3f}  {shown([ids[j]])}  (token {j + 1}, after {before})")
-    print(f"  {logit - parts.sum():+8.3f}  all positions and biases together")
+    rest = "all positions and biases together"
+    if model.config.block not in BLOCKS_OF_THE_PAGE:
+        rest = "the rest: these parts are gradient times input, which need not add up to the logit"
+    print(f"  {logit - parts.sum():+8.3f}  {rest}")
 
 
 # ---- the page ----------------------------------------------------------------------------------
 
 def load(source, cfg):
-    """(model, tokenizer, data set's name) of what read_weights takes, if a page can hold it."""
+    """(model, tokenizer, the text's name) of what read_weights takes, if a page can hold it."""
     weights = read_weights(Path(source))
     model = build_model(ModelConfig(**weights["model_config"]), weights).eval().float()
-    if model.config.block not in BLOCKS_OF_THE_PAGE:
-        fail(f"block={model.config.block!r}: the page can run {' and '.join(BLOCKS_OF_THE_PAGE)}; "
-             f"add this one to class Model in tools/explain.html and to BLOCKS_OF_THE_PAGE")
     if model.num_params() > MOST_PARAMETERS:
         fail(f"{source} has {model.num_params() / 1e6:.1f} M parameters, and a page holds up to "
              f"{MOST_PARAMETERS / 1e6:.1f} M: train a smaller one, or sample.py's text must do")
@@ -143,36 +176,60 @@ def load(source, cfg):
     return model, tokenizer, cfg.dataset or weights["dataset"] or ""
 
 
-def stored(name, model, dataset, ids):
-    """A model as the page takes it, with the logits after some ids for the page to compare."""
-    ids = ids[-min(16, model.config.block_size):]
+def resolved(config):
+    """The settings of a ModelConfig as the page takes them, with nothing left to conclude."""
+    rotary = config.is_rotary if config.has_learned_positions else "only"
+    return asdict(config) | {"rotary": rotary, "value_dim": config.value_width}
+
+
+def stored(name, model, dataset, rows):
+    """A model as the page takes it, with the logits after a window of ids, for it to compare."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(rows, (model.config.block_size,), generator=generator)
     with torch.no_grad():
-        logits = model(torch.tensor([ids]))[0][0, -1, :64]
-    weights, C = {}, model.config.n_embd
-    for path, p in model.named_parameters():
-        # GPT-2 has W_q, W_k and W_v in one matrix
-        parts = zip("qkv", p.split(C), strict=False) if "c_attn" in path else [("", p)]
-        weights |= {path.replace("c_attn", f"c_{part}"): piece for part, piece in parts}
-    numbers = b"".join(p.detach().numpy().astype("<f2").tobytes() for p in weights.values())
-    return {"name": name, "config": asdict(model.config), "dataset": dataset,
-            "parameters": [(path, p.numel()) for path, p in weights.items()],
+        logits = model(ids[None])[0, -1, :64]
+    numbers = b"".join(p.detach().numpy().astype("<f2").tobytes() for p in model.parameters())
+    return {"name": name, "dataset": TITLES.get(dataset, dataset), "config": resolved(model.config),
+            "parameters": [(path, p.numel()) for path, p in model.named_parameters()],
             "numbers": base64.b64encode(numbers).decode(),
-            "check": {"ids": ids, "logits": logits.tolist()}}
+            "check": {"ids": ids.tolist(), "logits": logits.tolist()}}
 
 
-def passage(dataset, size, cfg):
-    """`size` tokens of the data set's validation split, from a paragraph on; "" without it."""
+def recorded(source, model, ids, tokenizer, cfg):
+    """What Python computes for the page of a block that the page does not know."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0, -1, :tokenizer.vocab_size]
+    probs, likely = logits.softmax(dim=-1), []
+    weights = attention_weights(load(source, cfg)[0], ids)
+    for token in logits.topk(min(10, len(logits))).indices.tolist():
+        parts, logit = parts_of(load(source, cfg)[0], ids, token)
+        likely.append({"id": token, "prob": probs[token].item(), "logit": logit,
+                       "parts": parts.tolist()})
+    return {"block": model.config.block, "ids": ids, "likely": likely, "weights": weights}
+
+
+def texts(dataset, size, cfg):
+    """
+    (passage, library) of a data set: `size` tokens of its validation split, from a paragraph on,
+    and a text for the page to learn, the start of its training split, deflated. "" without them.
+    """
     folder = Path(cfg.data_dir, dataset)
     try:
         meta = read_meta(folder)
     except UserError:
-        print(f"no data set in {folder}: paste a passage that it was not trained on into the page")
-        return ""
+        print(f"no data set in {folder}: the page comes without a passage to be tested on and "
+              f"without a text to learn; paste your own")
+        return "", b""
     tokenizer = Tokenizer(meta["tokenizer"])
-    ids = np.fromfile(folder / "val.bin", dtype=meta["dtype"], count=8 * size).tolist()
-    text = tokenizer.decode(ids).decode(errors="ignore")
+
+    def start_of(split, count):
+        ids = np.fromfile(folder / f"{split}.bin", dtype=meta["dtype"], count=count).tolist()
+        return tokenizer.decode(ids).decode(errors="ignore")
+
+    text = start_of("val", 8 * size)
     ids = tokenizer.encode(text.partition("\n\n")[2] or text)[:size]
-    return tokenizer.decode(ids).decode(errors="ignore")
+    library = start_of("train", LONGEST_TEXT)[:LONGEST_TEXT]
+    return tokenizer.decode(ids).decode(errors="ignore"), zlib.compress(library.encode(), 9)
 
 
 def main(argv=None):
@@ -182,26 +239,45 @@ def main(argv=None):
     if not all(same_tokenizer(other.spec, tokenizer.spec) for _, other, _ in runs.values()):
         fail(f"against={cfg.against}: its tokens are not those of {cfg.out_dir}, so the two cannot "
              f"be compared on one text")
+    unknown = [model.config.block for model, _, _ in runs.values()
+               if model.config.block not in BLOCKS_OF_THE_PAGE]
+    if unknown and cfg.against:
+        fail(f"block={unknown[0]!r}: the page compares {' and '.join(BLOCKS_OF_THE_PAGE)}; leave "
+             f"out --against, or add this block to class Model in tools/read.js and to "
+             f"BLOCKS_OF_THE_PAGE")
     start = read_prompt(cfg.start, tokenizer)
-    ids = encode_prompt(start, tokenizer)
+    ids, size = encode_prompt(start, tokenizer), model.config.block_size
+    if len(ids) > size:
+        print(f"the prompt has {len(ids)} tokens: the model reads the newest {size}")
     added = cfg.max_new_tokens
     if added == -1:
         added = 0 if cfg.start == "-" or cfg.start.startswith("FILE:") else 120
     tokens = tokenizer.spec.get("alphabet") or [
         tokenizer.decode([i]).decode("latin-1") for i in range(tokenizer.vocab_size - 1)]
     window = min(model.config.block_size for model, _, _ in runs.values())
-    data = {"models": [stored(name, model, of, ids) for name, (model, _, of) in runs.items()],
-            "kind": tokenizer.spec["kind"], "tokens": tokens, "size": tokenizer.vocab_size,
+    passage, library = texts(dataset, min(256, window), cfg)
+    names = list(runs) if cfg.against else ["The model"]
+    data = {"models": [] if unknown else [
+                stored(name, model, of, tokenizer.vocab_size)
+                for name, (model, _, of) in zip(names, runs.values(), strict=True)],
+            "recorded": unknown and recorded(cfg.out_dir, model, ids[-size:], tokenizer, cfg),
+            "kind": tokenizer.spec["kind"], "tokens": list(tokens), "size": tokenizer.vocab_size,
             "start": start, "write": added, "temperature": cfg.temperature, "seed": cfg.seed,
-            "foot": cfg.note, "passage": passage(dataset, min(256, window), cfg)}
+            "foot": cfg.note, "passage": passage, "title": TITLES.get(dataset, dataset),
+            "kernels": [base64.b64encode((HERE / f"{name}.wasm").read_bytes()).decode()
+                        for name in ("kernel_relaxed", "kernel")]}
     # No text in the data can end the script element that holds it
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    dest = Path(cfg.dest or Path(cfg.out_dir if Path(cfg.out_dir).is_dir() else "", "explain.html"))
+    parts = {"DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
+             "LIBRARY": base64.b64encode(library).decode(),
+             **{path.stem.upper(): path.read_text() for path in HERE.glob("*.js")}}
+    template = (HERE / "explain.html").read_text()
+    page = re.sub(r"{{([A-Z]+)}}", lambda found: parts[found[1]], template)
+    folder = cfg.out_dir if Path(cfg.out_dir).is_dir() else ""
+    dest = Path(cfg.dest or Path(folder, "explain.html"))
     check_new("dest", dest, ".html")
     with replacing(dest) as file:
-        template = Path(__file__).with_suffix(".html").read_bytes()
-        file.write(template.replace(b"{{DATA}}", text.encode()))
-    print_givers(model, ids[-model.config.block_size:], tokenizer)
+        file.write(page.encode())
+    print_parts(model, ids[-size:], tokenizer)
     print(f"open in a browser: {dest} ({dest.stat().st_size / 1e3:,.0f} kB)")
 
 
