@@ -1,7 +1,7 @@
 # make demo: a small DVA model on Shakespeare's plays, character by character, which then writes
 # lines that read like a play. It ends at 1.550 on the whole validation split, the mean of five
 # seeds in float32. Few layers, queries of 16 channels and no learned positions make a step cheap;
-# docs/race.md says what else was tried.
+# docs/speed.md says what else was tried.
 out_dir = "out-demo"
 dataset = "plays_char"
 block = "dva"

@@ -1,7 +1,7 @@
 # Tiny Shakespeare on two CPU cores: below 1.4697 on the whole validation split, the loss that
 # nanoGPT's README reaches with its preset for characters in about three minutes of an A100.
 # It ends at 1.465, the mean of five fresh seeds in float32. A narrow DVA with short queries takes
-# many cheap steps; docs/race.md says what else was tried.
+# many cheap steps; docs/speed.md says what else was tried.
 out_dir = "out-speedrun-a100"
 dataset = "shakespeare_char"
 device = "cpu"

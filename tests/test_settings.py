@@ -182,13 +182,11 @@ def test_help_lists_every_setting_with_its_meaning(cls, main, capsys):
     status, out = ending_of(main, ["--help"], capsys)
     assert status == 0
     for setting in fields(cls):
-        name = setting.name
-        [line] = re.findall(rf"^  --{name}=.*$", out, re.MULTILINE)
-        kinds = r"(int|float|bool|str|path|text)"
-        shown, meaning = re.fullmatch(rf"  --\w+=(.*?) +{kinds} +(\S.*)", line).group(1, 3)
+        [(shown, kind)] = re.findall(
+            rf"^  --{setting.name}=(.*?) +(int|float|bool|str|path|text) +\S.{{3,}}$", out, re.M)
         is_text = setting.type in (str, PathName)
         assert shown == (repr(setting.default) if is_text else str(setting.default))
-        assert len(meaning) >= 5
+        assert kind == getattr(setting.type, "__name__", "text")
 
 
 def test_a_tool_inherits_settings_but_for_those_that_it_decides_itself(capsys):
@@ -214,25 +212,22 @@ def test_a_tool_inherits_settings_but_for_those_that_it_decides_itself(capsys):
 # ---- hundreds of command lines that nobody would write -------------------------------------------
 
 NAMES = [setting.name for setting in fields(TrainConfig)]
-names = st.one_of(st.sampled_from(NAMES), st.sampled_from(NAMES).map(lambda name: name[:-1]),
-                  st.sampled_from(keyword.kwlist), st.text(max_size=12))
-numbers = st.one_of(st.integers(), st.floats(), st.integers(-4, 70)).map(repr)
-words = st.sampled_from(["True", "False", "true", "None", "auto", "cpu", "dva", "gpt2", "adamw",
-                         "float32", "''", '"a"', "1e4", "1e999", "nan", "inf", "1j", "...", "[]",
-                         "()", "{}", "b'x'", "'''", "9" * 5000, "n_layer", "str(time.time())"])
-operators = st.sampled_from(["+", "-", "*", "/", "//", "%", "**", "<<", "@", " if ", "=", ","])
-values = st.recursive(
-    st.one_of(numbers, words, st.text(max_size=12), st.text(max_size=8).map(repr)),
-    lambda inner: st.one_of(st.tuples(inner, operators, inner).map("".join),
-                            inner.map("-{}".format), inner.map("({})".format)), max_leaves=5)
-lines = st.tuples(names, st.sampled_from(["=", " = ", ":", "+=", "==", " "]), values).map("".join)
-others = st.sampled_from(["# text", '"""text"""', "import time", "import os", "pass", "\tx", ""])
-texts = st.lists(st.one_of(lines, lines, others), max_size=6).map("\n".join)
-presets = st.one_of(texts.map(lambda text: text.encode("utf-8", "surrogatepass")),
-                    st.binary(max_size=40))
-arguments = st.one_of(st.tuples(st.just("--"), names, st.sampled_from(["=", "=", "="]), values),
-                      st.tuples(st.just("--"), st.sampled_from(NAMES), st.just("="), numbers),
-                      st.tuples(st.text(max_size=10))).map("".join)
+names = st.one_of(st.sampled_from(NAMES), st.sampled_from(keyword.kwlist), st.text(max_size=8))
+atoms = st.one_of(st.integers().map(repr), st.floats().map(repr), st.text(max_size=8).map(repr),
+                  st.text(max_size=8), st.sampled_from(
+                      ["True", "true", "None", "auto", "dva", "1e999", "1j", "[]", "{}", "b'x'",
+                       "'''", "9" * 5000, "n_layer", "str(time.time())", "~", "~x/y"]))
+values = st.lists(st.one_of(atoms, st.sampled_from(["+", "-", "*", "/", "//", "%", "**", "<<", "@",
+                                                    " if ", "=", ",", "(", ")"])),
+                  min_size=1, max_size=6).map("".join)
+lines = st.one_of(st.tuples(names, st.sampled_from(["=", " = ", ":", "+=", " "]), values).map(
+    "".join), st.sampled_from(["# text", '"""text"""', "import time", "import os", "pass", "\tx"]))
+presets = st.one_of(st.binary(max_size=40), st.lists(lines, max_size=6).map(
+    lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass")))
+arguments = st.one_of(st.tuples(st.just("--"), names, st.just("="), values).map("".join),
+                      st.text(max_size=10))
+many = hypothesis_settings(max_examples=100, deadline=None, derandomize=True, database=None,
+                           suppress_health_check=list(HealthCheck))
 
 
 def settings_or_one_line(cls, argv):
@@ -241,7 +236,7 @@ def settings_or_one_line(cls, argv):
         with contextlib.redirect_stdout(io.StringIO()):
             cfg = load_settings(cls, argv)
     except UserError as error:
-        assert "\n" not in str(error) and len(str(error)) < 800
+        assert "\n" not in str(error) and len(str(error)) < 1000
         return None
     except SystemExit as end:
         assert end.code == 0 and {"--help", "-h"} & set(argv)
@@ -250,40 +245,33 @@ def settings_or_one_line(cls, argv):
     return cfg
 
 
-many = hypothesis_settings(max_examples=100, deadline=None, derandomize=True, database=None,
-                           suppress_health_check=list(HealthCheck))
-
-
-@pytest.mark.filterwarnings("ignore::SyntaxWarning")
-@many
-@given(st.lists(arguments, max_size=4), st.sampled_from([TrainConfig, SampleConfig, PrepareConfig]))
-def test_any_command_line_gives_settings_or_one_line(argv, cls):
-    settings_or_one_line(cls, argv)
-
-
-@pytest.mark.filterwarnings("ignore::SyntaxWarning")
-@many
-@given(presets)
-def test_any_preset_gives_settings_or_one_line(text):
+def settings_in(content):
+    """settings_or_one_line() of a preset with this content, in bytes."""
     with tempfile.NamedTemporaryFile(suffix=".py") as file:
-        file.write(text)
+        file.write(content)
         file.flush()
-        settings_or_one_line(TrainConfig, [file.name])
+        return settings_or_one_line(TrainConfig, [file.name])
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+@many
+@given(st.lists(arguments, max_size=4), presets)
+def test_any_command_line_and_any_preset_gives_settings_or_one_line(argv, preset):
+    for cls in (TrainConfig, SampleConfig, PrepareConfig):
+        settings_or_one_line(cls, argv)
+    settings_in(preset)
 
 
 @many
 @given(st.dictionaries(st.sampled_from([setting.name for setting in fields(TrainConfig)
                                         if setting.type in (int, float)]),
                        st.integers(0, 20), max_size=5))
-def test_what_is_written_is_what_is_read(given_settings):
+def test_what_is_written_is_what_is_read(values):
     """The same from a preset, from the command line and from the dataclass itself."""
-    argv = [f"--{name}={value}" for name, value in given_settings.items()]
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
-        file.write("\n".join(f"{name} = {value}" for name, value in given_settings.items()))
-        file.flush()
-        found = [settings_or_one_line(TrainConfig, each) for each in (argv, [file.name])]
     try:
-        expected = build(TrainConfig, given_settings)
+        expected = build(TrainConfig, values)
     except UserError:
         expected = None
-    assert found == [expected, expected]
+    argv = [f"--{name}={value}" for name, value in values.items()]
+    assert settings_or_one_line(TrainConfig, argv) == expected
+    assert settings_in("\n".join(argv).replace("--", "").encode()) == expected
