@@ -521,10 +521,11 @@ def explicit_attention(q, k, v, dropout=0.0, rows=128):
     softmax, as in the fused kernels.
     """
     T, S, mixed = q.size(-2), k.size(-2), []
+    wide = torch.promote_types(q.dtype, torch.float32)
     q = q / math.sqrt(q.size(-1))
     for first in range(0, T, rows):
         seen = S - T + first + rows                                    # slices end with the tensor
-        scores = (q[..., first:first + rows, :] @ k[..., :seen, :].mT).float()
+        scores = (q[..., first:first + rows, :] @ k[..., :seen, :].mT).to(wide)
         future = torch.full_like(scores[0, 0], -math.inf).triu(S - T + first + 1)
         weights = F.dropout((scores + future).softmax(dim=-1), dropout)
         mixed.append(weights.to(v.dtype) @ v[..., :seen, :])

@@ -3,13 +3,12 @@ Train a GPT, on one process or on many.
 
     python train.py config/demo.py                                a preset
     python train.py config/demo.py --block=gpt2 --max_iters=500   and changes to it
+    python train.py config/demo.py --dry_run                      how long would it take?
     python train.py --init_from=resume --out_dir=out-demo         continue a run as it was
     torchrun --standalone --nproc_per_node=8 train.py config/train_dva.py     eight GPUs
 """
 import importlib.util
-import json
 import math
-import os
 import platform
 import shlex
 import signal
@@ -19,8 +18,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# First of all, since it says in one line which package is missing
-from nanodva.errors import UserError, fail, run_script
+# Imported first: it reports missing packages in one line
+from nanodva.errors import UserError, check_folder, fail, only_writer, run_script
 
 # isort: split
 import numpy as np
@@ -43,13 +42,14 @@ from nanodva.weights import OPENAI, build_model, outline, start_from
 @dataclass
 class TrainConfig(ModelConfig):
     out_dir: PathName = "out"                # where checkpoints and metrics go
-    overwrite: bool = False                  # start anew in an out_dir that holds a run
+    overwrite: bool = False                  # replace the run that out_dir holds
     init_from: PathName = "scratch"          # scratch, resume, auto, gpt2, gpt2-xl ..., or a path
     dataset: str = "openwebtext"             # folder in data_dir, made by prepare_data.py
     data_dir: PathName = "data"              # where data sets live
     batch_size: int = 12                     # sequences per micro-batch
     gradient_accumulation_steps: int = 40    # micro-batches per step, of all processes together
     max_iters: int = 600000                  # steps in all
+    dry_run: bool = False                    # take ten steps, say what all would take, save nothing
     optimizer: str = "adamw"                 # adamw, or muon: Muon on the blocks' matrices
     learning_rate: float = 6e-4              # the highest, reached after warm-up
     weight_decay: float = 1e-1               # on matrices and embeddings, never on vectors
@@ -65,15 +65,17 @@ class TrainConfig(ModelConfig):
     min_lr: float = 6e-5                     # the schedule's end; usually learning_rate / 10
     eval_interval: int = 2000                # steps between evaluations, each followed by a save
     eval_iters: int = 200                    # batches per evaluation, evenly over each split
+    eval_tokens: int = 0                     # or tokens per evaluation, whatever the batch_size
     eval_train: bool = True                  # evaluate on the train split, too
     eval_only: bool = False                  # evaluate once and stop
     patience: int = 0                        # stop after N evaluations without a better one; 0: no
     log_interval: int = 1                    # steps between lines in metrics.jsonl
     always_save_checkpoint: bool = True      # save after every evaluation, not only the best
+    save_interval_s: float = 15.0            # seconds between other saves of last.pt; 0: none
     seed: int = 1337                         # weights, batches and dropout follow from it
     device: str = "auto"                     # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1
     dtype: str = "auto"                      # auto, float32, bfloat16, float16
-    compile: bool | str = "auto"             # True, False, or auto: where it pays
+    compile: bool | str = "auto"             # True, False, or auto: if it pays
     backend: str = "auto"                    # of torch.distributed: auto, nccl, gloo
     wandb_log: bool = False                  # log to Weights & Biases, too
     wandb_project: str = "owt"               # its project
@@ -82,17 +84,18 @@ class TrainConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, eval_interval=1,
-                               eval_iters=1, log_interval=1, max_iters=0, warmup_iters=0,
-                               lr_decay_iters=0, min_lr=0, learning_rate=0, weight_decay=0,
-                               grad_clip=0, embedding_lr=0, bank_lr=0, momentum=0, beta1=0,
-                               beta2=0, seed=0, patience=0),
+                               eval_iters=1, eval_tokens=0, log_interval=1, max_iters=0,
+                               warmup_iters=0, lr_decay_iters=0, min_lr=0, learning_rate=0,
+                               weight_decay=0, grad_clip=0, embedding_lr=0, bank_lr=0, momentum=0,
+                               beta1=0, beta2=0, seed=0, patience=0, save_interval_s=0),
               choices=dict(optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
                            dtype=["auto", *DTYPES], compile=[True, False, "auto"]))
         for name in ("out_dir", "dataset", "data_dir"):
             if not getattr(self, name):
                 fail(f"{name} is empty: give a name, as in --{name}={getattr(TrainConfig, name)}")
-        if max(self.beta1, self.beta2) >= 1:
-            fail(f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1")
+        for name in ("momentum", "beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                fail(f"{name}={getattr(self, name)}: it must be below 1")
         if self.decay_lr and self.min_lr > self.learning_rate:
             fail(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: lower it, or "
                  f"say --decay_lr=False")
@@ -105,7 +108,7 @@ class TrainConfig(ModelConfig):
 
 
 class BrokenLoss(UserError):
-    """A loss or a gradient is no longer a finite number."""
+    """Raised when a loss, a gradient or a weight is not finite."""
 
 
 # ---- batches -----------------------------------------------------------------------------------
@@ -126,7 +129,7 @@ def windows(tokens, starts, cfg, device):
 def get_batch(tokens, cfg, step, micro, device):
     """
     Micro-batch number `micro` of a step, as windows() gives it. It follows from (seed, step,
-    micro) alone, so resuming needs no state. The whole step's batch is drawn at once and then
+    micro) alone, so resuming needs no state. The whole step's batch is sampled at once and then
     cut, so any number of processes sees the same tokens.
     """
     rng = np.random.default_rng((cfg.seed, step))
@@ -143,25 +146,30 @@ def seed_dropout(cfg, step, micro):
 
 # ---- evaluation --------------------------------------------------------------------------------
 
+# What the loss on a split is called in metrics.jsonl
+NAMES = {"train": "train_eval_loss", "val": "val_loss", "test": "test_loss"}
+
+
 def count_windows(tokens, cfg):
-    """How many windows of these tokens an evaluation takes: eval_iters batches, or all it has."""
-    return min(cfg.eval_iters * cfg.batch_size, (len(tokens) - 1) // cfg.block_size)
+    """How many windows an evaluation reads: eval_tokens, or else eval_iters batches, or all."""
+    wanted = math.ceil(cfg.eval_tokens / cfg.block_size) or cfg.eval_iters * cfg.batch_size
+    return min(wanted, (len(tokens) - 1) // cfg.block_size)
 
 
 @torch.no_grad()
-def evaluate(model, compiled, data, splits, cfg, device, stop):
+def evaluate(model, compiled, data, cfg, device, stop):
     """
-    {"train": mean loss, "val": mean loss} of the splits that are named; None where a stop was
-    asked for meanwhile. Raises BrokenLoss.
+    {"train": mean loss, "val": mean loss} of the splits; {} if a stop was requested meanwhile.
 
-    The loss is taken over eval_iters x batch_size windows that lie evenly over the split and do
-    not overlap: with a given batch_size and block_size the same ones in every run. Each process
-    takes its share of the batches. The last batch may be smaller. It goes through the uncompiled
-    model, because the compiled one would have to be compiled again for its shape.
+    The loss is taken over count_windows() windows that are evenly spaced and do not overlap: the
+    same ones in every run. Each process takes its share of the batches. The last batch may be
+    smaller: the uncompiled model takes it, which need not be compiled again for its shape.
     """
     T, losses = cfg.block_size, {}
     model.eval()
-    for split in splits:
+    for split in NAMES:
+        if split not in data or split == "train" and not cfg.eval_train:
+            continue
         fit, count = (len(data[split]) - 1) // T, count_windows(data[split], cfg)
         starts = np.arange(count) * fit // count * T
         sums = torch.zeros(2, device=device)                           # of losses, of stops
@@ -178,183 +186,200 @@ def evaluate(model, compiled, data, splits, cfg, device, stop):
         if WORLD > 1:
             dist.all_reduce(sums)
         total, stops = sums.tolist()
-        if stops:
-            break
         losses[split] = total / count
-        if not math.isfinite(total):
-            raise BrokenLoss(f"the loss on {split} is {total}; what was saved before is untouched; "
-                             f"try a lower --learning_rate")
+        if stops:
+            losses = {}
+            break
     model.train()
-    return None if stops else losses
+    return losses
 
 
 # ---- the run -----------------------------------------------------------------------------------
 
 def open_wandb(cfg):
-    """The log function of a Weights & Biases run; where none is wanted, one that does nothing."""
-    if not cfg.wandb_log or cfg.eval_only or RANK > 0:
+    """wandb's log function, or one that does nothing if wandb is off."""
+    if not cfg.wandb_log or cfg.eval_only or cfg.dry_run or RANK > 0:
         return lambda record, step: None
     wandb = importlib.import_module("wandb")
     return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg)).log
 
 
+def distribute(model, compiled, trial):
+    """The compiled model for many processes. trial(model) is one forward and backward pass."""
+    trial(compiled)
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        fail(f"the loss does not depend on {', '.join(unused)}: many processes need a model "
+             f"without unused parameters; remove them, or train in one process")
+    parallel = DistributedDataParallel(compiled)
+    # The one buffer, the rotary table, is the same in all processes
+    parallel.broadcast_buffers = False
+    # DDP reorders its gradient buckets after the first backward pass, which changes rounding. One
+    # throwaway pass keeps restarted runs bit-identical.
+    trial(parallel)
+    return parallel
+
+
 def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     """
-    Train as cfg says: from scratch, from weights, or on from a checkpoint. `data` can take the
-    place of open_data(cfg); a split "test" in it, as tools/race.py has one, is evaluated, too.
+    Train as cfg says: from scratch, from weights, or on from a checkpoint of cfg.out_dir. `data`
+    replaces open_data(cfg); a split "test" in it, as tools/race.py has one, is evaluated, too.
 
-    Returns {"step", "best_val_loss", "elapsed_s", "tokens_per_s", "stopped"}, where stopped tells
-    whether a signal ended the run early. Raises UserError where something does not fit, before
-    anything is written or removed, and BrokenLoss.
+    Returns {"step", "best_val_loss", "elapsed_s", "tokens_per_s", "stopped"}: the throughput of
+    the steps that were last logged, and whether a signal ended the run early. Raises UserError if
+    something does not fit, before anything is written, and BrokenLoss.
     """
     # -- check all that can be checked
     if cfg.gradient_accumulation_steps % WORLD:
         fail(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide among "
              f"{WORLD} processes: use a multiple of {WORLD}")
-    step, earlier_s = (checkpoint["step"], checkpoint["elapsed_s"]) if checkpoint else (0, 0.0)
+    step = checkpoint["step"] if checkpoint else 0
     machine.check_equal({"step": step, "seed": cfg.seed}, "out_dir must be on a disk they share")
-    out_dir, writing = Path(cfg.out_dir), RANK == 0 and not cfg.eval_only
-    if writing and not checkpoint:
-        checkpoints.check_out_dir(out_dir, cfg.overwrite)
     data = data or open_data(cfg)
     meta = data["meta"]
     known = checkpoint or weights or meta
-    # What is only assumed of weights gives way to a data set. Padding adds fewer than 64 rows.
+    # If the weights' tokenizer is only a guess, the data set's is used. Padding adds up to 63 rows.
     gives_way = known.get("assumed") and 0 <= cfg.vocab_size - meta["vocab_size"] < 64
     if known["tokenizer"] and not gives_way \
             and not same_tokenizer(known["tokenizer"], meta["tokenizer"]):
         fail(f"dataset={cfg.dataset!r} was made with another tokenizer than the checkpoint: its "
              f"ids stand for other text")
-
-    # -- model and optimizers
-    # A model without numbers, so that what is too large is told before it is made
+    # On the meta device first, to reject a model that is too large before allocating it
     sketch = outline(cfg)
+    machine.check_memory(sketch.num_params(), device)
+
+    # -- rank 0 decides for all, and a resumed run keeps what was decided
+    flops, setting = sketch.flops_per_token(), cfg.compile
     batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    flops = sketch.flops_per_token()
-    # Rank 0 decides for all, and a resumed run keeps what was decided
-    steps = 0 if cfg.eval_only else cfg.max_iters - step
+    first_step, last_step = step, step if cfg.eval_only else cfg.max_iters
     dtype = machine.pick_dtype(cfg.dtype, device, cfg.n_embd)
-    is_compiled = machine.pick_compile(cfg.compile, device, flops * batch_tokens * steps)
+    is_compiled = machine.pick_compile(setting, device, flops * batch_tokens * (last_step - step))
     cfg = change(cfg, **machine.from_rank_0({"dtype": dtype, "compile": is_compiled}))
-    needed = machine.check_memory(sketch, cfg, device)
-    if device.type == "cpu" and needed > 1e9:
-        machine.return_large_tensors()
-    torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
-    model = build_model(cfg, weights).to(device)
-    optimizer = build_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
+    say(f"{cfg.block}: {sketch.num_params() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOPs a "
+        f"token, {batch_tokens:,} tokens a step; {device.type}, {cfg.dtype}"
+        f"{', compiled' if cfg.compile else ''}; {cfg.dataset}: {len(data['train']):,} + "
+        f"{len(data['val']):,} tokens")
+    if cfg.dry_run:
+        # One micro-batch per step is enough to time it
+        cfg = change(cfg, gradient_accumulation_steps=WORLD, log_interval=9)
+        batch_tokens, last_step = WORLD * cfg.batch_size * cfg.block_size, step + 10
     measured_on = {"data": meta["sha256"]["val"], "windows": count_windows(data["val"], cfg),
                    "dtype": cfg.dtype}
-    best_val_loss, best_step, kept = math.inf, step, None
-    if checkpoint:
-        checkpoints.restore(checkpoint, model, optimizer, scaler)
-        best_val_loss, best_step, kept = checkpoints.best_so_far(out_dir, checkpoint, measured_on)
-        if checkpoint["config"]["dataset"] != cfg.dataset:
-            say(f"from here on it trains on {cfg.dataset!r}, and no longer on "
-                f"{checkpoint['config']['dataset']!r}")
-        elif checkpoint["data"] != meta["sha256"]:
-            say(f"the data set {cfg.dataset!r} was prepared anew since this run began: it goes on "
-                f"with other text")
-    compiled = torch.compile(model, dynamic=False) if cfg.compile else model
-    parallel = compiled
-    if WORLD > 1:
-        parallel = DistributedDataParallel(compiled)
-        # The one buffer, the rotary table, is the same in all processes
-        parallel.broadcast_buffers = False
-    if WORLD > 1 and not cfg.eval_only:
-        # After its first pass DDP sums gradients in another order. This pass's are thrown away, so
-        # that the step after a restart gives the same bits as it would have given without one.
-        with machine.autocast(device, cfg.dtype):
-            unused = get_batch(data["train"], cfg, step, RANK, device)
-            parallel(*unused).backward()
-        model.zero_grad()
-    wandb_log = open_wandb(cfg)
 
     with ExitStack() as held:
-        # -- where it is written
-        if writing:
-            held.enter_context(checkpoints.only_writer(out_dir))
-            if not checkpoint:
-                checkpoints.set_aside(out_dir)
-                held.callback(checkpoints.settle, out_dir)
-        metrics = checkpoints.open_metrics(out_dir, step) if writing else open(os.devnull, "a")
-        held.enter_context(metrics)
-        checkpoint = weights = None                                    # lets their memory go
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        # The header's step is one less than the first, as if this line belonged to the steps before
-        header = {"step": step - 1, "config": asdict(cfg), "params": model.num_params(),
-                  "flops_per_token": flops, "world_size": WORLD, "versions": versions}
-        metrics.write(json.dumps(header) + "\n")
-        say(f"{cfg.block}: {model.num_params() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOPs a "
-            f"token, {batch_tokens:,} tokens a step; {device.type}, {cfg.dtype}"
-            f"{', compiled' if cfg.compile else ''}, about {needed / 1e6:,.0f} MB; {cfg.dataset}: "
-            f"{len(data['train']):,} + {len(data['val']):,} tokens")
+        # -- the run's folder: lock it, then look
+        folder = None
+        if RANK == 0 and not cfg.eval_only and not cfg.dry_run:
+            held.enter_context(only_writer(Path(cfg.out_dir)))
+            folder = checkpoints.RunFolder(cfg, checkpoint)
 
-        def snapshot():
-            return {"format": checkpoints.FORMAT, "step": step, "model": model.state_dict(),
-                    "model_config": asdict(build(ModelConfig, asdict(cfg))), "config": asdict(cfg),
-                    "tokenizer": meta["tokenizer"], "data": meta["sha256"],
-                    "best_val_loss": best_val_loss, "best_step": best_step,
-                    "measured_on": measured_on}
+        # -- model and optimizer
+        torch.manual_seed(cfg.seed)
+        torch.set_float32_matmul_precision("high")                     # TF32 on CUDA
+        model = build_model(cfg, weights).to(device)
+        optimizer = build_optimizer(model, cfg)
+        scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
+        tokens, earlier_s, started, evaluated, best = 0, 0.0, time.time(), None, (math.inf, step)
+        if checkpoint:
+            checkpoints.restore(checkpoint, model, optimizer, scaler)
+            tokens, earlier_s = checkpoint["tokens"], checkpoint["elapsed_s"]
+            started = checkpoint["started"]
+            if checkpoint["measured_on"] == measured_on and not cfg.eval_only:
+                evaluated = checkpoint["evaluated"]
+            if folder:
+                best = folder.best_so_far(checkpoint, measured_on)
+            if checkpoint["data"] != meta["sha256"]:
+                say(f"from here on it trains on other text, {cfg.dataset!r} as it is now")
+        best_val_loss, best_step = machine.from_rank_0(best)
 
+        def trial(model):
+            with machine.autocast(device, cfg.dtype):
+                loss = model(*get_batch(data["train"], cfg, step, RANK, device))
+            if not cfg.eval_only:
+                loss.backward()
+
+        compiled = parallel = model
+        if cfg.compile:
+            compiled = machine.compiled(model, trial, setting, stop)
+            cfg = change(cfg, compile=compiled is not model)
+        if WORLD > 1 and not cfg.eval_only:
+            parallel = distribute(model, compiled, trial)
+        model.zero_grad()
+        wandb_log = open_wandb(cfg)
+
+        # -- what is written
+        def log(record):
+            record = {"step": step, "tokens": tokens} | record
+            record["elapsed_s"] = round(time.perf_counter() - start, 3)
+            wandb_log(record, step=step)
+            if folder:
+                folder.log(record)
+
+        def save(name, **state):
+            if not folder:
+                return
+            if not all(p.isfinite().all() for p in model.parameters()):
+                broken(f"the weights at step {step} are not finite")
+            common = {"format": checkpoints.FORMAT, "step": step, "model": model.state_dict(),
+                      "model_config": asdict(build(ModelConfig, asdict(cfg))),
+                      "config": asdict(cfg), "tokenizer": meta["tokenizer"],
+                      "data": meta["sha256"], "measured_on": measured_on, "started": started,
+                      "best_val_loss": best_val_loss}
+            folder.save(name, common | state)
+
+        def broken(what):
+            raise BrokenLoss(f"{what}: try a lower --learning_rate; "
+                             f"{checkpoints.saved_so_far(cfg.out_dir)}")
+
+        if folder:
+            versions = {"python": platform.python_version(), "torch": torch.__version__}
+            folder.log({"step": step, "config": asdict(cfg), "params": model.num_params(),
+                        "flops_per_token": flops, "world_size": WORLD, "versions": versions,
+                        "measured_on": measured_on, "started": started})
         # -- the loop
+        # Random weights are not worth a save, nor the name of the best
+        first_save = step if weights or step == last_step else max(step, 1)
+        checkpoint = weights = None                                    # frees their memory
         micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
-        first_step = logged_step = step
-        stopped, saved, training_s = False, False, 0.0
-        bar = held.enter_context(machine.bar(total=first_step + steps, initial=step, unit=" steps"))
+        logged_step, training_s, rate = step, 0.0, 0.0
+        bar = held.enter_context(machine.bar(total=last_step, initial=step, unit=" steps"))
         start = time.perf_counter() - earlier_s
         x, y = get_batch(data["train"], cfg, step, RANK, device)
         while True:
-            # -- schedule
+            stopping, finished = stop.agreed(step), step >= last_step
             lr = learning_rate(step, cfg)
             set_learning_rate(optimizer, lr)
-            finished = cfg.eval_only or step >= cfg.max_iters
-            record, improved = {"step": step, "tokens": step * batch_tokens}, False
 
             # -- evaluate
-            losses = None
-            if not stopped and (finished or step % cfg.eval_interval == 0):
-                wanted = ("train", "val", "test") if cfg.eval_train else ("val", "test")
-                splits = [split for split in wanted if split in data]
-                losses = evaluate(model, compiled, data, splits, cfg, device, stop)
-                stopped = losses is None
+            losses, is_due = {}, finished or step % cfg.eval_interval == 0
+            if is_due and step != evaluated and not stopping and not cfg.dry_run:
+                losses = evaluate(model, compiled, data, cfg, device, stop)
+                stopping = not losses
+            for split, loss in losses.items():
+                if not math.isfinite(loss):
+                    broken(f"the loss on {split} at step {step} is {loss}")
+            improved = False
             if losses:
-                val_loss = losses["val"]
-                improved = val_loss < best_val_loss
-                if improved:
-                    best_val_loss, best_step = val_loss, step
-                patience = cfg.patience * cfg.eval_interval
-                finished = finished or 0 < patience <= step - best_step
-                bits = val_loss / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
-                record |= {"val_loss": val_loss, "val_bits_per_byte": bits}
-                if "test" in losses:
-                    record["test_loss"] = losses["test"]
-                if "train" in losses:
-                    record["train_eval_loss"] = losses["train"]
+                evaluated = step
+                bits = losses["val"] / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
+                log({NAMES[split]: loss for split, loss in losses.items()}
+                    | {"val_bits_per_byte": bits})
                 text = ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
                 say(f"step {step}: {text}, {bits:.3f} bits per byte, after "
                     f"{tqdm.format_interval(time.perf_counter() - start)}")
+                improved = step >= first_save and losses["val"] < best_val_loss
 
             # -- save
-            last = stopped or finished
-            full = last or improved or losses and cfg.always_save_checkpoint
-            if full and step > 0 and not saved and not cfg.eval_only:
-                saved = True
-                machine.check_replicas(model)
-            if writing and (step > 0 or last):
-                if improved and kept:
-                    os.replace(out_dir / "best.pt", kept)
-                    kept = None
-                if improved:
-                    checkpoints.save(snapshot(), out_dir / "best.pt")
-                if full:
-                    state = {"optimizer": optimizer.state_dict(),
-                             "scaler": scaler.state_dict(),
-                             "elapsed_s": time.perf_counter() - start}
-                    checkpoints.save(snapshot() | state, out_dir / "last.pt")
-                    checkpoints.settle(out_dir)
-            if last:
+            if improved:
+                best_val_loss, best_step = losses["val"], step
+                save("best.pt")
+            finished = finished or 0 < cfg.patience * cfg.eval_interval <= step - best_step
+            is_due = (losses and cfg.always_save_checkpoint
+                      or folder and folder.is_due(cfg.save_interval_s))
+            if step >= first_save and (stopping or finished or improved or is_due):
+                save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                     tokens=tokens, evaluated=evaluated, elapsed_s=time.perf_counter() - start)
+            if stopping or finished:
                 break
 
             # -- forward and backward
@@ -368,7 +393,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
                     parallel.require_backward_grad_sync = is_last
                 with machine.autocast(device, cfg.dtype):
                     loss = parallel(x, y)
-                # The next batch comes while the device works
+                # Fetch the next batch while the device works
                 following = (step + 1, RANK) if is_last else (step, micro + WORLD)
                 x, y = get_batch(data["train"], cfg, *following, device)
                 loss_sum += loss.detach() / cfg.gradient_accumulation_steps
@@ -381,94 +406,99 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
             scaler.step(optimizer)
             scaler.update()
             model.zero_grad()
+            if step == first_step:
+                machine.check_replicas(model)
 
-            # -- look: asking the device for numbers makes it wait, so that is done to log and stop
-            logging = step % cfg.log_interval == 0 or losses
-            if logging or step % 10 == 0 or stop.signal and WORLD == 1:
-                shared = torch.stack((loss_sum, loss_sum.new_tensor(float(stop.signal > 0))))
+            # -- log; reading numbers stalls the device. What breaks between two logged steps is
+            # noticed at the second, at an evaluation or before a save.
+            is_logged = step % cfg.log_interval == 0
+            if is_logged:
                 if WORLD > 1:
-                    # All processes know the mean loss, and stop at the same step
-                    dist.all_reduce(shared)
-                loss, stops = shared.tolist()
-                norm, stopped = norm.item(), stops > 0
+                    dist.all_reduce(loss_sum)
+                loss, norm = loss_sum.item(), norm.item()
                 if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                    raise BrokenLoss(f"step {step} is broken: loss {loss}, grad norm {norm}, lr "
-                                     f"{lr:g}; what was saved before is untouched; try a lower "
-                                     f"--learning_rate")
+                    broken(f"step {step} is broken: loss {loss}, grad norm {norm}, lr {lr:g}")
             training_s += time.perf_counter() - began
-
-            # -- log
-            if logging:
+            if is_logged:
                 rate = (step + 1 - logged_step) * batch_tokens / training_s
                 logged_step, training_s = step + 1, 0.0
-                # JSON has no infinity, the norm of a float16 step that was left out
-                record |= {"train_loss": loss, "lr": lr,
-                           "grad_norm": norm if math.isfinite(norm) else None,
-                           "tokens_per_s": round(rate, 1),
-                           "elapsed_s": round(time.perf_counter() - start, 3)}
-                metrics.write(json.dumps(record) + "\n")
-                wandb_log(record, step=step)
-                left = tqdm.format_interval((cfg.max_iters - step - 1) * batch_tokens / rate)
+                memory = machine.peak_memory(device)
+                # JSON has no infinity, the norm of a skipped float16 step
+                log({"train_loss": loss, "lr": lr,
+                     "grad_norm": norm if math.isfinite(norm) else None,
+                     "tokens_per_s": round(rate, 1), "peak_gb": round(memory, 3)})
+                left = tqdm.format_interval((last_step - step - 1) * batch_tokens / rate)
                 bar.set_postfix_str(f"loss {loss:.4f}")
                 if bar.disable or not sys.stdout.isatty():
-                    say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, "
-                        f"{left} left")
+                    say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {norm:.2f}, "
+                        f"{rate:,.0f} tokens/s, {memory:.2f} GB, {left} left")
             step += 1
+            tokens += batch_tokens
             bar.update()
-
-        # -- the end
-        elapsed = time.perf_counter() - start
-        if not stopped:
-            record["elapsed_s"] = round(elapsed, 3)
-            metrics.write(json.dumps(record) + "\n")
-            wandb_log(record, step=step)
-    return {"step": step, "best_val_loss": best_val_loss, "elapsed_s": elapsed, "stopped": stopped,
-            "tokens_per_s": (step - first_step) * batch_tokens / (elapsed - earlier_s)}
+    return {"step": step, "best_val_loss": best_val_loss, "tokens_per_s": rate,
+            "elapsed_s": time.perf_counter() - start, "stopped": stopping}
 
 
-def main(argv=None):
-    given = read_settings(TrainConfig, argv)
+def read_start(given):
+    """(cfg, checkpoint, weights) of the run: from scratch, on from its checkpoint, or weights."""
     init_from = given.get("init_from", TrainConfig.init_from)
     if init_from == "auto":
-        out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
-        init_from = "resume" if (out_dir / "last.pt").exists() else "scratch"
-    checkpoint = weights = None
+        last = Path(given.get("out_dir", TrainConfig.out_dir), "last.pt")
+        init_from = "resume" if last.exists() else "scratch"
     if init_from == "resume":
         cfg, checkpoint, changes = checkpoints.resume(TrainConfig, given)
         say(", ".join([f"resuming {cfg.out_dir} at step {checkpoint['step']}", *changes]))
         if cfg.max_iters < checkpoint["step"] and not cfg.eval_only:
             fail(f"max_iters={cfg.max_iters}: the run is at step {checkpoint['step']} already; "
                  f"give a larger one")
-    elif init_from == "scratch":
+        return cfg, checkpoint, None
+    if init_from == "scratch":
         cfg = build(TrainConfig, given)
         if "vocab_size" not in given:
             cfg = change(cfg, vocab_size=table_rows(read_meta(Path(cfg.data_dir, cfg.dataset))))
-    else:
-        cfg, weights = start_from(TrainConfig, given)
-        say(f"starting from the weights of {cfg.init_from}")
-        if weights["assumed"]:
-            say(weights["assumed"])
-    if cfg.decay_lr and not cfg.eval_only and cfg.max_iters != cfg.lr_decay_iters:
-        what = f"from step {cfg.lr_decay_iters} on it trains at min_lr, {cfg.min_lr:.2g}"
-        if cfg.max_iters < cfg.lr_decay_iters:
-            what = f"its last step is at a rate of {learning_rate(cfg.max_iters, cfg):.2g}"
-        say(f"max_iters={cfg.max_iters} and lr_decay_iters={cfg.lr_decay_iters} differ: {what}; "
-            f"--lr_decay_iters={cfg.max_iters} ends the decay with the run")
-    device = machine.pick_device(cfg.device)
-    hint = (f"lower --batch_size={cfg.batch_size} (and raise --gradient_accumulation_steps), "
-            f"--block_size={cfg.block_size} or the size of the model")
-    with machine.process_group(device, cfg.backend), machine.naming_memory(hint), Stop() as stop:
-        done = train(cfg, device, stop, checkpoint, weights)
-    if not cfg.eval_only:
-        folder, best = shlex.quote(cfg.out_dir), f"best val loss {done['best_val_loss']:.4f}"
-        if math.isinf(done["best_val_loss"]):
-            best = "not evaluated yet"
-        say(f"{'stopped at' if done['stopped'] else 'done:'} step {done['step']}, {best}, "
-            f"{done['tokens_per_s']:,.0f} tokens/s, {tqdm.format_interval(done['elapsed_s'])}; all "
-            f"is in {folder}/")
-        # Whoever is in another folder needs the whole path
-        home = Path(__file__).resolve().parent
-        home = "" if home == Path.cwd() else f"{home}/"
+        return cfg, None, None
+    cfg, weights = start_from(TrainConfig, given)
+    say(f"starting from the weights of {cfg.init_from}")
+    if weights["assumed"]:
+        say(weights["assumed"])
+    return cfg, None, weights
+
+
+def main(argv=None):
+    given = read_settings(TrainConfig, argv)
+    out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
+    check_folder("out_dir", out_dir)
+    with ExitStack() as held:
+        # Lock the folder, then look. A job that was queued again may meet the end of the old one.
+        writes = RANK == 0 and not given.get("eval_only") and not given.get("dry_run")
+        if writes and given.get("init_from") in ("resume", "auto") and out_dir.exists():
+            held.enter_context(only_writer(out_dir, patience=30))
+        cfg, checkpoint, weights = read_start(given)
+        if cfg.decay_lr and not cfg.eval_only and cfg.max_iters != cfg.lr_decay_iters:
+            last = learning_rate(cfg.max_iters - 1, cfg)
+            say(f"max_iters={cfg.max_iters} and lr_decay_iters={cfg.lr_decay_iters} differ, so the "
+                f"last step is at a rate of {last:.2g}; --lr_decay_iters={cfg.max_iters} ends the "
+                f"decay with the run")
+        device = machine.pick_device(cfg.device)
+        hint = (f"lower --batch_size={cfg.batch_size} (and raise --gradient_accumulation_steps), "
+                f"--block_size={cfg.block_size} or the size of the model")
+        group, memory = machine.process_group(device, cfg.backend), machine.naming_memory(hint)
+        with group, memory, Stop() as stop:
+            done = train(cfg, device, stop, checkpoint, weights)
+    step, folder = done["step"], shlex.quote(cfg.out_dir)
+    # Whoever is in another folder needs the whole path
+    home = Path(__file__).resolve().parent
+    home = "" if home == Path.cwd() else f"{home}/"
+    if cfg.dry_run and not done["stopped"]:
+        tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+        seconds = tokens / done["tokens_per_s"]
+        say(f"dry run: {seconds:.3g} s a step, {seconds * cfg.max_iters / 3600:.3g} hours for "
+            f"{cfg.max_iters} steps without evaluations, {machine.peak_memory(device):.2f} GB")
+    elif not cfg.eval_only and not cfg.dry_run:
+        best = done["best_val_loss"]
+        say(f"{'stopped at' if done['stopped'] else 'done:'} step {step}, "
+            f"{'no best' if math.isinf(best) else f'best val loss {best:.4f}'}, after "
+            f"{tqdm.format_interval(done['elapsed_s'])}; all is in {folder}/")
         if done["stopped"]:
             say(f"continue:  python {home}train.py --init_from=resume --out_dir={folder}")
         else:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import time
 import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,22 +13,24 @@ from pathlib import Path
 import torch
 
 from model import ModelConfig
-from nanodva.errors import UserError, check_folder, fail, only_writer, replacing
+from nanodva.errors import UserError, fail, naming_file, replacing
 from nanodva.machine import say
 from nanodva.settings import build
 
 FORMAT = 4
+CHECKPOINTS = ("last.pt", "best.pt")
 
 
 def save(checkpoint, path):
     """Write a checkpoint; path holds the old one or the new one, never half of one."""
-    try:
-        with replacing(path) as file:
-            torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:
-        # torch puts an error of its own around the disk's
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        fail(f"cannot write {path}: {reason}; the checkpoint before it is untouched")
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
+
+
+def saved_so_far(out_dir):
+    """What a run that fails leaves in its folder, in words."""
+    names = [name for name in CHECKPOINTS if Path(out_dir, name).exists()]
+    return f"{out_dir} still holds {' and '.join(names)}" if names else "nothing was saved before"
 
 
 def load_file(path):
@@ -55,12 +58,16 @@ def load_file(path):
 
 
 def load_checkpoint(path):
-    """The checkpoint of ours at path, on the CPU. Raises UserError where there is none."""
+    """The checkpoint of ours at path, on the CPU. Raises UserError if it is none."""
     path = Path(path)
     if not path.exists():
         fail(f"no {path.absolute()}: train first, or give the run's folder as --out_dir")
     checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found == 3:
+        fail(f"{path} is of nanoDVA 3, whose optimizer no longer exists: start from its weights "
+             f"with --init_from={path.parent} and another --out_dir")
+    if found != FORMAT:
         fail(f"{path} is not a nanoDVA checkpoint of format {FORMAT}")
     return checkpoint
 
@@ -68,11 +75,10 @@ def load_checkpoint(path):
 def resume(cls, given):
     """
     (cfg, checkpoint, changes) of the run in the out_dir that is given. cfg is of the dataclass
-    cls, with the run's own settings but for those given anew; changes lists these in words.
+    cls, with the run's own settings except those given anew; changes lists these in words.
     Raises UserError for another architecture or optimizer.
     """
     out_dir = Path(given.get("out_dir", cls.out_dir))
-    recover(out_dir)
     checkpoint = load_checkpoint(out_dir / "last.pt")
     if "optimizer" not in checkpoint:
         fail(f"{out_dir}/last.pt holds weights to sample from, without the optimizer's state: it "
@@ -90,48 +96,12 @@ def resume(cls, given):
     cfg = build(cls, saved | given)
     changed = {name: value for name, value in asdict(cfg).items()
                if value != before[name] and name != "init_from"}
-    fixed = {field.name for field in fields(ModelConfig)} - {"dropout"} | {"optimizer"}
-    for name in changed.keys() & fixed:
+    fixed = {field.name for field in fields(ModelConfig) if field.name != "dropout"}
+    for name in changed.keys() & (fixed | {"optimizer"}):
         fail(f"{name}={changed[name]!r} differs from the checkpoint's {before[name]!r}: a run "
              f"keeps its architecture and optimizer; leave {name} out, or train from scratch")
     changes = [f"{name}={value!r} (was {before[name]!r})" for name, value in changed.items()]
     return cfg, checkpoint, changes
-
-
-def best_so_far(out_dir, checkpoint, measured_on):
-    """
-    (lowest val loss, its step, None) of the run in out_dir, if it was measured on the data, windows
-    and dtype of the dict measured_on. Otherwise the best starts anew, and in the place of None
-    stands the name that best.pt is to get when there is a new one, so that it is not lost.
-    """
-    lowest, step = math.inf, checkpoint["step"]
-    if same_measure(checkpoint, measured_on):
-        lowest, step = checkpoint["best_val_loss"], checkpoint.get("best_step", step)
-    path = out_dir / "best.pt"
-    if not path.exists():
-        return lowest, step, None
-    try:
-        # best.pt is saved before last.pt, so it may be newer where a run was killed in between
-        best = load_checkpoint(path)
-    except UserError as error:
-        say(f"going on without best.pt: {error}")
-        return lowest, step, None
-    if same_measure(best, measured_on):
-        return *min((lowest, step), (best["best_val_loss"], best["step"])), None
-    kept = out_dir / f"best-{best['step']}.pt"
-    say(f"the best loss so far, {best['best_val_loss']:.4f}, was measured on other data, windows "
-        f"or in another dtype: the best starts anew, and the old one becomes {kept}")
-    return lowest, step, kept
-
-
-def same_measure(checkpoint, measured_on):
-    """Whether the losses in a checkpoint can be compared with those measured on measured_on."""
-    if "measured_on" in checkpoint:
-        return checkpoint["measured_on"] == measured_on
-    # Version 2 did not store it
-    config = checkpoint["config"]
-    return (checkpoint["data"]["val"], config["dtype"]) == (measured_on["data"],
-                                                             measured_on["dtype"])
 
 
 def restore(checkpoint, model, optimizer, scaler):
@@ -143,65 +113,97 @@ def restore(checkpoint, model, optimizer, scaler):
         scaler.load_state_dict(checkpoint["scaler"])
 
 
-def check_out_dir(out_dir, overwrite):
-    """Raise UserError where a new run would overwrite an earlier one without being told to."""
-    recover(out_dir)
-    saved = [name for name in ("last.pt", "best.pt") if (out_dir / name).exists()]
-    if saved and not overwrite:
-        how = "continue it with --init_from=resume"
-        if "last.pt" not in saved:
-            how = f"start from its weights with --init_from={out_dir} and another --out_dir"
-        fail(f"{out_dir} holds a run, {' and '.join(saved)}: {how}, start anew with "
-             f"--overwrite=True, or give another --out_dir")
-
-
-def written_by_run(out_dir, suffix=""):
-    """The files of a run in out_dir, or with the suffix .old those that were set aside."""
-    return [path for name in ("last.pt", "metrics.jsonl", "best.pt", "best-*.pt")
-            for path in out_dir.glob(name + suffix)]
-
-
-def set_aside(out_dir):
-    """Rename what an earlier run wrote in the folder of a new one to NAME.old, until settle()."""
-    for path in written_by_run(out_dir):
-        os.replace(path, f"{path}.old")
-
-
-def settle(out_dir):
+class RunFolder:
     """
-    Remove what was set aside if the new run has saved itself; else put it back, since the new run
-    has come to nothing.
+    What a run writes in its out_dir, whose lock the caller holds: metrics.jsonl, append only, and
+    checkpoints. A new run leaves another run's files alone until its own first save replaces them;
+    until then its metrics are in metrics.jsonl.new.
+
+    Raises UserError if the folder holds a run, unless that goes on from its `checkpoint` or
+    cfg.overwrite is set.
     """
-    saved = (out_dir / "last.pt").exists()
-    for path in written_by_run(out_dir, ".old"):
-        if saved:
-            path.unlink()
-        else:
-            os.replace(path, path.with_suffix(""))
 
+    def __init__(self, cfg, checkpoint):
+        self.path, self.saved_at, self.save_s = Path(cfg.out_dir), time.monotonic(), 0.0
+        self.metrics, self.aside = self.path / "metrics.jsonl", self.path / "metrics.jsonl.new"
+        saved = [name for name in CHECKPOINTS if (self.path / name).exists()]
+        if checkpoint:
+            self.keep_metrics(checkpoint)
+        elif saved and not cfg.overwrite:
+            how = "continue it with --init_from=resume"
+            if "last.pt" not in saved:
+                how = f"start from its weights with --init_from={self.path} and another --out_dir"
+            fail(f"{self.path} holds a run, {' and '.join(saved)}: {how}, start anew with "
+                 f"--overwrite=True, or give another --out_dir")
+        self.is_new = saved and not checkpoint
+        self.file = open(self.aside if self.is_new else self.metrics, "a" if checkpoint else "w",
+                         buffering=1)
 
-def recover(out_dir):
-    """
-    settle() what a run that was killed before its first save had set aside. Raises UserError where
-    out_dir is a file or lies under one.
-    """
-    check_folder("out_dir", out_dir)
-    if written_by_run(out_dir, ".old"):
-        with only_writer(out_dir, patience=10):
-            settle(out_dir)
+    def keep_metrics(self, checkpoint):
+        """Leave in metrics.jsonl the records of what the checkpoint's state has been through."""
+        if self.aside.exists():
+            # Its first save may have been the last thing that the run did
+            header = json.loads(self.aside.read_text().partition("\n")[0] or "{}")
+            if header.get("started") == checkpoint["started"]:
+                os.replace(self.aside, self.metrics)
+        lines, kept = [], []
+        if self.metrics.exists():
+            lines = self.metrics.read_bytes().splitlines(keepends=True)
+        try:
+            for line in lines:
+                # A kill may have cut the last line
+                record = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
+                was_evaluated = "val_loss" in record and record["step"] == checkpoint["evaluated"]
+                if record["step"] < checkpoint["step"] or was_evaluated:
+                    kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"{self.metrics} is damaged ({error}): move it away, and resume")
+        with replacing(self.metrics) as file:
+            file.write(b"".join(kept))
 
+    def best_so_far(self, checkpoint, measured_on):
+        """
+        (lowest val loss, its step) of the checkpoint's run, as best.pt holds it. If that was
+        measured on other data, other windows or in another dtype than the dict measured_on says,
+        it is copied to best-STEP.pt, and the best starts again from infinity.
+        """
+        nothing, path = (math.inf, checkpoint["step"]), self.path / "best.pt"
+        if not path.exists():
+            return nothing
+        try:
+            best = load_checkpoint(path)
+        except UserError as error:
+            say(f"going on without best.pt: {error}")
+            return nothing
+        if best["started"] != checkpoint["started"]:
+            # Of a run that was to overwrite this one and was killed between its first two saves
+            return nothing
+        if best["measured_on"] == measured_on:
+            return best["best_val_loss"], best["step"]
+        kept = self.path / f"best-{best['step']}.pt"
+        with replacing(kept) as file:
+            file.write(path.read_bytes())
+        say(f"the best loss so far, {best['best_val_loss']:.4f}, was measured on other data, "
+            f"windows or in another dtype: the best starts again, and {kept} keeps the old one")
+        return nothing
 
-def open_metrics(out_dir, step):
-    """metrics.jsonl, to append to, without the records of the steps that are still to be done."""
-    path, kept = out_dir / "metrics.jsonl", []
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    try:
-        for line in lines:
-            # A kill may have cut the last line
-            if line.endswith(b"\n") and json.loads(line)["step"] < step:
-                kept.append(line)
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"{path} is damaged ({error}): move it away, and resume")
-    with replacing(path) as file:
-        file.write(b"".join(kept))
-    return open(path, "a", buffering=1)
+    def log(self, record):
+        """Append a record, a dict, to the metrics."""
+        with naming_file("write", self.metrics, saved_so_far(self.path)):
+            self.file.write(json.dumps(record) + "\n")
+
+    def save(self, name, checkpoint):
+        """Write the checkpoint to a file of the folder."""
+        began = time.monotonic()
+        save(checkpoint, self.path / name)
+        if name == "last.pt" and self.is_new:
+            self.is_new = False
+            self.file.close()
+            os.replace(self.aside, self.metrics)
+            self.file = open(self.metrics, "a", buffering=1)
+        self.saved_at = time.monotonic()
+        self.save_s = self.saved_at - began
+
+    def is_due(self, interval):
+        """Was the last save so many seconds ago, and long enough for saves to take 1 % at most?"""
+        return 0 < interval and time.monotonic() - self.saved_at > max(interval, 100 * self.save_s)

@@ -274,8 +274,8 @@ def losses(monkeypatch):
     """losses(*values): what the evaluations find on each split, one after another."""
     def losses(*values):
         found = iter(values)
-        monkeypatch.setattr(train, "evaluate", lambda model, compiled, data, splits, *rest:
-                            dict.fromkeys(splits, next(found)))
+        monkeypatch.setattr(train, "evaluate",
+                            lambda *_: dict.fromkeys(("train", "val"), next(found)))
     return losses
 
 
@@ -298,10 +298,17 @@ def records(out_dir):
 
 
 def comparable(out_dir):
-    """The records of steps, without the timings, which differ between runs that are the same."""
-    timings = ("elapsed_s", "tokens_per_s")
-    return [{name: value for name, value in record.items() if name not in timings}
+    """The records of steps without what is measured, which differs between equal runs."""
+    measured = ("elapsed_s", "tokens_per_s", "peak_gb")
+    return [{name: value for name, value in record.items() if name not in measured}
             for record in records(out_dir) if "config" not in record]
+
+
+def without_evaluation_at(step, out_dir):
+    """Cut one record out of the metrics: of the end of a run that later got more steps."""
+    lines = Path(out_dir, "metrics.jsonl").read_text().splitlines(keepends=True)
+    [one] = [line for line in lines if f'"step": {step},' in line and "val_loss" in line]
+    Path(out_dir, "metrics.jsonl").write_text("".join(line for line in lines if line != one))
 
 
 def largest_difference(a, b):
@@ -329,7 +336,7 @@ def runs_differ(a, b):
     largest = largest_difference(comparable(a), comparable(b))
     for name in ("last.pt", "best.pt"):
         first, second = ({key: value for key, value in load_checkpoint(Path(folder, name)).items()
-                          if key not in ("config", "elapsed_s")} for folder in (a, b))
+                          if key not in ("config", "elapsed_s", "started")} for folder in (a, b))
         largest = max(largest, largest_difference(first, second))
     return largest
 

@@ -19,6 +19,7 @@ from conftest import (
     refused,
     runs_differ,
     send,
+    without_evaluation_at,
 )
 
 import prepare_data
@@ -55,6 +56,7 @@ def test_resume_with_more_steps(run, tmp_path):
     run("parts", max_iters=7)
     status, out = run("parts", init_from="resume", max_iters=12)
     assert status == 0 and "at step 7, max_iters=12 (was 7)\n" in out
+    without_evaluation_at(7, tmp_path / "parts")
     assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
 
 
@@ -125,15 +127,16 @@ def test_resume_with_other_settings_says_so_and_means_it(run, finished, tmp_path
     assert status == 0
     assert all(f"{name}={value} (was {TINY.get(name, '')}" in out
                for name, value in changes.items())
-    groups = load_checkpoint(tmp_path / "out" / "last.pt")["optimizers"][0]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.3, 0]
+    groups = load_checkpoint(tmp_path / "out" / "last.pt")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.3, 0}
     assert groups[0]["betas"] == (0.9, 0.9)
     headers = [record for record in records(tmp_path / "out") if "config" in record]
-    assert [header["step"] for header in headers] == [-1, 11]
+    assert [header["step"] for header in headers] == [0, 12]
     assert [header["config"]["learning_rate"] for header in headers] == [1e-2, 1e-5]
     assert headers[1]["params"] == headers[0]["params"]
     # The end of the first run is replaced by the step in its place
-    assert [record["step"] for record in comparable(tmp_path / "out")] == list(range(15))
+    steps = [record["step"] for record in records(tmp_path / "out") if "train_loss" in record]
+    assert steps == list(range(14))
 
 
 def test_resume_with_a_setting_that_only_fits_its_own(run):
@@ -165,9 +168,9 @@ def test_data_that_was_prepared_anew_is_remarked_on(run, finished, data_dir, tmp
     text = (data_dir / "tiny.txt").read_text()
     (tmp_path / "text.txt").write_text(text[1000:] + text[:1000])
     prepare_data.main(["tiny_char", f"--input={tmp_path / 'text.txt'}", f"--data_dir={tmp_path}"])
-    assert "prepared anew" not in run(init_from="resume", max_iters=13)[1]
+    assert "on other text" not in run(init_from="resume", max_iters=13)[1]
     out = run(init_from="resume", max_iters=14, data_dir=tmp_path)[1]
-    assert "the data set 'tiny_char' was prepared anew since this run began" in out
+    assert "from here on it trains on other text, 'tiny_char' as it is now" in out
 
 
 def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, finished, data_dir, tmp_path):
@@ -178,11 +181,11 @@ def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, finished, data_d
     before = load_checkpoint(tmp_path / "out" / "best.pt")
     out = run(init_from="resume", max_iters=15, eval_interval=1, dataset="b_char",
               data_dir=tmp_path)[1]
-    assert "from here on it trains on 'b_char', and no longer on 'tiny_char'" in out
-    assert "prepared anew" not in out and "the best starts anew" in out
+    assert "trains on other text, 'b_char'" in out and "the best starts again" in out
     best = load_checkpoint(tmp_path / "out" / "best.pt")
-    on_b = [record["val_loss"] for record in records(tmp_path / "out")[1:]
-            if record["step"] >= 12 and "val_loss" in record]
+    lines = records(tmp_path / "out")
+    [resumed] = [i for i, line in enumerate(lines) if "config" in line and i > 0]
+    on_b = [line["val_loss"] for line in lines[resumed:] if "val_loss" in line]
     assert best["best_val_loss"] == min(on_b) > before["best_val_loss"]
     assert f"best val loss {min(on_b):.4f}" in out
     kept = load_checkpoint(tmp_path / "out" / f"best-{before['step']}.pt")
@@ -191,8 +194,8 @@ def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, finished, data_d
 
 @pytest.mark.parametrize("change", [dict(eval_iters=3), dict(dtype="bfloat16")])
 def test_a_best_loss_counts_for_its_windows_and_its_dtype(run, finished, tmp_path, change):
-    assert "the best starts anew" not in run(init_from="resume", max_iters=13)[1]
-    assert "the best starts anew" in run(init_from="resume", max_iters=14, **change)[1]
+    assert "the best starts again" not in run(init_from="resume", max_iters=13)[1]
+    assert "the best starts again" in run(init_from="resume", max_iters=14, **change)[1]
 
 
 def test_a_resume_that_comes_to_nothing_leaves_the_best(run, finished, tmp_path):
@@ -241,12 +244,10 @@ def test_auto_starts_where_there_is_no_run_and_goes_on_where_there_is_one(run, a
 
 def test_a_run_of_before_a_setting_existed_goes_on(run, finished, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
-    # Version 2 had none of these
-    del checkpoint["config"]["patience"], checkpoint["measured_on"], checkpoint["best_step"]
-    del checkpoint["config"]["gate"], checkpoint["model_config"]["gate"]
+    del checkpoint["config"]["patience"], checkpoint["config"]["value_norm"]
     save(checkpoint, tmp_path / "out" / "last.pt")
-    with refused("gate='open' differs from the checkpoint's 'plain'"):
-        run(init_from="resume", max_iters=13, gate="open")
+    with refused("value_norm=False differs from the checkpoint's True"):
+        run(init_from="resume", max_iters=13, value_norm=False)
     assert run(init_from="resume", max_iters=13)[0] == 0
 
 
@@ -289,7 +290,8 @@ def test_a_cut_last_line_of_the_metrics_is_dropped_and_other_damage_is_named(run
     metrics = tmp_path / "out" / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes() + b'{"step": 12, "loss')
     run(init_from="resume", max_iters=13)
-    assert [record["step"] for record in comparable(tmp_path / "out")] == list(range(14))
+    steps = [record["step"] for record in records(tmp_path / "out") if "train_loss" in record]
+    assert steps == list(range(13))
     metrics.write_bytes(b"\0" * 100 + b"\n")
     with refused("metrics.jsonl is damaged"):
         run(init_from="resume", max_iters=14)
