@@ -319,7 +319,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
             if not folder:
                 return
             if not all(p.isfinite().all() for p in model.parameters()):
-                broken(f"the weights at step {step} are not finite")
+                broken(f"step {step} is broken: a weight is not finite")
             common = {"format": checkpoints.FORMAT, "step": step, "model": model.state_dict(),
                       "model_config": asdict(build(ModelConfig, asdict(cfg))),
                       "config": asdict(cfg), "tokenizer": meta["tokenizer"],
@@ -357,7 +357,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
                 stopping = not losses
             for split, loss in losses.items():
                 if not math.isfinite(loss):
-                    broken(f"the loss on {split} at step {step} is {loss}")
+                    broken(f"step {step} is broken: the loss on {split} is {loss}")
             improved = False
             if losses:
                 evaluated = step

@@ -270,7 +270,7 @@ def test_a_broken_evaluation_stops_the_run(run, trained, tmp_path):
     # Finite, as weights must be to be read, and too large for what is computed with them
     checkpoint["model"]["transformer.ln_f.weight"][:] = 3e38
     torch.save(checkpoint, tmp_path / "broken.pt")
-    with pytest.raises(train.BrokenLoss, match="the loss on train at step 0 is nan"):
+    with pytest.raises(train.BrokenLoss, match="step 0 is broken: the loss on train is nan"):
         run("tuned", init_from=tmp_path / "broken.pt")
     assert not list((tmp_path / "tuned").glob("*.pt"))
 

@@ -49,14 +49,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # Imported first: it reports missing packages in one line
-from nanodva.errors import UserError, fail, replacing, run_script
+from nanodva.errors import UserError, fail, only_writer, replacing, run_script
 
 # isort: split
 import torch
 from tqdm import tqdm
 
 import train
-from nanodva.checkpoints import load_checkpoint, only_writer
+from nanodva.checkpoints import load_checkpoint
 from nanodva.dataset import open_data, table_rows
 from nanodva.machine import Stop, pick_compile, pick_device, pick_dtype
 from nanodva.settings import build, change, check, read_settings
