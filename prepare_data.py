@@ -15,7 +15,6 @@ The input is a file, a folder or a glob, or several with commas between them; do
 what is read, and how. A finished data set stays as it is until the new one is complete. The same
 input always gives the same bytes.
 """
-import json
 import os
 import re
 import shutil
@@ -68,8 +67,9 @@ class PrepareConfig:
             self.input = OPENWEBTEXT
         if not (self.name in BUILT_IN or self.input or self.check or self.adopt):
             fail(f"name={self.name!r}: {sets}")
-        if self.val_input and not self.input:
-            fail(f"val_input={self.val_input!r}: it goes with --input=PATH, the text for train")
+        if self.val_input and (not self.input or self.val_fraction != -1):
+            fail(f"val_input={self.val_input!r}: it goes with --input=PATH, the text for train, "
+                 "and without --val_fraction")
         self.tokenizer = self.tokenizer or ("char" if self.name.endswith("_char") else "gpt2")
         self.spec = find_spec(self.tokenizer)
         self.is_char = self.spec["kind"] == "char"
@@ -91,16 +91,12 @@ class PrepareConfig:
 def find_spec(tokenizer):
     """The spec, for Tokenizer, that --tokenizer stands for."""
     path = Path(tokenizer)
-    if tokenizer == "char" or not path.exists() or tokenizer == "gpt2":
-        is_whole = tokenizer != "char" and bpe_size(tokenizer) == bpe_size("gpt2")
-        return {"kind": "gpt2" if is_whole else tokenizer}
-    # A data set, or a model that tools.convert has written
-    for name, key in [("meta.json", "tokenizer"), ("config.json", "nanodva_tokenizer"),
-                      ("config.json", "tokenizer")]:
-        if (path / name).is_file():
-            spec = json.loads((path / name).read_bytes()).get(key)
-            if spec:
-                return spec
+    if tokenizer == "char":
+        return {"kind": "char"}
+    if tokenizer == "gpt2" or not path.exists():
+        return {"kind": "gpt2" if bpe_size(tokenizer) == bpe_size("gpt2") else tokenizer}
+    if (path / "meta.json").is_file():
+        return read_meta(path)["tokenizer"]
     spec = read_tokenizer(path)
     if spec is None:
         # A run, which needs torch
@@ -199,7 +195,12 @@ def until(max_tokens, documents, counted):
 def prepare(config, folder, partial):
     """Make the data set in the folder `partial`, and move it to `folder` when it is complete."""
     sources, val_sources = find_sources(config, folder)
-    check_readers(config, [*sources, *val_sources])
+    readers = {source.reader for source in [*sources, *val_sources]}
+    for name, is_unread in [("column", readers == {read_plain} and config.column != "text"),
+                            ("encoding", readers == {read_parquet} and config.encoding)]:
+        if is_unread:
+            fail(f"--{name}={getattr(config, name)!r} means nothing for {sources[0].path}: leave "
+                 "it out")
     is_single = len(sources) == 1 and sources[0].reader is read_plain and not (
         val_sources or config.separator or sources[0].path.startswith("hf:"))
     if is_single:
@@ -239,13 +240,9 @@ def prepare(config, folder, partial):
     if written.marks and END_OF_TEXT not in config.separator:
         print(f"{END_OF_TEXT} is {written.marks:,} times inside the texts, as ordinary tokens: if "
               f"it ends a document there, add --separator='{END_OF_TEXT}'")
-    share = written.tokens["val"] / max(1, sum(written.tokens.values()))
-    is_near = config.val_fraction / 2 <= share <= 2 * config.val_fraction and share < 1
-    if not (is_near or is_single or val_sources or count > dataset.FEW):
-        source, partial = partial, partial / "balanced"
-        partial.mkdir()
-        written = dataset.balance(source, partial, dtype, written.first, config.val_fraction,
-                                  tokenizer, end)
+    if not (is_single or val_sources):
+        partial, written = dataset.balance(partial, written, dtype, config.val_fraction, tokenizer,
+                                           end)
     tokens = written.tokens
     # A model learns from a token and the one after it
     if min(tokens.values()) < 2:
@@ -259,16 +256,6 @@ def prepare(config, folder, partial):
     (folder / "meta.json").unlink(missing_ok=True)
     for name in ("train.bin", "val.bin", "meta.json"):
         os.replace(partial / name, folder / name)
-
-
-def check_readers(config, sources):
-    """Raise UserError for a setting that none of the sources needs."""
-    readers = {source.reader for source in sources}
-    for name, is_needed in [("column", readers != {read_plain}),
-                            ("encoding", readers != {read_parquet})]:
-        value = getattr(config, name)
-        if not is_needed and value != getattr(PrepareConfig, name):
-            fail(f"--{name}={value!r} means nothing for {sources[0].path}: leave it out")
 
 
 def shown(documents, doing):

@@ -18,7 +18,7 @@ from nanodva.sources import BUILT_IN, sha256
 from nanodva.tokenizer import END_OF_TEXT, Tokenizer
 
 SPLITS = ("train", "val")
-# The split of a set with at most so many documents is looked at when it is done, see balance().
+# At most so many documents may be split again, see balance().
 FEW = 10_000
 
 
@@ -83,20 +83,23 @@ def write_ids(encoded, folder, dtype):
     return written
 
 
-def balance(source, folder, dtype, documents, val_fraction, tokenizer, end):
+def balance(folder, written, dtype, val_fraction, tokenizer, end):
     """
     Split a small set again if the documents' hashes have left val empty or far from its share.
 
-    `source` is the folder that write_ids() has written to, `documents` its .first. The documents of
-    the lowest hashes go to val, and of the next one only its last part; equal documents are treated
-    alike. Writes to `folder`, and returns the counts.
+    `written` is what write_ids() has returned for the folder. The documents of the lowest hashes go
+    to val, and of the next one only its last part; equal documents are treated alike. Returns the
+    folder with the better split and its counts.
     """
+    share = written.tokens["val"] / max(1, sum(written.tokens.values()))
+    if written.documents > FEW or val_fraction / 2 <= share <= 2 * val_fraction and share < 1:
+        return folder, written
     import xxhash
     ids, parts, weights = {}, [], Counter()
     for split in SPLITS:
-        path = source / f"{split}.bin"
+        path = folder / f"{split}.bin"
         ids[split] = np.memmap(path, dtype, "r") if path.stat().st_size else np.array([], dtype)
-    for split, length, _ in documents:
+    for split, length, _ in written.first:
         parts.append(ids[split][:length])
         ids[split] = ids[split][length:]
     hashes = [xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts]
@@ -108,7 +111,7 @@ def balance(source, folder, dtype, documents, val_fraction, tokenizer, end):
         wanted -= share[number] * weights[number]
 
     def halves():
-        for part, number, (_, length, size) in zip(parts, hashes, documents, strict=True):
+        for part, number, (_, length, size) in zip(parts, hashes, written.first, strict=True):
             cut = length - round(share[number] * length)
             head, head_size = part[:cut], size if cut == length else 0
             if 0 < cut < length:
@@ -117,7 +120,9 @@ def balance(source, folder, dtype, documents, val_fraction, tokenizer, end):
             yield head, "train", head_size, 0
             yield part[cut:], "val", size - head_size, 0
 
-    return write_ids(halves(), folder, dtype)
+    balanced = folder / "balanced"
+    balanced.mkdir()
+    return balanced, write_ids(halves(), balanced, dtype)
 
 
 # ---- meta.json -----------------------------------------------------------------------------------

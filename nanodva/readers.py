@@ -56,10 +56,9 @@ def by_name(path):
 def by_content(path):
     """The Source at a path, by its name or, if that says nothing, as Parquet by its first bytes."""
     source = by_name(path)
-    if source.kind not in READERS:
-        with reading(path), open(path, "rb") as file:
-            source = Source(path, ".parquet") if file.read(4) == b"PAR1" else source
-    return source
+    with reading(path), open(path, "rb") as file:
+        is_parquet = source.kind not in READERS and file.read(4) == b"PAR1"
+    return Source(path, ".parquet") if is_parquet else source
 
 
 def read_texts(source, config, separator=""):
@@ -101,10 +100,8 @@ def open_bytes(source):
     """A source as a binary file, decompressed if it is compressed."""
     with open(source.path, "rb") as file:
         head = file.peek(8)
-        for mark, open_packed in OPEN_PACKED.items():
-            if head.startswith(mark):
-                file = open_packed(file)
-        yield file
+        found = [OPEN_PACKED[mark] for mark in OPEN_PACKED if head.startswith(mark)]
+        yield found[0](file) if found else file
 
 
 @contextmanager
@@ -163,14 +160,12 @@ def split(pieces, separator):
 
 def split_at_end_lines(file):
     """Yield the texts between the lines of an open text that are <|endoftext|>."""
-    held = []
-    for line in file:
-        if line.rstrip("\n") == END_OF_TEXT:
-            yield "".join(held).removesuffix("\n")
-            held = []
-        else:
-            held.append(line)
-    yield "".join(held)
+    text = ""
+    for is_mark, lines in itertools.groupby(file, lambda line: line.rstrip("\n") == END_OF_TEXT):
+        if is_mark:
+            yield text.removesuffix("\n")
+        text = "" if is_mark else "".join(lines)
+    yield text
 
 
 def without_empty(texts):

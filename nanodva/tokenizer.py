@@ -2,10 +2,10 @@
 Text <-> token ids: single characters, GPT-2's byte-pair tokens, or the first N of those.
 
 A tokenizer is described by a small dict, its spec, which meta.json and every checkpoint carry:
-{"kind": "char", "alphabet": "..."}, {"kind": "gpt2:4096", "tokens": "IQ== Ig== ..."} or
-{"kind": "gpt2"}. Only the last needs GPT-2's vocabulary, see gpt2_tokens(); so does a gpt2:N
-without tokens, as version 2 wrote it. Tokens that somebody else has trained as GPT-2's were trained
-are {"kind": "bpe", "tokens": "...", "end_of_text": 0}.
+{"kind": "char", "alphabet": "..."} or {"kind": "gpt2:4096", "tokens": "IQ== Ig== ..."}, where kind
+may be gpt2, too. A spec without tokens, as older versions wrote some, needs GPT-2's vocabulary, see
+gpt2_tokens(). Tokens that somebody else has trained as GPT-2's were trained are {"kind": "bpe",
+"tokens": "...", "end_of_text": 0}.
 """
 import base64
 import hashlib
@@ -55,7 +55,6 @@ class Tokenizer:
                 tokens = [base64.b64decode(token) for token in spec["tokens"].split()]
             else:
                 tokens = gpt2_tokens()[:bpe_size(kind) - 1]
-            if kind != "gpt2":
                 text = " ".join(base64.b64encode(token).decode() for token in tokens)
                 self.spec = spec | {"tokens": text}
             self.vocab_size = len(tokens) + 1
@@ -106,7 +105,7 @@ def bpe_size(kind):
 
 
 def same_tokenizer(a, b):
-    """Whether two specs give a text the same ids. Version 2 wrote gpt2:N without its tokens."""
+    """Whether two specs give a text the same ids. Older versions left out tokens."""
     if "tokens" not in a or "tokens" not in b:
         a, b = ({**spec, "tokens": ""} for spec in (a, b))
     return a == b
@@ -147,11 +146,18 @@ GPT2_TOKENS = "445c95aed02d34f9cebfeeba666b08c9aebb5419c128c1c8e6995ac1a15f28b9"
 
 def read_tokenizer(folder, rows=None):
     """
-    The spec, for Tokenizer, of the tokenizer in a folder, or None where the folder has none. Its
+    The spec, for Tokenizer, of the tokenizer in a folder, or None if the folder has none. Its
     tokens may be others than GPT-2's. Raises UserError for one that does not work as GPT-2's does,
     and for one of more tokens than the weights have rows, if that is given.
     """
     try:
+        config = {}
+        if (folder / "config.json").exists():
+            config = dict(json.loads((folder / "config.json").read_bytes()))
+            # tools.convert has written the spec itself
+            spec = config.get("nanodva_tokenizer") or config.get("tokenizer")
+            if isinstance(spec, dict):
+                return spec
         if (folder / "tokenizer.json").exists():
             parts = json.loads((folder / "tokenizer.json").read_bytes())
             words, ids = parts["pre_tokenizer"], parts["model"]["vocab"]
@@ -172,9 +178,9 @@ def read_tokenizer(folder, rows=None):
         if len(ids) > (rows or math.inf):
             raise ValueError(f"{len(ids)} tokens, and the weights have {rows}")
         end = ids.get(END_OF_TEXT)
-        if end is None and (folder / "config.json").exists():
+        if end is None:
             # Some call it </s>
-            end = json.loads((folder / "config.json").read_bytes()).get("eos_token_id")
+            end = config.get("eos_token_id")
         tokens = [bytes(BYTE_OF[letter] for letter in word)
                   for word in sorted(ids, key=ids.get) if ids[word] != end]
         text = " ".join(base64.b64encode(token).decode() for token in tokens)

@@ -51,7 +51,7 @@ def test_tiny_shakespeare_in_gpt2s_tokens(tmp_path, bpe):
     folder = prepare(tmp_path, "shakespeare", f"--input={SHAKESPEARE}")
     text = SHAKESPEARE.read_text()
     assert read_meta(folder)["tokens"] == {"train": 301_966, "val": 36_059}
-    assert read_meta(folder)["tokenizer"] == {"kind": "gpt2"}
+    assert read_meta(folder)["tokenizer"] == Tokenizer({"kind": "gpt2"}).spec
     assert ids_of(folder, "train").tolist() == bpe.encode_ordinary(text[:1_003_854])
     assert ids_of(folder, "val").tolist() == bpe.encode_ordinary(text[1_003_854:])
 
@@ -67,7 +67,7 @@ def test_the_first_of_gpt2s_tokens(tmp_path, speeches):
     documents = [(ids_of(folder, split) == 1023).sum() for split in ("train", "val")]
     assert sum(documents) == len(speeches[1])
     folder = prepare(tmp_path, "all", f"--input={PLAY}", "--tokenizer=gpt2:50257")
-    assert read_meta(folder)["tokenizer"] == {"kind": "gpt2"}
+    assert read_meta(folder)["tokenizer"]["kind"] == "gpt2"
 
 
 @pytest.mark.parametrize("unit", [
@@ -467,6 +467,7 @@ def test_stopped_while_files_are_moved_it_leaves_no_mixture_that_looks_whole(tmp
     (["x", "--input=a", "--val_fraction=0"], "--val_input=PATH names texts of your own for val"),
     (["x", "--input=a", "--val_fraction=-0.1"], "val_fraction=-0.1: it must lie between"),
     (["plays", "--val_input=a"], "val_input='a': it goes with --input=PATH"),
+    (["x", "--input=a", "--val_input=b", "--val_fraction=0.2"], "without --val_fraction"),
     (["x", "--input=a", "--num_proc=-1"], "num_proc=-1"),
     (["x", "--input=a", "--max_tokens=-1"], "max_tokens=-1"),
     (["x", "--input=a", "--encoding=klingon"], "encoding='klingon'"),
