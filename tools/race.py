@@ -1,122 +1,134 @@
 """
-Race blocks against each other on equal terms: the same tokens, batches and validation text, each
-at its own best learning rate, over several seeds, with an interval for every difference.
+Race blocks against each other on equal terms: the same text, each at its own best settings, over
+several seeds, with an interval for every difference.
 
-    python -m tools.race --minutes=10                        a race for a lesson
-    python -m tools.race config/race_bpe.py --contenders=gpt2:rotary=True,dva,dva+bank
-    python -m tools.race --match=time --seeds=3 --jobs=2
+    python -m tools.race --minutes=10                                 a race for a lesson
+    python -m tools.race config/race_ladder.py config/race_4x64.py    a rung of docs/race.md
+    python -m tools.race config/race_bpe.py --contenders=gpt2:rotary=True,dva,dva+bank --jobs=2
 
 A contender is a block, perhaps with +bank (banks in the last third of its layers), perhaps with
-settings of train.py, as in dva+bank:qk_dim=32. The first one is the reference: all others get its
-number of tokens, or with --match=time its training time.
+settings of train.py:  dva+bank:qk_dim=32.  The first contender is the reference.
 
-The validation split is cut in two. On its first half the first seed chooses each contender's rates:
-all of --lrs are tried, and further ones while the best is at an end of those tried; then, where
-there are banks, --bank_lrs at the best learning rate. If a contender names a rate itself, as
-dva:learning_rate=6e-3 does, that rate is kept, and the race tries no other. On the second half
---seeds further seeds are reported. Two contenders are compared seed by seed, since equal seeds see
-equal batches, except where a contender has a batch_size of its own. Student's t gives the 95 %
-interval of the mean difference.
+    wide=dva:n_embd=96          a label in front; a later contender can begin with it instead of a
+    long=wide:match=time        block, and takes over its settings, the chosen ones too
+    dva:qk_dim=16|32|64         the race chooses: one setting after the other, in this order
+    dva:match=time              trains for the reference's seconds, not on as many tokens
+    dva:warmup=0.05             the share of a run in which the learning rate rises
 
-With --minutes the runs are as long as this time allows, only the rates that are given are tried, a
-part of each half is evaluated, and a machine that turns out to be slow runs fewer seeds.
+One half of the validation windows chooses, with one seed, by runs of the whole length. Each
+contender tries the learning rates in --lrs, or those around the rate that it takes over, and
+further ones while the best is at an end of those tried; then its own choices; then the learning
+rates around the best once more. Banks try --bank_lrs likewise. A rate that a contender names itself
+is kept. On the other half --seeds other seeds are reported. Contenders are compared seed by seed,
+since equal seeds see equal batches; Student's t gives the 95 % interval of the mean difference.
 
-Step times are measured before the runs and after them, all contenders in turn: let nothing else
-run then. A run's seconds are its steps times that. Results go to out/race/NAME: results.json,
-table.md and race.svg. The same command goes on where it was stopped. Finished runs are kept in
-out/race_runs, and count for other races with the same code, data and machine.
+With --minutes the race takes two steps of each contender first and says what fits: fewer seeds,
+then shorter runs, then smaller models. It tries only the rates and choices that are given.
+
+Seconds are those of one core: a run's steps times the median of its step's time, which is measured
+with all contenders in turn while no run is under way; on a CPU it is the time of the processor, in
+which other programs' time does not count. Everything goes to a folder in
+--results: runs.jsonl, a line for each finished run; results.json; table.md; race.svg. A run that
+is in runs.jsonl is never made again, whatever has changed in the code since: its line names the
+commit. The same command goes on where it was stopped.
 """
-import bisect
 import hashlib
 import json
 import math
 import multiprocessing
 import os
-import platform
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, fields
+from multiprocessing.connection import wait
 from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 # So that python tools/race.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-# Imported first: it reports missing packages in one line
-from nanodva.errors import UserError, fail, only_writer, replacing, run_script
-
-# isort: split
-import torch
-from tqdm import tqdm
-
 import train
-from nanodva.checkpoints import load_checkpoint
+from model import BLOCKS, ModelConfig
+from nanodva.checkpoints import load_checkpoint, only_writer
 from nanodva.dataset import open_data, table_rows
-from nanodva.machine import Stop, pick_compile, pick_device, pick_dtype
+from nanodva.errors import UserError, fail, replacing, run_script
+from nanodva.machine import Stop, autocast, pick_compile, pick_device, pick_dtype
 from nanodva.settings import build, change, check, read_settings
-from nanodva.tokenizer import Tokenizer
-from nanodva.weights import outline
-from tools.bench import compile_or_fail, contender, machine_name, own_settings, time_steps
-from tools.report import draw_race, figures_of, table, write_json
+from nanodva.weights import load_model, outline
+from tools.bench import WARM_UP, compile_or_fail, machine_name, training_step
+from tools.report import draw_race, table, write_json
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-RACES = Path("out", "race")
 RUNS = Path("out", "race_runs")
 # The settings of train.py that the race decides itself
-DECIDED = ("block", "out_dir", "init_from", "learning_rate", "bank_lr", "min_lr", "lr_decay_iters",
-           "eval_iters", "eval_train", "eval_only", "log_interval", "always_save_checkpoint",
-           "patience", "backend", "wandb_log", "wandb_project", "wandb_run_name")
+DECIDED = ("block", "out_dir", "init_from", "learning_rate", "bank_lr", "min_lr", "warmup_iters",
+           "lr_decay_iters", "eval_interval", "eval_iters", "eval_train", "eval_only", "overwrite",
+           "log_interval", "always_save_checkpoint", "patience", "backend", "wandb_log",
+           "wandb_project", "wandb_run_name")
 # What has to be the same for all contenders
-COMMON = ("dataset", "data_dir", "block_size", "vocab_size", "eval_interval", "device", "seed",
-          "overwrite")
-# The code that a run's numbers follow from, in addition to the file that was run, which may bring
-# blocks of its own
-CODE = ("model.py", "train.py", "tools/race.py", "nanodva/*.py")
-# A sweep ends with so many rates, even if the best is still at an end
-MOST_RATES = 10
-# With --minutes, runs of fewer steps would show nothing
+COMMON = ("dataset", "data_dir", "block_size", "vocab_size", "device", "seed", "max_iters")
+# Settings of a run that do not change its losses
+LOCAL = ("out_dir", "data_dir", "overwrite", "log_interval", "eval_interval", "eval_iters",
+         "eval_train", "always_save_checkpoint", "device", "seed")
+# A run's last learning rate as a share of the highest
+LAST = 0.02
+# The rates that are tried beyond those given while the best is at an end, up to so many
+RATES, MOST_RATES = ("learning_rate", "bank_lr"), 10
+# Points of a run's curve: means of the training loss. Each batch is new, so far as the text goes.
+POINTS = 30
+# With --minutes: fewer steps show little, so smaller models come first; tokens of each half that
+# are evaluated; the time to evaluate them as a share of the time to train on as many
 LEAST_STEPS = 100
-# With --minutes, so many tokens of each half are evaluated
+SMALLER = dict(n_layer=2, n_head=2, n_embd=64, qk_dim=32)
 EVALUATED = 2**14
-# The time to evaluate a token as a share of the time to train on it: a third, and a little more
 EVALUATION = 0.4
 
 
 @dataclass
-class RaceConfig(TrainConfig):
-    name: str = ""                           # of the folder in out/race; empty: DATASET-MATCH
-    contenders: str = "gpt2,gpt2:rotary=True,dva,dva+bank"      # the first is the reference
-    against: str = ""                        # further contenders to compare all others with
-    match: str = "tokens"                    # what is equal for all: tokens, or time
-    minutes: float = 0.0                     # shorten the runs to end in time; 0: any time
-    seeds: int = 5                           # runs that are reported, at the best rates
-    seed: int = 1337                         # chooses the rates; the next ones are reported
-    lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with
-    bank_lrs: str = "16,32,64"               # rates of the banks to begin with, in learning rates
-    rounds: int = 20                         # timed steps of each, before the runs and after
-    jobs: int = 1                            # runs at a time, which share the CPU's cores
-    overwrite: bool = False                  # take the place of another race of this name
+class Contender(TrainConfig):
+    match: str = "tokens"                    # equal to the reference: tokens, or time
+    warmup: float = 0.1                      # the share of a run in which the rate rises
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, least=dict(max_iters=1, minutes=0, seeds=1, rounds=1, jobs=1),
-              choices=dict(match=["tokens", "time"]))
+        check(self, least=dict(warmup=0), choices=dict(match=["tokens", "time"]))
+
+
+@dataclass
+class RaceConfig(Contender):
+    name: str = ""                           # of the race's folder; empty: DATASET-MATCH
+    results: str = "out/race"                # where that folder is
+    contenders: str = "gpt2:rotary=True,dva,dva+bank"   # the first is the reference
+    against: str = ""                        # labels of further ones to compare all others with
+    tokens_per_parameter: float = 0.0        # length of the reference's runs; 0: max_iters steps
+    minutes: float = 0.0                     # shrink the race to end in time; 0: any time
+    seeds: int = 5                           # runs that are reported, at the best settings
+    seed: int = 1337                         # chooses the settings; the next ones are reported
+    lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with
+    bank_lrs: str = "16,32,64"               # rates of the banks to begin with, in learning rates
+    evaluated: int = 262144                  # tokens of each half that are evaluated
+    rounds: int = 100                        # timed steps of each contender
+    jobs: int = 1                            # runs at a time, a thread each; 0: only the tables
+    optimizer: str = "muon"                  # adamw, or muon: Muon on the blocks' matrices
+    gradient_accumulation_steps: int = 1     # micro-batches per step
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, least=dict(max_iters=1, minutes=0, seeds=1, rounds=1, jobs=0, evaluated=1,
+                               tokens_per_parameter=0))
         read_rates("lrs", self.lrs)
         read_rates("bank_lrs", self.bank_lrs)
-        names = self.contenders.split(",")
-        if len(set(names)) < len(names):
-            fail(f"contenders={self.contenders!r} names one of them twice")
-        self.against = self.against or names[0]
-        for name in self.against.split(","):
-            if name not in names:
-                fail(f"against: {name!r} is none of the contenders {', '.join(names)}")
         self.name = self.name or f"{self.dataset}-{self.match}"
 
 
@@ -131,61 +143,183 @@ def read_rates(name, text):
     return rates
 
 
-# ---- who runs, and on what ---------------------------------------------------------------------
+# ---- contenders --------------------------------------------------------------------------------
 
-def halve(data, block_size, most):
+def read_contenders(race):
+    """{label: (base, {setting: list of values})} of race.contenders, in order."""
+    found = {}
+    for text in race.contenders.split(","):
+        head, *pairs = text.strip().split(":")
+        label, _, base = head.rpartition("=")
+        label, choices = label or text.strip(), {}
+        block, plus, bank = base.partition("+")
+        if plus and bank != "bank":
+            fail(f"contender {text!r}: only bank can follow the +")
+        if block not in BLOCKS and block not in found:
+            fail(f"contender {text!r}: {block!r} is neither a block ({', '.join(BLOCKS)}) nor the "
+                 f"label of a contender before it")
+        if label in found:
+            fail(f"contenders={race.contenders!r} names {label!r} twice")
+        for pair in pairs:
+            name, equals, values = pair.partition("=")
+            if not equals:
+                fail(f"contender {text!r}: after its block come settings, as in dva:qk_dim=32")
+            choices[name] = [read_settings(Contender, [f"--{name}={value}"])[name]
+                             for value in values.split("|")]
+            if name in {*DECIDED, *COMMON} - {"learning_rate", "bank_lr"}:
+                fail(f"contender {text!r}: {name} is not for a contender to set")
+        found[label] = base, choices
+    for label in filter(None, race.against.split(",")):
+        if label not in found:
+            fail(f"against: {label!r} is none of the contenders {', '.join(found)}")
+    return found
+
+
+class Race:
     """
-    data of open_data() with the first half of the validation split, which chooses learning rates,
-    as "val", and the second, which is reported, as "test": `most` tokens of each, or all.
+    Which runs a race needs, and what is known of them. `shared` are the settings that all
+    contenders begin with. `plan` has the length of the runs, and `timing` {shape: a token's time in
+    tokens of the yardstick, the shape that was timed first}; both are in results.json.
     """
-    half = len(data["val"]) // 2
-    if half <= block_size:
-        fail(f"half of the validation split holds {half} tokens, and block_size={block_size} needs "
-             f"at least {block_size + 1}: use a smaller --block_size or more text")
-    return data | {"val": data["val"][:half][:most], "test": data["val"][half:][:most]}
 
+    def __init__(self, rules, shared, plan, timing, folder, command):
+        self.rules, self.shared, self.plan, self.timing = rules, shared, plan, timing
+        self.folder, self.command = folder, command
+        self.contenders = read_contenders(rules)
+        self.finished = {key_of(line["settings"], line["seed"]): line
+                         for line in read_lines(folder / "runs.jsonl")}
+        # A token of the reference's training in tokens of the yardstick's, which was timed first
+        self.reference_ratio = 1.0
 
-def conditions_of(race, data, device):
-    """What the numbers of a race follow from in addition to its settings, as a dict."""
-    meta, ids = data["meta"], data["test"]
-    tokenizer = Tokenizer(meta["tokenizer"])
-    # End-of-text is a token, and no text. Characters have none.
-    text = tokenizer.decode([i for i in ids.tolist() if i != tokenizer.end_of_text])
-    files = [file for pattern in CODE for file in sorted(ROOT.glob(pattern))]
-    if hasattr(sys.modules["__main__"], "__file__"):
-        files.append(Path(sys.modules["__main__"].__file__))
-    code = b"".join(file.read_bytes() for file in files)
-    return {"dataset": race.dataset, "sha256": meta["sha256"], "tokens": meta["tokens"],
-            "reported": {"tokens": len(ids), "bytes": len(text)}, "machine": machine_name(device),
-            "device": device.type, "torch": torch.__version__,
-            "code": hashlib.sha256(code).hexdigest()[:12]}
+    def first_settings(self, label, known):
+        """
+        The settings that a contender begins with, and its sweeps [(setting, values)] in order.
+        None in the place of values stands for the best one so far, its half and its double.
+        """
+        base, choices = self.contenders[label]
+        block, plus, _ = base.partition("+")
+        settings = dict(known[block]["settings"]) if block in known else \
+            self.shared | {"block": block}
+        if plus:
+            settings["bank_layers"] = settings["n_layer"] - 2 * settings["n_layer"] // 3
+        settings |= {name: values[0] for name, values in choices.items()}
+        sweeps = {"learning_rate": None if block in known else read_rates("lrs", self.rules.lrs)}
+        if settings["bank_layers"]:
+            sweeps["bank_lr"] = read_rates("bank_lrs", self.rules.bank_lrs)
+        sweeps = [*(sweeps | choices).items()]
+        chosen = any(len(values) > 1 for name, values in choices.items() if name not in RATES)
+        if chosen and "learning_rate" not in choices and not self.rules.minutes:
+            sweeps.append(("learning_rate", None))
+        settings |= {name: values[0] for name, values in reversed(sweeps) if values}
+        return settings, sweeps
 
+    def settle(self, label, known):
+        """
+        {"settings", "trials", "missing", "later", "open"} of a contender: its settings so far, the
+        runs that tried them, those of the trials that are not finished, how many runs will follow
+        at least, and whether settings are still to be chosen. `known` has this of the contenders
+        before it.
+        """
+        settings, sweeps = self.first_settings(label, known)
+        found = {"settings": settings, "trials": [], "missing": [], "later": 0, "open": False}
+        base = self.contenders[label][0].partition("+")[0]
+        in_time, untimed = settings["match"] == "time", shape_of(settings) not in self.timing
+        # It waits for the settings that it takes over, and for the reference's time
+        needed = [known[base]] if base in known else []
+        if in_time:
+            needed += list(known.values())[:1]
+        waits = any(other["open"] for other in needed)
+        to_time = untimed and in_time and not waits
+        for name, values in sweeps:
+            if found["missing"] or waits or to_time:
+                found["open"] = True
+                found["later"] += len(values) - 1 if values else 2
+            else:
+                self.sweep(found, name, values)
+        found["open"] |= bool(found["missing"]) or waits or to_time
+        found["to_time"] = to_time or shape_of(settings) not in self.timing and not found["open"]
+        seeds = range(self.rules.seed + 1, self.rules.seed + 1 + self.rules.seeds)
+        found["runs"] = [] if found["open"] else [self.run_of(settings, seed) for seed in seeds]
+        found["later"] += len(seeds) * found["open"]
+        found["missing"] += [run for run in found["runs"] if not self.result_of(run)]
+        return found
 
-def enter(race, given, data, conditions, device):
-    """
-    {contender: TrainConfig}, from what the user gave. out_dir is the folder of its runs. dtype and
-    compile, where they are auto, are decided by the first contender for all, so that none of them
-    is compiled alone. Raises UserError for a contender that cannot run.
-    """
-    digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:10]
-    settings = {"vocab_size": table_rows(data["meta"])} | given | {
-        "overwrite": True, "out_dir": str(RUNS / digest), "eval_train": False,
-        "log_interval": 100, "always_save_checkpoint": False,
-        # As many batches as a half has tokens: all of its windows are evaluated
-        "eval_iters": len(data["test"])}
-    names = race.contenders.split(",")
-    first = contender(names[0], settings)
-    # With --minutes runs are too short to be compiled, each of them anew
-    steps = 0 if race.minutes else first.max_iters
-    flops = outline(first).flops_per_token() * batch_tokens(first) * steps
-    settings |= {"dtype": pick_dtype(first.dtype, device, first.n_embd),
-                 "compile": pick_compile(first.compile, device, flops)}
-    contenders, refused = {}, {*DECIDED, *COMMON} - {"learning_rate", "bank_lr"}
-    for name in names:
-        for setting in own_settings(name).keys() & refused:
-            fail(f"contender {name!r}: {setting} is not for a contender to set")
-        contenders[name] = contender(name, settings)
-    return contenders
+    def sweep(self, found, name, values):
+        """Try a setting's values with the settings found so far: keep the best one, or say which
+        runs are missing."""
+        settings = found["settings"]
+        values = values or [settings[name] / 2, settings[name], settings[name] * 2]
+        if len(values) == 1:
+            settings[name] = values[0]
+            return
+        while True:
+            runs = [self.run_of(settings | {name: value}, self.rules.seed) for value in values]
+            found["trials"] += [run for run in runs if run not in found["trials"]]
+            found["missing"] = [run for run in runs if not self.result_of(run)]
+            if found["missing"]:
+                return
+            losses = [final_loss(self.result_of(run)) for run in runs]
+            best = losses.index(min(losses))
+            settings[name] = values[best]
+            inside = 0 < best < len(values) - 1
+            if name not in RATES or self.rules.minutes or inside or len(values) >= MOST_RATES:
+                return
+            end, inner = (values[0], values[1]) if best == 0 else (values[-1], values[-2])
+            values = sorted([*values, float(f"{end * end / inner:.3g}")])
+
+    def survey(self):
+        """
+        ({label: settle()}, [(label, run)] that can be made now, in the order to make them) of all
+        contenders.
+        """
+        found, missing = {}, {}
+        for label in self.contenders:
+            found[label] = self.settle(label, found)
+            if len(found) == 1:
+                self.reference_ratio = self.ratio_of(found[label]["settings"])
+            for run in found[label]["missing"]:
+                missing.setdefault(run.out_dir, (label, run))
+        missing = list(missing.values())
+        if self.rules.minutes:
+            # All sweeps, then one seed of all contenders after the other: seeds can be left out
+            missing.sort(key=lambda item: item[1].seed)
+        return found, missing
+
+    def ratio_of(self, settings):
+        """A token's time in tokens of the yardstick; 1 while it is not known."""
+        return self.timing.get(shape_of(settings), 1.0)
+
+    def run_of(self, settings, seed):
+        """The TrainConfig of one run. What its losses follow from names its folder."""
+        cfg = build(Contender, settings)
+        tokens = self.plan["tokens"]
+        if cfg.match == "time":
+            tokens *= self.reference_ratio / self.ratio_of(settings)
+        steps = max(1, round(tokens / batch_tokens(cfg)))
+        cfg = build(TrainConfig, asdict(cfg) | dict(
+            seed=seed, max_iters=steps, lr_decay_iters=steps, eval_interval=steps,
+            log_interval=1 + steps // 1000, warmup_iters=round(cfg.warmup * steps),
+            min_lr=LAST * cfg.learning_rate))
+        name = hashlib.sha256(key_of(settings_of(cfg), seed).encode()).hexdigest()[:16]
+        return change(cfg, out_dir=str(RUNS / name))
+
+    def result_of(self, run):
+        """The line of a finished run, or None."""
+        return self.finished.get(key_of(settings_of(run), run.seed))
+
+    def seconds_of(self, run):
+        """The time to expect of a run that has a core for itself."""
+        evaluation = EVALUATION * 2 * self.plan["evaluated"]
+        tokens = run.max_iters * batch_tokens(run) + evaluation
+        return tokens * self.plan["seconds_per_token"] * self.ratio_of(asdict(run))
+
+    def seconds_left(self):
+        """(the seconds to expect of all runs that are missing, their number)"""
+        found, missing = self.survey()
+        runs = [run for _, run in missing]
+        for entry in found.values():
+            runs += [self.run_of(entry["settings"], self.rules.seed)] * entry["later"]
+        return sum(map(self.seconds_of, runs)), len(runs)
 
 
 def batch_tokens(cfg):
@@ -193,200 +327,120 @@ def batch_tokens(cfg):
     return cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
 
 
-def set_lengths(contenders, race, times, steps):
-    """
-    The contenders with the number of steps that the match gives them where the first has `steps`,
-    unless they name their own, and with equally many evaluations. times are {contender:
-    milliseconds of each timed step}.
-    """
-    first, lengths = next(iter(contenders)), {}
-    # With --minutes, more evaluations would take most of the time
-    evaluations = 3 if race.minutes else race.max_iters / race.eval_interval
-    shorter = steps / contenders[first].max_iters
-    for name, cfg in contenders.items():
-        if race.match == "tokens":
-            share = batch_tokens(contenders[first]) / batch_tokens(cfg)
-        else:
-            share = statistics.median(times[first]) / statistics.median(times[name])
-        own = cfg.max_iters if "max_iters" in own_settings(name) else max(1, round(steps * share))
-        lengths[name] = change(cfg, max_iters=own, lr_decay_iters=own,
-                               eval_interval=max(1, round(own / evaluations)),
-                               warmup_iters=round(cfg.warmup_iters * shorter))
-    return lengths
+def settings_of(cfg):
+    """What a run's losses follow from in addition to its seed, where it is not the default."""
+    return {field.name: getattr(cfg, field.name) for field in fields(TrainConfig)
+            if field.name not in LOCAL and getattr(cfg, field.name) != field.default}
 
 
-def fit_in_time(contenders, race, times, seconds):
-    """
-    How many steps the first contender can have, at most its own number, if all runs together are
-    to take 0.85 of so many seconds, since machines get slower as they get warm. Where that would
-    be fewer than LEAST_STEPS, race.seeds becomes less, down to 2. Raises UserError where this is
-    not enough.
-    """
-    def expected(steps):
-        known, later = missing_runs(set_lengths(contenders, race, times, steps), race)
-        return seconds_of([*known.values(), *later], times) / 0.85
-
-    own = next(iter(contenders.values())).max_iters
-    least = min(own, LEAST_STEPS)
-    while expected(least) > seconds and race.seeds > 2:
-        race.seeds -= 1
-    if expected(least) > seconds:
-        enough = math.ceil(race.minutes + (expected(least) - seconds) / 60)
-        fail(f"minutes={race.minutes:g} is too short for runs of {least} steps with {race.seeds} "
-             f"seeds to report: give {enough}, or fewer --contenders or --lrs, or a smaller model")
-    return bisect.bisect(range(own + 1), seconds, lo=least, key=expected) - 1
+def key_of(settings, seed):
+    """The text by which a run is known again."""
+    return json.dumps([settings, seed], sort_keys=True)
 
 
-def seconds_of(runs, times):
-    """The time to expect of runs [(contender, TrainConfig)], one after the other."""
-    seconds = 0.0
-    for name, cfg in runs:
-        # Each half of the validation split has eval_iters tokens
-        steps_for_one = EVALUATION * 2 * cfg.eval_iters / batch_tokens(cfg)
-        steps = cfg.max_iters + (cfg.max_iters // cfg.eval_interval + 1) * steps_for_one
-        seconds += steps * statistics.median(times[name]) / 1e3
-    return seconds
+def shape_of(settings):
+    """The text by which a model and a batch are known that were timed."""
+    names = [field.name for field in fields(ModelConfig)]
+    names += ["batch_size", "gradient_accumulation_steps", "optimizer", "dtype", "compile"]
+    known = asdict(build(TrainConfig, settings))
+    return json.dumps({name: known[name] for name in names
+                       if known[name] != getattr(TrainConfig, name)})
+
+
+def final_loss(line):
+    """The loss of a finished run on the half that chooses; infinite if it broke."""
+    return math.inf if line["broken"] else line["val"]
 
 
 # ---- runs --------------------------------------------------------------------------------------
 
-def run_of(cfg, learning_rate, bank_lr, seed):
-    """The TrainConfig of one run. All its settings name its folder, so that it is known again."""
-    cfg = change(cfg, learning_rate=learning_rate, min_lr=learning_rate / 10, bank_lr=bank_lr,
-                 seed=seed)
-    digest = hashlib.sha256(json.dumps(asdict(cfg)).encode()).hexdigest()[:10]
-    shape = f"{cfg.block}-{cfg.n_layer}x{cfg.n_embd}"
-    name = f"{shape}-lr{learning_rate:g}-bank{bank_lr:g}-seed{seed}-{digest}"
-    return change(cfg, out_dir=str(Path(cfg.out_dir, name)))
+def read_lines(path):
+    """The lines of a file of JSON lines, of which a kill may have cut the last."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def result_of(run):
+@torch.no_grad()
+def losses_of(model, ids, block_size, most, device, half):
     """
-    {"steps", "val", "test", "broken"} of a finished run: lists of the steps at which it was
-    evaluated and of the losses of both halves there, and None or why it broke. None for a run
-    that is not finished.
+    Yield (x, losses), (B, T) each, of windows that lie evenly over the token ids and do not
+    overlap. Every second window (half 0) chooses settings, and those between them (half 1) are
+    reported, `most` tokens of each at most. The losses are in nats, float32.
     """
-    path = Path(run.out_dir, "result.json")
-    return json.loads(path.read_bytes()) if path.exists() else None
+    fit = (len(ids) - 1) // block_size
+    count = min(fit, 2 * max(1, most // block_size))
+    starts = (np.arange(count) * fit // count * block_size)[half::2]
+    for first in range(0, len(starts), 32):
+        rows = ids[starts[first:first + 32, None] + np.arange(block_size + 1)].astype(np.int64)
+        rows = torch.from_numpy(rows).to(device)                       # (B, T + 1)
+        logits = model(rows[:, :-1]).flatten(0, 1).float()
+        losses = F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="none")
+        yield rows[:, :-1], losses.view_as(rows[:, 1:])
 
 
-def final_loss(run):
-    """The last loss of a finished run on the half that chooses; infinite where it broke."""
-    result = result_of(run)
-    return math.inf if result["broken"] else result["val"][-1]
-
-
-def carry_out(run):
+def carry_out(run, evaluated, with_test):
     """
-    Train one run to its end, from its last checkpoint if it was stopped. Returns whether it is
-    finished. What it prints is in its folder's log.txt.
+    Train one run to its end, from its last checkpoint if it was stopped, and evaluate it. Returns
+    its line of runs.jsonl, or None if it was stopped. What it prints is in its folder's log.txt.
     """
-    folder = Path(run.out_dir)
+    folder, device = Path(run.out_dir), pick_device(run.device)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log), \
             Stop() as stop:
         torch.compiler.reset()
         compile_or_fail()
-        saved, broken = folder / "last.pt", None
+        saved, broken, losses = folder / "last.pt", None, {}
         checkpoint = load_checkpoint(saved) if saved.exists() else None
-        data = halve(open_data(run), run.block_size, run.eval_iters)
         try:
-            done = train.train(run, pick_device(run.device), stop, checkpoint, data=data)
-            if done["stopped"]:
-                return False
+            if train.train(run, device, stop, checkpoint)["stopped"]:
+                return None
         except train.BrokenLoss as error:
             broken = str(error)
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        records = [record for record in records if "test_loss" in record]
-        result = {"steps": [record["step"] for record in records],
-                  "val": [round(record["val_loss"], 5) for record in records],
-                  "test": [round(record["test_loss"], 5) for record in records],
-                  "broken": broken}
-        write_json(result, folder / "result.json")
-        for name in ("last.pt", "best.pt"):
-            (folder / name).unlink(missing_ok=True)
-    return True
+        records = read_lines(folder / "metrics.jsonl")
+        if not broken:
+            ids, model = open_data(run)["val"], load_model(saved).to(device)
+            for half, name in enumerate(("val", "test")[:1 + with_test]):
+                with autocast(device, run.dtype):
+                    parts = [part for _, part in losses_of(model, ids, run.block_size, evaluated,
+                                                           device, half)]
+                losses[name] = round(torch.cat(parts).double().mean().item(), 5)
+        (folder / "last.pt").unlink(missing_ok=True)
+    sketch, steps = outline(run), [r for r in records if "train_loss" in r]
+    bins = np.array_split(steps, min(POINTS, len(steps))) if steps else []
+    return {"seed": run.seed, "settings": settings_of(run)} | losses | {
+        "broken": broken, "parameters": sketch.num_params(),
+        "flops_per_token": sketch.flops_per_token(), "tokens": run.max_iters * batch_tokens(run),
+        "curve": [[part[-1]["step"] + 1, round(statistics.fmean(r["train_loss"] for r in part), 4)]
+                  for part in bins],
+        "commit": commit(), "torch": torch.__version__}
 
 
-# ---- which runs are needed ---------------------------------------------------------------------
-
-def sweep(cfg, name, rates, fixed, extend):
-    """
-    (runs, best run) of the contender cfg at rates of `name`, learning_rate or bank_lr, and at the
-    `fixed` other settings of run_of(). Where only one rate is given, nothing has to be run. If
-    `extend`, further rates follow while the best is at an end of them. The best run is None while
-    a run is not finished.
-    """
-    if len(rates) == 1:
-        return [], run_of(cfg, **fixed, **{name: rates[0]})
-    while True:
-        runs = [run_of(cfg, **fixed, **{name: rate}) for rate in rates]
-        if any(result_of(run) is None for run in runs):
-            return runs, None
-        losses = [final_loss(run) for run in runs]
-        best = losses.index(min(losses))
-        if not extend or len(rates) >= MOST_RATES or 0 < best < len(rates) - 1:
-            return runs, runs[best]
-        end, inner = (rates[0], rates[1]) if best == 0 else (rates[-1], rates[-2])
-        rates = sorted([*rates, float(f"{end * end / inner:.3g}")])
-
-
-def tune(name, cfg, race):
-    """
-    (runs, best run, later) of a contender's sweeps: those whose rates are known; the best of them,
-    or None while one is not finished; and how many will follow at least. They are evaluated at
-    their end alone.
-    """
-    cfg = change(cfg, eval_interval=cfg.max_iters)
-    own, extend = own_settings(name), not race.minutes
-    rates = [cfg.learning_rate] if "learning_rate" in own else read_rates("lrs", race.lrs)
-    bank_rates = [cfg.bank_lr]
-    if cfg.bank_layers and "bank_lr" not in own:
-        bank_rates = read_rates("bank_lrs", race.bank_lrs)
-    fixed = dict(bank_lr=cfg.bank_lr, seed=race.seed)
-    runs, best = sweep(cfg, "learning_rate", rates, fixed, extend)
-    if not best:
-        return runs, None, len(set(bank_rates) - {cfg.bank_lr})
-    fixed = dict(learning_rate=best.learning_rate, seed=race.seed)
-    more, best = sweep(cfg, "bank_lr", bank_rates, fixed, extend)
-    return runs + [run for run in more if run not in runs], best, 0
-
-
-def seeds_of(best, cfg, race):
-    """
-    The runs that are reported, at the rates of a contender's best run. The seed that chose the
-    rates is not among them, because they suit it by more than they suit others.
-    """
-    return [run_of(cfg, best.learning_rate, best.bank_lr, race.seed + 1 + i)
-            for i in range(race.seeds)]
-
-
-def missing_runs(contenders, race):
-    """
-    ({folder: (contender, run)}, [(contender, TrainConfig)]) of the runs that are not finished:
-    those whose rates are known, in the order to run them, and those that will follow at least.
-    """
-    known, later = {}, []
-    for name, cfg in contenders.items():
-        runs, best, more = tune(name, cfg, race)
-        if best:
-            runs = runs + seeds_of(best, cfg, race)
-        else:
-            later += [(name, cfg)] * (more + race.seeds)
-        known |= {run.out_dir: (name, run) for run in runs if result_of(run) is None}
-    # All sweeps, then one seed of all contenders after the other, so that seeds can be left out
-    return dict(sorted(known.items(), key=lambda item: item[1][1].seed)), later
+def commit():
+    """The git commit of this code, with -dirty after it if files were changed since."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True,
+                              capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 # ---- workers -----------------------------------------------------------------------------------
 
-def begin_worker(threads):
-    """Prepare a new worker process: so many threads, and it ends when the race does."""
-    torch.set_num_threads(threads)
-    # Its bars need no lock that other processes share, which a worker that is ended would leave
+def work(connection):
+    """Make the runs that come through a connection, and send back their lines, with one thread."""
+    torch.set_num_threads(1)
+    # Ctrl-C goes to all processes of a terminal. It saves the run that is under way, in Stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Its bars need no lock that other processes share
     tqdm.set_lock(threading.RLock())
     threading.Thread(target=end_with_race, daemon=True).start()
+    while True:
+        line = carry_out(*connection.recv())
+        if line is None:
+            return
+        connection.send(line)
 
 
 def end_with_race():
@@ -395,193 +449,281 @@ def end_with_race():
     os._exit(1)
 
 
-def work(run):
-    """carry_out() in a worker process. One that was told to stop has saved its run, and ends."""
-    if not carry_out(run):
-        os._exit(1)
-
-
-def run_all(contenders, race, times, stop, deadline):
+def run_all(race, device, stop, deadline):
     """
-    Carry out the missing runs, race.jobs at a time, until none is needed or a stop is asked for.
-    Where they would end after the deadline, race.seeds becomes less. Raises what a worker raises,
-    and UserError where one dies.
+    Make the missing runs, rules.jobs at a time, until none is needed or a stop is asked for, and
+    append each to runs.jsonl when it is finished. If they would end after the deadline,
+    rules.seeds becomes less. Raises UserError if a worker dies.
     """
-    threads = max(1, torch.get_num_threads() // race.jobs)
-    start, under_way = time.time(), {}                  # future: (contender, run, when it began)
-    # The seconds that finished runs took, and those that were expected of each alone. Before there
-    # are any, the jobs are expected to share the machine.
-    taken, expected = race.jobs, 1.0
-    announce(f"the plan: {len(contenders)} contenders, seeds to report: {race.seeds}", contenders,
-             race, times, under_way, taken / expected, deadline)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(race.jobs, spawn, begin_worker, (threads,)) as pool:
-        try:
-            while not stop.signal:
-                known, _ = missing_runs(contenders, race)
-                running = [run.out_dir for _, run, _ in under_way.values()]
-                waiting = [folder for folder in known if folder not in running]
-                for folder in waiting[:race.jobs - len(under_way)]:
-                    (name, run), begun = known[folder], time.time()
-                    # Ctrl-C goes to all processes of a terminal. The worker that may start here
-                    # ignores it except while it trains.
-                    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-                    under_way[pool.submit(work, run)] = name, run, begun
-                    signal.signal(signal.SIGINT, before)
-                if not under_way:
-                    return
-                for future in wait(under_way, 1, FIRST_COMPLETED).done:
-                    name, run, begun = under_way.pop(future)
-                    future.result()
-                    taken += time.time() - begun
-                    expected += seconds_of([(name, run)], times)
-                    passed = tqdm.format_interval(time.time() - start)
-                    bank = f" x {run.bank_lr:g}" if run.bank_layers else ""
-                    announce(f"{passed}  {name}, learning rate {run.learning_rate:g}{bank}, seed "
-                             f"{run.seed}: {final_loss(run):.4f} on the first half", contenders,
-                             race, times, under_way, taken / expected, deadline)
-        except BrokenProcessPool:
-            if not stop.signal:
-                fail("a worker died, perhaps for lack of memory: log.txt in its run's folder, in "
-                     f"{RUNS}, may say more; the same command goes on")
-        finally:
-            # A worker in the middle of a run saves its state before it ends
-            for process in multiprocessing.active_children():
-                process.terminate()
+    rules, plan = race.rules, race.plan
+    start, under_way = time.time(), {}                  # connection: (label, run, when it began)
+    # The seconds that finished runs took, and those that were expected of them alone. Until one
+    # has finished, assume that the jobs share the machine.
+    taken, expected = rules.jobs, 1.0
+    announce(f"the plan: {len(race.contenders)} contenders, {rules.seeds} seeds, "
+             f"{plan['tokens']:,} tokens", race, under_way, taken / expected, deadline)
+    with workers(rules.jobs) as idle:
+        while not stop.signal:
+            found, missing = race.survey()
+            to_time = [entry["settings"] for entry in found.values() if entry["to_time"]]
+            if to_time and not under_way:
+                measure(race, to_time, device, rules.rounds)
+                continue
+            running = [run.out_dir for _, run, _ in under_way.values()]
+            waiting = [item for item in missing if item[1].out_dir not in running]
+            # Steps are timed while no run is under way
+            while waiting and idle and not to_time:
+                (label, run), connection = waiting.pop(0), idle.pop()
+                connection.send((run, plan["evaluated"], run.seed != rules.seed))
+                under_way[connection] = label, run, time.time()
+            if not under_way:
+                return
+            for connection in wait([*under_way], 1):
+                label, run, begun = under_way.pop(connection)
+                try:
+                    line = connection.recv()
+                except EOFError:
+                    if stop.signal:
+                        continue
+                    fail(f"a worker died, perhaps for lack of memory: {run.out_dir}/log.txt may "
+                         f"say more; the same command goes on")
+                idle.append(connection)
+                with open(race.folder / "runs.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                race.finished[key_of(line["settings"], line["seed"])] = line
+                taken += time.time() - begun
+                expected += race.seconds_of(run)
+                passed = tqdm.format_interval(time.time() - start)
+                announce(f"{passed}  {label}, learning rate {run.learning_rate:g}, seed "
+                         f"{run.seed}: {final_loss(line):.4f} on the first half", race,
+                         under_way, taken / expected, deadline)
 
 
-def announce(news, contenders, race, times, under_way, pace, deadline):
+@contextmanager
+def workers(count):
+    """The connections to so many processes that work(); in the end these are told to stop."""
+    spawn, processes, connections = multiprocessing.get_context("spawn"), [], []
+    for _ in range(count):
+        ours, theirs = spawn.Pipe()
+        processes.append(spawn.Process(target=work, args=(theirs,), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        connections.append(ours)
+    try:
+        yield connections[:]
+    finally:
+        # A worker in the middle of a run saves its state before it ends
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def announce(news, race, under_way, pace, deadline):
     """
     Print the news, how many runs are missing, and when they should end if each takes `pace` times
-    what is expected of it alone. Where that is after the deadline, race.seeds becomes less, down
+    what is expected of it alone. If that is after the deadline, rules.seeds becomes less, down
     to 2.
     """
-    planned = race.seeds
+    rules, planned = race.rules, race.rules.seeds
     while True:
-        known, later = missing_runs(contenders, race)
-        left = pace * seconds_of([*known.values(), *later], times)
-        left -= sum(time.time() - begun for _, _, begun in under_way.values())
-        end = time.time() + left / race.jobs
-        if end <= deadline or later or race.seeds <= 2:
+        seconds, count = race.seconds_left()
+        left = pace * seconds - sum(time.time() - begun for _, _, begun in under_way.values())
+        end = time.time() + max(0, left) / rules.jobs
+        if end <= deadline or rules.seeds <= 2:
             break
-        race.seeds -= 1
-    if race.seeds < planned:
-        news += f"; too slow for {planned} seeds, {race.seeds} will be reported"
-    least = "at least " if later and not race.minutes else ""
-    print(f"{news}; runs to go: {least}{len(known) + len(later)}, until about "
+        rules.seeds -= 1
+    if rules.seeds < planned:
+        news += f"; too slow for {planned} seeds, {rules.seeds} will be reported"
+    print(f"{news}; runs to go: {'' if rules.minutes else 'at least '}{count}, until about "
           f"{time.strftime('%H:%M', time.localtime(end))}", flush=True)
+
+
+# ---- lengths and times -------------------------------------------------------------------------
+
+def measure(race, settings, device, rounds):
+    """
+    Time a step of each of these settings, in turn with the yardstick, with one thread. Returns the
+    seconds that passed as a multiple of those that were measured.
+    """
+    plan, timing = race.plan, race.timing
+    shapes = list(map(shape_of, settings))
+    yardstick = next(iter(timing), shapes[0])
+    cfgs = {shape: build(TrainConfig, race.shared | json.loads(shape))
+            for shape in [yardstick, *shapes]}
+    threads, clock = torch.get_num_threads(), time.process_time
+    if device.type != "cpu":
+        clock = time.perf_counter
+    torch.set_num_threads(1)
+    steps = {shape: training_step(cfg, device) for shape, cfg in cfgs.items()}
+    times, began = {shape: [] for shape in steps}, time.perf_counter()
+    for _ in tqdm(range(WARM_UP + rounds), "timing", leave=False, delay=2, disable=None):
+        for shape, step in steps.items():
+            start = clock()
+            step()
+            times[shape].append(clock() - start)
+    passed = time.perf_counter() - began
+    torch.set_num_threads(threads)
+    # By token, turn by turn, so that a drift of the machine cancels
+    tokens = {shape: batch_tokens(cfg) for shape, cfg in cfgs.items()}
+    if not timing:
+        step = statistics.median(times[yardstick][WARM_UP:])
+        plan["seconds_per_token"] = step / tokens[yardstick]
+    for shape in shapes:
+        ratio = statistics.median(ours / theirs for ours, theirs in
+                                  zip(times[shape], times[yardstick], strict=True))
+        timing[shape] = round(ratio * tokens[yardstick] / tokens[shape], 4)
+    save(race)
+    return passed / sum(map(sum, times.values()))
+
+
+def fit_in_time(race, device, seconds):
+    """
+    Shrink a race to so many seconds, of which it plans to use 0.8, since machines get slower as
+    they get warm: fewer seeds, then fewer steps, then smaller models, then still fewer steps.
+    """
+    rules, plan, began = race.rules, race.plan, time.time()
+    step_tokens = batch_tokens(build(TrainConfig, race.shared))
+    # Jobs that share a CPU's memory are not as fast as each alone
+    cores = rules.jobs if rules.jobs == 1 else rules.jobs / 1.2
+
+    def fits(steps):
+        plan["tokens"] = steps * step_tokens
+        return pace * race.seconds_left()[0] / cores < 0.8 * (seconds - (time.time() - began))
+
+    for smaller, least in ({}, LEAST_STEPS), (SMALLER, 1):
+        race.shared |= smaller
+        race.timing.clear()
+        settings = [entry["settings"] for entry in race.survey()[0].values()]
+        pace = measure(race, settings, device, rounds=2)
+        turn = pace * sum(race.timing.values()) * step_tokens * plan["seconds_per_token"]
+        if turn < 0.4 * rules.minutes:
+            # A fiftieth of the time for better figures
+            rounds = min(rules.rounds, int(1.2 * rules.minutes / turn))
+            race.timing.clear()
+            pace = measure(race, settings, device, rounds)
+        while not fits(least) and rules.seeds > 2:
+            rules.seeds -= 1
+        steps = rules.max_iters
+        while not fits(steps) and steps > least:
+            steps = max(least, int(0.95 * steps))
+        if fits(steps):
+            break
+    plan |= {"seeds": rules.seeds, "smaller": smaller}
+    print(f"{rules.minutes:g} minutes have time for {rules.seeds} seeds and {steps} steps"
+          f"{' of smaller models' if smaller else ''}", flush=True)
 
 
 # ---- what is written ---------------------------------------------------------------------------
 
-def facts_of(contenders, race, before, after):
-    """
-    {contender: what its runs came to}: settings, size, the step times before and after the runs,
-    the sweep's losses on the first half, and the curves of the seeds that are reported.
-    """
-    facts = {}
-    for name, cfg in contenders.items():
-        tried, best, _ = tune(name, cfg, race)
-        model = outline(cfg)
-        sweep = [{"learning_rate": run.learning_rate, "bank_lr": run.bank_lr,
-                  "loss": None if result_of(run)["broken"] else final_loss(run)}
-                 for run in tried]
-        facts[name] = {"settings": asdict(cfg), "parameters": model.num_params(),
-                       "flops_per_token": model.flops_per_token(),
-                       "ms_before": before[name], "ms_after": after[name],
-                       "learning_rate": best.learning_rate, "bank_lr": best.bank_lr,
-                       "sweep": sweep, "runs": [{"seed": run.seed} | result_of(run)
-                                                for run in seeds_of(best, cfg, race)]}
+def facts_of(race):
+    """{label: what its runs came to} of the contenders of which at least one seed is finished."""
+    facts, (found, _) = {}, race.survey()
+    for label, entry in found.items():
+        lines = [line for line in map(race.result_of, entry["runs"]) if line]
+        if not lines:
+            continue
+        cfg, line, best = entry["runs"][0], lines[0], race.run_of(entry["settings"],
+                                                                  race.rules.seed)
+        names = ["learning_rate", "bank_lr", "warmup_iters", *race.contenders[label][1]]
+        trials = [{name: getattr(run, name) for name in names if hasattr(run, name)}
+                  | {"loss": race.result_of(run).get("val"), "best": run == best}
+                  for run in entry["trials"]]
+        curves = zip(*(line["curve"] for line in lines if not line["broken"]), strict=False)
+        facts[label] = {
+            "settings": settings_of(cfg), "trials": trials, "tokens": line["tokens"],
+            "parameters": line["parameters"], "flops": line["tokens"] * line["flops_per_token"],
+            "seconds": line["tokens"] * race.plan["seconds_per_token"]
+            * race.ratio_of(asdict(cfg)),
+            "losses": {line["seed"]: None if line["broken"] else [line["val"], line["test"]]
+                       for line in lines},
+            "curve": [[row[0][0] * batch_tokens(cfg),
+                       round(statistics.fmean(loss for _, loss in row), 4)] for row in curves]}
     return facts
 
 
-def claim_folder(folder, description, overwrite):
-    """
-    What race.json in the folder holds about this race if it was begun before; `description` tells
-    which race it is. Raises UserError where the folder holds another one, unless that may go.
-    """
-    path, new = folder / "race.json", {"description": description}
-    kept = json.loads(path.read_bytes()) if path.exists() else new
-    theirs = kept["description"]
-    different = [name for name in description | theirs
-                 if description.get(name) != theirs.get(name)]
-    if different and not overwrite:
-        fail(f"{folder} holds another race, which differs in {', '.join(different)}: keep both "
-             f"with another --name=, or let this one take its place with --overwrite=True")
-    return new if different else kept
+def save(race):
+    """Write what is known to results.json, and return it."""
+    results = {"name": race.rules.name, "command": race.command, "plan": race.plan,
+               "timing": race.timing, "seeds": race.rules.seeds,
+               "against": list(filter(None, race.rules.against.split(","))),
+               "contenders": facts_of(race)}
+    write_json(results, race.folder / "results.json")
+    return results
 
 
-def commit():
-    """The git commit of this code, with -dirty after it where files were changed since."""
+def publish(race):
+    """Write results.json, table.md and race.svg from the runs that are finished."""
+    results, folder = save(race), race.folder
+    if not results["contenders"]:
+        return
+    text = table(results)
+    with replacing(folder / "table.md") as file:
+        file.write(text.encode())
+    print(f"{text}\nall is in {folder}/")
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True,
-                              capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        draw_race(results, folder / "race.svg")
+    except UserError as error:
+        # Without matplotlib there is no picture, but all figures are there
+        print(error)
 
 
 def main(argv=None):
     began = time.time()
     argv = list(sys.argv[1:] if argv is None else argv)
-    if all(argument.startswith("-") for argument in argv):
+    if "--help" not in argv and all(argument.startswith("-") for argument in argv):
         argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
     given = read_settings(RaceConfig, argv, without=DECIDED)
-    race = build(RaceConfig, given)
-    print(f"a race of {race.contenders} on {race.dataset}; its plan follows the timing of steps",
-          flush=True)
-    device = pick_device(race.device)
-    data = open_data(race)
-    data = halve(data, race.block_size, EVALUATED if race.minutes else len(data["val"]))
-    conditions = conditions_of(race, data, device)
-    contenders = enter(race, given, data, conditions, device)
-    rules = {name: getattr(race, name) for name in
-             ("contenders", "match", "minutes", "seeds", "seed", "lrs", "bank_lrs", "rounds")}
-    description = rules | conditions | {name: asdict(cfg) for name, cfg in contenders.items()}
-    folder = RACES / race.name
+    rules = build(RaceConfig, given)
+    device, data = pick_device(rules.device), open_data(rules)
+    half = len(data["val"]) // 2
+    if half <= rules.block_size:
+        fail(f"half of the validation split holds {half} tokens, and block_size="
+             f"{rules.block_size} needs more: use a smaller --block_size or more text")
+    # The type is decided here for all runs. On a CPU auto would measure it at every start.
+    dtype = "float32" if (rules.dtype, device.type) == ("auto", "cpu") else rules.dtype
+    shared = {field.name: getattr(rules, field.name) for field in fields(Contender)} | {
+        "vocab_size": table_rows(data["meta"]), "dtype": pick_dtype(dtype, device, rules.n_embd),
+        "compile": pick_compile(rules.compile, device, 0), "eval_train": False, "eval_iters": 1,
+        "always_save_checkpoint": False, "overwrite": True}
+    conditions = {"data": {name: data["meta"][name] for name in ("tokens", "sha256")},
+                  "evaluated": min(half, EVALUATED if rules.minutes else rules.evaluated),
+                  "length": rules.tokens_per_parameter or rules.max_iters,
+                  "minutes": rules.minutes, "settings": settings_of(build(TrainConfig, shared))}
+    folder = Path(rules.results, rules.name)
     # The workers of a race that was killed need a moment to end
-    with only_writer(folder, patience=10):
-        kept = claim_folder(folder, description, race.overwrite)
-        is_new = "before" not in kept
-        if is_new:
-            kept["before"] = dict(time_steps(contenders, device, race.rounds))
-        deadline = math.inf
-        if race.minutes:
-            # The steps are timed once more at the end
-            timing = sum(map(sum, kept["before"].values())) / 1e3
-            deadline = began + 60 * race.minutes - 1.2 * timing - 5
-        if is_new:
-            kept["steps"] = fit_in_time(contenders, race, kept["before"], deadline - time.time())
-            kept["seeds"] = race.seeds
-            write_json(kept, folder / "race.json")
-        race.seeds = kept["seeds"]
-        contenders = set_lengths(contenders, race, kept["before"], kept["steps"])
-        with Stop() as stop:
-            run_all(contenders, race, kept["before"], stop, deadline)
-        known, later = missing_runs(contenders, race)
-        if known or later:
-            print("stopped; the same command goes on, and finished runs are not run again",
-                  file=sys.stderr)
-            raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-        if "after" not in kept:
-            kept["after"] = dict(time_steps(contenders, device, race.rounds))
-            kept["seeds"] = race.seeds
-            write_json(kept, folder / "race.json")
-        facts = facts_of(contenders, race, kept["before"], kept["after"])
-        figures = figures_of(facts, race.against.split(","))
-        results = {"name": race.name, "rules": rules | {"seeds": race.seeds},
-                   "conditions": conditions, "commit": commit(),
-                   "python": platform.python_version(), "threads": torch.get_num_threads(),
-                   "contenders": facts, "figures": figures}
-        write_json(results, folder / "results.json")
-        text = table(results)
-        with replacing(folder / "table.md") as file:
-            file.write(text.encode())
-        print(f"{text}\nall is in {folder}/")
-        try:
-            draw_race(results, folder / "race.svg")
-        except UserError as error:
-            # Without matplotlib there is no picture, but all figures are there
-            print(error)
+    with only_writer(folder, patience=10), Stop() as stop:
+        path = folder / "results.json"
+        kept = json.loads(path.read_bytes()) if path.exists() else {}
+        machine = f"{machine_name(device)}, torch {torch.__version__}"
+        plan = kept.get("plan") or conditions | {
+            "machine": machine, "tokens": rules.max_iters * batch_tokens(rules)}
+        other = [name for name, value in conditions.items() if plan[name] != value]
+        if other:
+            fail(f"{folder} holds a race of other {', '.join(other)}: give another --name")
+        rules.seeds = plan.get("seeds", rules.seeds)
+        race = Race(rules, shared | plan.get("smaller", {}), plan, kept.get("timing", {}), folder,
+                    "python -m tools.race " + shlex.join(argv))
+        firsts = {}
+        for label in race.contenders:
+            firsts[label] = {"settings": race.first_settings(label, firsts)[0]}
+            outline(build(TrainConfig, firsts[label]["settings"]))
+        if rules.tokens_per_parameter:
+            first = next(iter(firsts.values()))["settings"]
+            parameters = outline(build(TrainConfig, first)).num_params()
+            plan["tokens"] = round(rules.tokens_per_parameter * parameters)
+        deadline = began + 60 * rules.minutes if rules.minutes else math.inf
+        if not kept and rules.minutes:
+            fit_in_time(race, device, deadline - time.time())
+        elif not kept:
+            measure(race, [first["settings"] for first in firsts.values()], device, rules.rounds)
+        if rules.jobs:
+            run_all(race, device, stop, deadline)
+        publish(race)
+    if stop.signal:
+        print("stopped; the same command goes on, and finished runs are not made again",
+              file=sys.stderr)
+        raise SystemExit(128 + stop.signal)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,13 @@ Pictures and tables of what was trained.
 
     python -m tools.report out-demo                    the loss of a run while it trained
     python -m tools.report out-demo out-demo-gpt2      of several runs, in one picture
+    python -m tools.report --ladder=docs/race          several races, from small models to large
 
 A picture is an SVG that can be read on light pages and on dark ones. tools/race.py makes its
-figures, table.md and race.svg here.
+table.md and race.svg here. --ladder writes into its folder, from the results.json of the races in
+it: ladder.svg, each block's best losses against training compute; curves.svg, loss over tokens in
+the largest race; ladder.md, a row for each race and contender, and for each race the compute
+multiplier: the compute that DVA takes as a share of what GPT-2 would take to the same loss.
 """
 import json
 import math
@@ -32,90 +36,36 @@ GREY = "#7d7d7d"
 
 # ---- figures -----------------------------------------------------------------------------------
 
-def spread(values):
-    """{"mean", "sd", "n"} of those values that are finite; None where there are too few."""
-    values = [value for value in values if math.isfinite(value)]
-    return {"mean": statistics.fmean(values) if values else None,
-            "sd": statistics.stdev(values) if len(values) > 1 else None, "n": len(values)}
+def spread(losses):
+    """{"mean", "sd", "n"} of the losses that are not None; None if they are too few."""
+    losses = [loss for loss in losses if loss is not None]
+    return {"mean": statistics.fmean(losses) if losses else None,
+            "sd": statistics.stdev(losses) if len(losses) > 1 else None, "n": len(losses)}
 
 
 def compare(ours, theirs):
     """
-    {"mean", "low", "high", "n", "verdict"} of the differences ours - theirs, two lists of losses
-    of the same seeds: their mean, and the ends of its 95 % interval by Student's t. The verdict is
-    better, worse, or not told apart where the interval holds 0; broken where a loss is infinite.
+    {"mean", "low", "high", "n", "verdict"} of the differences ours - theirs of {seed: loss}, over
+    the seeds that both have: their mean, and the ends of its 95 % interval by Student's t. The
+    verdict is better, worse, or not told apart if the interval holds 0; broken if a loss is None.
     """
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    n = len(differences)
-    if not all(math.isfinite(difference) for difference in differences):
-        return {"mean": None, "low": None, "high": None, "n": n, "verdict": "broken"}
-    mean, low, high, verdict = statistics.fmean(differences), None, None, "not told apart"
+    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    if not pairs or any(None in pair for pair in pairs):
+        return {"mean": None, "low": None, "high": None, "n": len(pairs), "verdict": "broken"}
+    differences = [a - b for a, b in pairs]
+    n, mean = len(differences), statistics.fmean(differences)
+    low, high, verdict = None, None, "not told apart"
     if n > 1:
         # For more seeds this is a little wider than need be
         margin = STUDENT[min(n - 1, 10) - 1] * statistics.stdev(differences) / math.sqrt(n)
         low, high = mean - margin, mean + margin
-        if high < 0:
-            verdict = "better"
-        if low > 0:
-            verdict = "worse"
+        verdict = "better" if high < 0 else "worse" if low > 0 else verdict
     return {"mean": mean, "low": low, "high": high, "n": n, "verdict": verdict}
 
 
-def steps_to(steps, losses, target):
-    """
-    The step at which the losses, evaluated at `steps`, first reached the target, by straight lines
-    between them; infinite where they never did.
-    """
-    if losses[0] <= target:
-        return steps[0]
-    for i in range(1, len(losses)):
-        if losses[i] <= target:
-            share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-            return steps[i - 1] + share * (steps[i] - steps[i - 1])
-    return math.inf
-
-
-def figures_of(facts, against):
-    """
-    {contender: figures} from the facts of race.facts_of(). Every contender is compared with the
-    first, the reference, and with those in the list `against`. The loss to reach is the mean of
-    the reference's final ones; of the times to it, n says how many seeds reached it.
-    """
-    first = next(iter(facts))
-    times = {name: fact["ms_before"] + fact["ms_after"] for name, fact in facts.items()}
-    finals = {name: [math.inf if run["broken"] else run["test"][-1] for run in fact["runs"]]
-              for name, fact in facts.items()}
-    target = spread(finals[first])["mean"]
-    if target is None:
-        target = -math.inf
-    figures = {}
-    for name, fact in facts.items():
-        ms = statistics.median(times[name])
-        rates = {run["learning_rate"] for run in fact["sweep"]}
-        bank_rates = {run["bank_lr"] for run in fact["sweep"]
-                      if run["learning_rate"] == fact["learning_rate"]}
-        reached = [math.inf if run["broken"] else steps_to(run["steps"], run["test"], target)
-                   for run in fact["runs"]]
-        figures[name] = {
-            "ms_per_step": ms,
-            "ms_before": statistics.median(fact["ms_before"]),
-            "ms_after": statistics.median(fact["ms_after"]),
-            # Turn by turn, so that a drift of the machine cancels
-            "step_time_ratio": statistics.median(
-                [ours / theirs for ours, theirs in zip(times[name], times[first], strict=True)]),
-            "seconds": fact["settings"]["max_iters"] * ms / 1e3,
-            "bracketed": {"learning_rate": is_bracketed(fact["learning_rate"], rates),
-                          "bank_lr": is_bracketed(fact["bank_lr"], bank_rates)},
-            "loss": spread(finals[name]),
-            "seconds_to_reference": spread([steps * ms / 1e3 for steps in reached]),
-            "against": {other: compare(finals[name], finals[other])
-                        for other in dict.fromkeys([first, *against]) if other != name}}
-    return figures
-
-
-def is_bracketed(best, tried):
-    """Was the best rate tried together with a lower one and a higher one, which were worse?"""
-    return any(rate < best for rate in tried) and any(rate > best for rate in tried)
+def losses_of(fact, half=1):
+    """{seed: loss} of a contender on the half that is reported (1), or that chooses (0)."""
+    return {seed: pair and pair[half] for seed, pair in fact["losses"].items()}
 
 
 # ---- tables and files ----------------------------------------------------------------------------
@@ -133,68 +83,51 @@ def write_json(value, path):
 
 def table(results):
     """The text of table.md."""
-    facts, conditions, rules = results["contenders"], results["conditions"], results["rules"]
-    first = next(iter(facts))
-    settings = facts[first]["settings"]
-    batches = {fact["settings"]["batch_size"] * fact["settings"]["gradient_accumulation_steps"]
-               for fact in facts.values()}
+    facts, plan = results["contenders"], results["plan"]
+    settings = plan["settings"]
+    rows = [table_row(label, results) for label in facts]
     lines = [
-        f"# {results['name']}\n",
-        f"Data set {conditions['dataset']}: {conditions['tokens']['train']:,} + "
-        f"{conditions['tokens']['val']:,} tokens, sha256 of train.bin "
-        f"{conditions['sha256']['train'][:12]}. {first} has {settings['n_layer']} layers, "
-        f"{settings['n_embd']} wide, and {settings['block_size']} tokens of context; "
-        f"{settings['max_iters']} steps of {settings['gradient_accumulation_steps']} x "
-        f"{settings['batch_size']} sequences, {settings['optimizer']}, {settings['dtype']}, "
-        f"{'compiled' if settings['compile'] else 'not compiled'}. Equal for all: "
-        f"{rules['match']}. {conditions['machine']}, CPU threads: {results['threads']}, torch "
-        f"{conditions['torch']}, nanoDVA {results['commit']}.\n",
-        f"Where rates were not given, seed {rules['seed']} chose them, by its loss on the first "
-        f"half of the validation split. \"Not bracketed\": this race has not tried a worse rate on "
-        f"each side. Losses are those of {rules['seeds']} other seeds on "
-        f"{conditions['reported']['tokens']:,} tokens of the second half: mean ± standard "
-        f"deviation. Differences are taken seed by seed; in brackets stands the 95 % interval of "
-        f"their mean, by Student's t, each for itself.\n",
-        markdown([table_row(name, results) for name in facts]),
-        "The sweeps: loss on the first half, by learning rate (x bank_lr).\n"]
-    if len(batches) > 1:
-        lines.insert(3, "Batches differ in size here, so equal seeds do not see equal batches.\n")
-    for name, fact in facts.items():
-        tried = []
-        for run in sorted(fact["sweep"], key=lambda run: (run["learning_rate"], run["bank_lr"])):
-            bank = f" x {run['bank_lr']:g}" if fact["settings"]["bank_layers"] else ""
-            loss = "broken" if run["loss"] is None else f"{run['loss']:.4f}"
-            tried.append(f"{run['learning_rate']:g}{bank}: {loss}")
-        lines.append(f"- {name}: {', '.join(tried) or 'its rates were given'}")
+        f"# {results['name']}\n", f"```sh\n{results['command']}\n```\n",
+        f"Data set {settings['dataset']}, {plan['data']['tokens']['train']:,} tokens, sha256 of "
+        f"train.bin {plan['data']['sha256']['train'][:12]}. {plan['machine']}, "
+        f"{settings['dtype']}. One seed chose the settings by its loss on {plan['evaluated']:,} "
+        f"tokens of the first half of the validation split. Losses, in nats per token, are those "
+        f"of other seeds on as many tokens of the second half: mean ± standard deviation. "
+        f"Differences are taken seed by seed; brackets give the 95 % confidence interval of their "
+        f"mean (Student's t, seeds alone, uncorrected for multiple comparisons). Seconds are those "
+        f"of one thread with a core of its own.\n", markdown(rows),
+        "What was tried with one seed, and the loss on the first half; * marks what was chosen:\n"]
+    for label, fact in facts.items():
+        tried = [f"{described(trial, fact)}: "
+                 f"{'broken' if trial['loss'] is None else format(trial['loss'], '.4f')}"
+                 for trial in fact["trials"]]
+        lines.append(f"- {label}, {len(tried)} trials. {'; '.join(tried) or 'Nothing.'}")
     return "\n".join(lines) + "\n"
 
 
-def table_row(name, results):
+def described(trial, fact):
+    """The settings in which a trial differs from another trial of its contender, as text."""
+    texts = [f"{name} {value:g}" for name, value in trial.items() if name not in ("loss", "best")
+             and len({other[name] for other in fact["trials"]}) > 1]
+    return ("* " if trial["best"] else "") + ", ".join(texts)
+
+
+def table_row(label, results):
     """{heading: text} of a contender."""
-    fact, figures = results["contenders"][name], results["figures"][name]
-    first, seeds = next(iter(results["figures"])), results["rules"]["seeds"]
-    ms = f"{figures['ms_per_step']:.2f}"
-    if abs(figures["ms_after"] / figures["ms_before"] - 1) > 0.05:
-        ms += f" (before {figures['ms_before']:.2f}, after {figures['ms_after']:.2f})"
-    rates = {rate: f"{fact[rate]:g}{'' if bracketed else ' (not bracketed)'}"
-             for rate, bracketed in figures["bracketed"].items()}
-    # The text that the loss is of has its own number of bytes per token
-    reported = results["conditions"]["reported"]
-    bits = reported["tokens"] / reported["bytes"] / math.log(2)
-    row = {"contender": name, "parameters": f"{fact['parameters'] / 1e6:.2f} M", "ms/step": ms,
-           f"/ {first}": f"{figures['step_time_ratio']:.3f}",
-           "steps": str(fact["settings"]["max_iters"]), "seconds": f"{figures['seconds']:.1f}",
-           "learning rate": rates["learning_rate"],
-           "bank_lr": rates["bank_lr"] if fact["settings"]["bank_layers"] else "-",
-           "loss": plus_minus(figures["loss"], 4, seeds),
-           "bits/byte": plus_minus(figures["loss"], 3, seeds, bits)}
-    others = dict.fromkeys(other for entry in results["figures"].values()
-                           for other in entry["against"])
-    for other in others:
-        gap = figures["against"].get(other)
-        row[f"- {other}"] = gap_text(gap) if gap else "-"
-    reached, whole = figures["seconds_to_reference"], results["figures"][first]["seconds"]
-    row[f"time to {first}'s loss / its time"] = plus_minus(reached, 3, seeds, 1 / whole)
+    facts = results["contenders"]
+    fact, first = facts[label], next(iter(facts))
+    settings = fact["settings"]
+    row = {"contender": label,
+           "layers x width": f"{settings['n_layer']} x {settings['n_embd']}",
+           "parameters": f"{fact['parameters'] / 1e6:.3f} M", "tokens": f"{fact['tokens']:,}",
+           "TFLOP": f"{fact['flops'] / 1e12:.3g}", "seconds": f"{fact['seconds']:.1f}",
+           f"/ {first}": f"{fact['seconds'] / facts[first]['seconds']:.3f}",
+           "rate": f"{settings['learning_rate']:g}",
+           "loss": plus_minus(spread(losses_of(fact).values())), "n": str(len(fact["losses"]))}
+    for other in dict.fromkeys([first, *results["against"]]):
+        is_other = other != label and other in facts
+        row[f"minus {other}"] = gap_text(compare(losses_of(fact), losses_of(facts[other]))) \
+            if is_other else ""
     return row
 
 
@@ -206,25 +139,20 @@ def gap_text(gap):
     return text + gap["verdict"]
 
 
-def plus_minus(figure, digits, seeds, factor=1.0):
-    """A spread() as text: mean ± sd, and the number of seeds where it is not all of them."""
+def plus_minus(figure):
+    """A spread() as text: mean ± sd."""
     if figure["n"] == 0:
-        return "-"
-    text = f"{figure['mean'] * factor:.{digits}f}"
-    if figure["sd"] is not None:
-        text += f" ± {figure['sd'] * factor:.{digits}f}"
-    if figure["n"] < seeds:
-        text += f" ({figure['n']} of {seeds} seeds)"
-    return text
+        return "broken"
+    return f"{figure['mean']:.4f}" + (f" ± {figure['sd']:.4f}" if figure["sd"] is not None else "")
 
 
 # ---- the pictures ------------------------------------------------------------------------------
 
 @contextmanager
-def axes_for(path, title):
+def axes_for(path, title, panels=1):
     """
-    Axes to draw on in a with block, after which each labelled line gets its name, and the picture
-    is saved as SVG. Raises UserError where there is no matplotlib.
+    Axes to draw on in a with block, or a list of several panels, after which each labelled line
+    gets its name and the picture is saved as SVG. Raises UserError if matplotlib is missing.
     """
     try:
         import matplotlib
@@ -236,13 +164,16 @@ def axes_for(path, title):
     # Text stays text, the same figures give the same file, and the page shines through
     fixed = {"svg.fonttype": "none", "svg.hashsalt": "race", "savefig.transparent": True}
     with matplotlib.rc_context(greys | fixed):
-        axes = Figure(figsize=(8, 4.5)).subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(title, loc="left", fontsize=11)
-        yield axes
-        write_names(axes)
+        figure = Figure(figsize=(8, 4.5 * panels))
+        found = figure.subplots(panels, squeeze=False)[:, 0]
+        for axes in found:
+            axes.spines[["top", "right"]].set_visible(False)
+        found[0].set_title(title, loc="left", fontsize=11)
+        yield found if panels > 1 else found[0]
+        for axes in found:
+            write_names(axes)
         with replacing(path) as file:
-            axes.figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+            figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
 
 
 def write_names(axes):
@@ -265,31 +196,115 @@ def style(i):
     return dict(color=COLOURS[i % 4], linestyle=DASHES[i // 4 % 4])
 
 
-def draw_race(results, path):
+def draw_race(results, path, labels=None, over="seconds"):
     """
-    Draw each contender's loss against its seconds: the mean of its seeds, and a band from the
-    lowest to the highest.
+    Draw the mean curves of the contenders, or of those with these labels: the loss of the training
+    batches against the seconds or the tokens of training.
     """
     with axes_for(path, "lower and further left is better") as axes:
         finals = []
-        for i, (name, fact) in enumerate(results["contenders"].items()):
-            runs = [run for run in fact["runs"] if not run["broken"]]
-            if not runs:
+        for i, label in enumerate(labels or results["contenders"]):
+            fact = results["contenders"][label]
+            if not fact["curve"]:
                 continue
-            ms = results["figures"][name]["ms_per_step"]
-            seconds = [step * ms / 1e3 for step in runs[0]["steps"]]
-            losses = list(zip(*(run["test"] for run in runs), strict=True))    # by step, all seeds
-            means = [statistics.fmean(values) for values in losses]
-            axes.plot(seconds, means, label=name, linewidth=2, **style(i))
-            axes.fill_between(seconds, [min(values) for values in losses],
-                              [max(values) for values in losses], color=style(i)["color"],
-                              alpha=0.2, linewidth=0)
-            finals.append(means[-1])
-        axes.set(xlabel="seconds of training", ylabel="loss on unseen text, nats per token")
+            tokens, losses = zip(*fact["curve"], strict=True)
+            scale = fact[over] / fact["tokens"]
+            axes.plot([count * scale for count in tokens], losses, label=label, linewidth=2,
+                      **style(i))
+            finals.append(losses[-1])
+        axes.set(xlabel=f"{over} of training", ylabel="loss of new training text, nats per token")
         if finals:
             # The first steps would press everything else together
             top = max(finals) + max(0.25, 3 * (max(finals) - min(finals)))
             axes.set_ylim(min(finals) - 0.1 * (top - min(finals)), top)
+
+
+# ---- several races: the ladder -------------------------------------------------------------------
+
+def best_of(results, block):
+    """
+    The label of the block's best contender that takes at most 1.05 of the reference's seconds, with
+    Muon and without banks. The half that chooses settings chooses it; None if there is none.
+    """
+    facts = results["contenders"]
+    most = 1.05 * next(iter(facts.values()))["seconds"]
+    losses = {label: spread(losses_of(fact, half=0).values())["mean"]
+              for label, fact in facts.items()
+              if fact["settings"].get("block", "gpt2") == block and fact["seconds"] <= most
+              and fact["settings"].get("optimizer") == "muon"
+              and not fact["settings"].get("bank_layers")}
+    return min(losses, key=losses.get, default=None)
+
+
+def power_law(points):
+    """(a, b) of the line log loss = a - b log compute through points (compute, loss)."""
+    x, y = ([math.log(value) for value in values] for values in zip(*points, strict=True))
+    slope, intercept = statistics.linear_regression(x, y)
+    return intercept, -slope
+
+
+def multiplier(ours, theirs, gap, exponent, axis):
+    """
+    (mean, low, high) of the compute of the contender `ours` as a share of what `theirs` would take
+    to its loss, if the loss of theirs falls as compute ** -exponent; gap is compare() of the two.
+    """
+    loss = spread(losses_of(theirs).values())["mean"]
+    return [None if gap[name] is None else
+            ours[axis] / theirs[axis] * (1 + gap[name] / loss) ** (1 / exponent)
+            for name in ("mean", "low", "high")]
+
+
+def frontier(races, block, axis):
+    """[(compute, mean loss)] of the block's best contender in each race."""
+    facts = [results["contenders"][best_of(results, block)] for results in races
+             if best_of(results, block)]
+    return [(fact[axis], spread(losses_of(fact).values())["mean"]) for fact in facts]
+
+
+def ladder_table(races):
+    """The text of ladder.md."""
+    headings = ("contender", "layers x width", "parameters", "tokens", "TFLOP", "/ gpt2", "loss",
+                "n", "minus gpt2")
+    lines = [markdown([{"race": f"[{results['name']}]({results['name']}/table.md)"}
+                       | {name: table_row(label, results).get(name, "") for name in headings}
+                       for results in races for label in results["contenders"]])]
+    rows = []
+    for results in races:
+        facts, names = results["contenders"], [best_of(results, block) for block in ("gpt2", "dva")]
+        if None in names or len(frontier(races, "gpt2", "seconds")) < 2:
+            continue
+        theirs, ours = (facts[name] for name in names)
+        gap, row = compare(losses_of(ours), losses_of(theirs)), {}
+        for axis in ("seconds", "flops"):
+            exponent = power_law(frontier(races, "gpt2", axis))[1]
+            found = multiplier(ours, theirs, gap, exponent, axis)
+            texts = ["?" if value is None else f"{value:.2f}" for value in found]
+            row[f"{axis}, DVA / GPT-2"] = f"{texts[0]} [{texts[1]}, {texts[2]}]"
+        rows.append({"race": results["name"], "GPT-2": names[0], "DVA": names[1],
+                     "difference": gap_text(gap), "n": str(gap["n"])} | row)
+    lines += [markdown(rows)] if rows else ["One race has no slope, so no compute multiplier yet."]
+    return "\n".join(lines)
+
+
+def draw_ladder(races, path):
+    """Draw each contender's loss against its FLOPs and its seconds, and a power law for each
+    block's best ones."""
+    with axes_for(path, "lower and further left is better", panels=2) as panels:
+        for axes, axis in zip(panels, ("flops", "seconds"), strict=True):
+            for i, block in enumerate(("gpt2", "dva")):
+                facts = [fact for results in races for fact in results["contenders"].values()
+                         if fact["settings"].get("block", "gpt2") == block]
+                axes.plot([fact[axis] for fact in facts],
+                          [spread(losses_of(fact).values())["mean"] for fact in facts],
+                          "o" if i else "s", markersize=4, alpha=0.4, **style(i) | {"linestyle": ""})
+                points = frontier(races, block, axis)
+                if len(points) > 1:
+                    a, b = power_law(points)
+                    ends = [points[0][0] / 1.3, points[-1][0] * 1.3]
+                    axes.plot(ends, [math.exp(a) * end ** -b for end in ends], linewidth=2,
+                              label=f"{block}, compute^-{b:.3f}", **style(i))
+            axes.set(xscale="log", yscale="log", xlabel=f"{axis} of training",
+                     ylabel="loss on unseen text, nats per token")
 
 
 def draw_losses(runs, path):
@@ -315,6 +330,7 @@ def draw_losses(runs, path):
 @dataclass
 class ReportConfig:
     picture: str = ""        # the file to write; empty: loss.svg in the first run's folder
+    ladder: str = ""         # a folder with races, which gets ladder.svg, curves.svg and ladder.md
 
 
 def read_run(folder):
@@ -329,10 +345,31 @@ def read_run(folder):
     return records
 
 
+def write_ladder(folder):
+    """Write ladder.md, ladder.svg and curves.svg of the races in a folder."""
+    paths = folder.glob("*/results.json")
+    races = [results for path in paths if (results := json.loads(path.read_bytes()))["contenders"]]
+    if not races:
+        fail(f"ladder={str(folder)!r} holds no race: name the --results of tools.race")
+    races.sort(key=lambda results: next(iter(results["contenders"].values()))["flops"])
+    text = ladder_table(races)
+    with replacing(folder / "ladder.md") as file:
+        file.write(text.encode())
+    print(text)
+    largest = races[-1]
+    labels = dict.fromkeys([*largest["contenders"]][:2] + [best_of(largest, "dva")])
+    draw_ladder(races, folder / "ladder.svg")
+    draw_race(largest, folder / "curves.svg", [label for label in labels if label], over="tokens")
+    print(f"all is in {folder}/")
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     runs = [argument for argument in argv if not argument.startswith("-")]
     cfg = load_settings(ReportConfig, [argument for argument in argv if argument not in runs])
+    if cfg.ladder:
+        write_ladder(Path(cfg.ladder))
+        return
     if not runs:
         fail("which run shall be drawn? Name its out_dir, or several:  python -m tools.report RUN")
     path = Path(cfg.picture or Path(runs[0], "loss.svg"))
