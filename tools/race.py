@@ -38,7 +38,6 @@ import math
 import multiprocessing
 import os
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -59,9 +58,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
 from model import BLOCKS, ModelConfig
-from nanodva.checkpoints import load_checkpoint, only_writer
+from nanodva.checkpoints import load_checkpoint
 from nanodva.dataset import open_data, table_rows
-from nanodva.errors import UserError, fail, replacing, run_script
+from nanodva.errors import UserError, fail, only_writer, replacing, run_script
 from nanodva.machine import Stop, autocast, pick_compile, pick_device, pick_dtype
 from nanodva.settings import build, change, check, read_settings
 from nanodva.weights import load_model, outline
@@ -74,8 +73,8 @@ RUNS = Path("out", "race_runs")
 # The settings of train.py that the race decides itself
 DECIDED = ("block", "out_dir", "init_from", "learning_rate", "bank_lr", "min_lr", "warmup_iters",
            "lr_decay_iters", "eval_interval", "eval_iters", "eval_train", "eval_only", "overwrite",
-           "log_interval", "always_save_checkpoint", "patience", "backend", "wandb_log",
-           "wandb_project", "wandb_run_name")
+           "eval_tokens", "log_interval", "always_save_checkpoint", "save_interval_s", "patience",
+           "dry_run", "backend", "wandb_log", "wandb_project", "wandb_run_name")
 # What has to be the same for all contenders
 COMMON = ("dataset", "data_dir", "block_size", "vocab_size", "device", "seed", "max_iters")
 # Settings of a run that do not change its losses
@@ -296,6 +295,10 @@ class Race:
         if cfg.match == "time":
             tokens *= self.reference_ratio / self.ratio_of(settings)
         steps = max(1, round(tokens / batch_tokens(cfg)))
+        known = self.plan["data"]["tokens"]["train"]
+        if self.rules.tokens_per_parameter and steps * batch_tokens(cfg) > known:
+            fail(f"a run of {steps * batch_tokens(cfg):,} tokens would repeat the text, which has "
+                 f"{known:,}: prepare more, or lower --tokens_per_parameter")
         cfg = build(TrainConfig, asdict(cfg) | dict(
             seed=seed, max_iters=steps, lr_decay_iters=steps, eval_interval=steps,
             log_interval=1 + steps // 1000, warmup_iters=round(cfg.warmup * steps),
@@ -431,8 +434,9 @@ def commit():
 def work(connection):
     """Make the runs that come through a connection, and send back their lines, with one thread."""
     torch.set_num_threads(1)
-    # Ctrl-C goes to all processes of a terminal. It saves the run that is under way, in Stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C goes to all processes of a session, and the race tells this one itself
+    if hasattr(os, "setsid"):
+        os.setsid()
     # Its bars need no lock that other processes share
     tqdm.set_lock(threading.RLock())
     threading.Thread(target=end_with_race, daemon=True).start()

@@ -294,9 +294,9 @@ def draw_ladder(races, path):
             for i, block in enumerate(("gpt2", "dva")):
                 facts = [fact for results in races for fact in results["contenders"].values()
                          if fact["settings"].get("block", "gpt2") == block]
-                axes.plot([fact[axis] for fact in facts],
-                          [spread(losses_of(fact).values())["mean"] for fact in facts],
-                          "o" if i else "s", markersize=4, alpha=0.4, **style(i) | {"linestyle": ""})
+                axes.scatter([fact[axis] for fact in facts],
+                             [spread(losses_of(fact).values())["mean"] for fact in facts],
+                             marker="so"[i], alpha=0.4, color=COLOURS[i])
                 points = frontier(races, block, axis)
                 if len(points) > 1:
                     a, b = power_law(points)
