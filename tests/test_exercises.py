@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 from conftest import PLAY, ROOT, records
-from test_race import Here
+from test_race import no_processes
 
 import model
 import prepare_data
@@ -22,7 +22,7 @@ COMMANDS = {int(number): [shlex.split(line) for line in re.findall(r"^ +python (
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--qk_dim=8", "--batch_size=2"]
 SHORT = ["--max_iters=4", "--warmup_iters=1"]
 SHORTER = {"train.py": [*TINY, *SHORT, "--lr_decay_iters=4", "--eval_iters=1"],
-           "tools.race": [*TINY, *SHORT, "--minutes=0", "--seeds=2", "--rounds=1", "--lrs=3e-3"],
+           "tools.race": [*TINY, SHORT[0], "--minutes=0", "--seeds=2", "--rounds=1", "--lrs=3e-3"],
            "tools.bench": ["--n_layer=12", "--n_head=2", "--n_embd=16", "--rounds=1"],
            "tools.report": []}
 
@@ -45,7 +45,8 @@ def lesson(tmp_path_factory, tmp_path, monkeypatch):
     for name, path in ("config", ROOT / "config"), ("data", folder):
         (tmp_path / name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(race, "ProcessPoolExecutor", lambda *arguments: Here())
+    monkeypatch.setattr(race, "workers", no_processes)
+    monkeypatch.setattr(race, "wait", lambda connections, seconds: connections)
 
 
 def final_loss(out_dir):

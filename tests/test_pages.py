@@ -19,8 +19,7 @@ TEXTS = {page.name: page.read_text() for page in PAGES}
 SETTINGS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig,
             "prepare_data.py": prepare_data.PrepareConfig, "tools.bench": bench.BenchConfig,
             "tools.race": race.RaceConfig, "tools.report": report.ReportConfig,
-            "tools.convert": convert.ConvertConfig, "tools.explain": explain.ExplainConfig,
-            "docs/bank_controls.py": race.RaceConfig}
+            "tools.convert": convert.ConvertConfig, "tools.explain": explain.ExplainConfig}
 
 
 def commands():

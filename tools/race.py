@@ -199,9 +199,9 @@ class Race:
         block, plus, _ = base.partition("+")
         settings = dict(known[block]["settings"]) if block in known else \
             self.shared | {"block": block}
-        if plus:
-            settings["bank_layers"] = settings["n_layer"] - 2 * settings["n_layer"] // 3
         settings |= {name: values[0] for name, values in choices.items()}
+        if plus and "bank_layers" not in choices:
+            settings["bank_layers"] = settings["n_layer"] - 2 * settings["n_layer"] // 3
         sweeps = {"learning_rate": None if block in known else read_rates("lrs", self.rules.lrs)}
         if settings["bank_layers"]:
             sweeps["bank_lr"] = read_rates("bank_lrs", self.rules.bank_lrs)
@@ -409,7 +409,9 @@ def carry_out(run, evaluated, with_test):
                     parts = [part for _, part in losses_of(model, ids, run.block_size, evaluated,
                                                            device, half)]
                 losses[name] = round(torch.cat(parts).double().mean().item(), 5)
-        (folder / "last.pt").unlink(missing_ok=True)
+        # Of a reported run the weights are kept
+        for name in ("last.pt", "best.pt")[:2 - with_test]:
+            (folder / name).unlink(missing_ok=True)
     sketch, steps = outline(run), [r for r in records if "train_loss" in r]
     bins = np.array_split(steps, min(POINTS, len(steps))) if steps else []
     return {"seed": run.seed, "settings": settings_of(run)} | losses | {
@@ -499,7 +501,7 @@ def run_all(race, device, stop, deadline):
                 expected += race.seconds_of(run)
                 passed = tqdm.format_interval(time.time() - start)
                 announce(f"{passed}  {label}, learning rate {run.learning_rate:g}, seed "
-                         f"{run.seed}: {final_loss(line):.4f} on the first half", race,
+                         f"{run.seed}: loss {final_loss(line):.4f}", race,
                          under_way, taken / expected, deadline)
 
 
@@ -675,6 +677,7 @@ def publish(race):
 def main(argv=None):
     began = time.time()
     argv = list(sys.argv[1:] if argv is None else argv)
+    command = "python -m tools.race " + shlex.join(argv)
     if "--help" not in argv and all(argument.startswith("-") for argument in argv):
         argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
     given = read_settings(RaceConfig, argv, without=DECIDED)
@@ -688,12 +691,14 @@ def main(argv=None):
     dtype = "float32" if (rules.dtype, device.type) == ("auto", "cpu") else rules.dtype
     shared = {field.name: getattr(rules, field.name) for field in fields(Contender)} | {
         "vocab_size": table_rows(data["meta"]), "dtype": pick_dtype(dtype, device, rules.n_embd),
-        "compile": pick_compile(rules.compile, device, 0), "eval_train": False, "eval_iters": 1,
-        "always_save_checkpoint": False, "overwrite": True}
+        "compile": pick_compile(rules.compile, device, 0), "min_lr": 0.0, "eval_train": False,
+        "eval_iters": 1, "always_save_checkpoint": False, "overwrite": True}
     conditions = {"data": {name: data["meta"][name] for name in ("tokens", "sha256")},
                   "evaluated": min(half, EVALUATED if rules.minutes else rules.evaluated),
                   "length": rules.tokens_per_parameter or rules.max_iters,
-                  "minutes": rules.minutes, "settings": settings_of(build(TrainConfig, shared))}
+                  "minutes": rules.minutes, "settings": {
+                      name: value for name, value in settings_of(
+                          build(TrainConfig, shared)).items() if name not in DECIDED}}
     folder = Path(rules.results, rules.name)
     # The workers of a race that was killed need a moment to end
     with only_writer(folder, patience=10), Stop() as stop:
@@ -707,7 +712,7 @@ def main(argv=None):
             fail(f"{folder} holds a race of other {', '.join(other)}: give another --name")
         rules.seeds = plan.get("seeds", rules.seeds)
         race = Race(rules, shared | plan.get("smaller", {}), plan, kept.get("timing", {}), folder,
-                    "python -m tools.race " + shlex.join(argv))
+                    command)
         firsts = {}
         for label in race.contenders:
             firsts[label] = {"settings": race.first_settings(label, firsts)[0]}

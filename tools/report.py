@@ -91,12 +91,12 @@ def table(results):
         f"Data set {settings['dataset']}, {plan['data']['tokens']['train']:,} tokens, sha256 of "
         f"train.bin {plan['data']['sha256']['train'][:12]}. {plan['machine']}, "
         f"{settings['dtype']}. One seed chose the settings by its loss on {plan['evaluated']:,} "
-        f"tokens of the first half of the validation split. Losses, in nats per token, are those "
-        f"of other seeds on as many tokens of the second half: mean ± standard deviation. "
+        f"tokens, every second window of the validation split. Losses, in nats per token, are "
+        f"those of other seeds on as many tokens between these: mean ± standard deviation. "
         f"Differences are taken seed by seed; brackets give the 95 % confidence interval of their "
         f"mean (Student's t, seeds alone, uncorrected for multiple comparisons). Seconds are those "
         f"of one thread with a core of its own.\n", markdown(rows),
-        "What was tried with one seed, and the loss on the first half; * marks what was chosen:\n"]
+        "What was tried with one seed, and its loss; * marks what was chosen:\n"]
     for label, fact in facts.items():
         tried = [f"{described(trial, fact)}: "
                  f"{'broken' if trial['loss'] is None else format(trial['loss'], '.4f')}"
@@ -377,10 +377,17 @@ def main(argv=None):
     records = {run: read_run(run) for run in runs}
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_losses(records, path)
-    sets = {lines[0]["config"]["dataset"] for lines in records.values()}
-    if len(sets) > 1:
-        print(f"the data sets {', '.join(sorted(sets))} differ, and losses of different texts or "
-              f"tokens cannot be compared")
+    losses = {run: [record["val_loss"] for record in lines if "val_loss" in record]
+              for run, lines in records.items()}
+    print(markdown([{"run": run, "step": str(records[run][-1]["step"]),
+                     "last val loss": f"{found[-1]:.4f}", "lowest": f"{min(found):.4f}"}
+                    for run, found in losses.items()]))
+    measured = [lines[0].get("measured_on", {}) for lines in records.values()]
+    for name, what in dict(data="text", windows="number of windows", dtype="type").items():
+        if len({str(found.get(name)) for found in measured}) > 1:
+            print(f"the runs were not evaluated on the same {what}: their losses cannot be "
+                  f"compared, but for those that have the same {name} in the first line of their "
+                  f"metrics.jsonl")
     print(f"the picture is {path}")
 
 
