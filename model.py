@@ -513,12 +513,14 @@ def attend(q, k, v, dropout=0.0):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
     if T in (1, S) and q.device.type == "cuda" and q.size(1) == 1 and M % D == 0 and dropout == 0:
         return attend_in_heads(q, k, v)
-    # On a CPU 128 queries at a time: their weights stay in its cache, and they need no keys after
-    # the last of them, which saves almost half of the work in a long window
-    rows, mixed = 128 if is_cpu else T, []
-    for first in range(0, T, rows):
-        seen = S - T + first + rows                                    # slices end with the tensor
-        mixed.append(explicit_attention(q[..., first:first + rows, :], k[..., :seen, :],
+    if not is_cpu:
+        return explicit_attention(q, k, v, dropout)
+    # 128 queries at a time: their weights stay in a CPU's cache, and they need no keys after the
+    # last of them, which saves almost half of the work in a long window
+    mixed = []
+    for first in range(0, T, 128):
+        seen = S - T + first + 128                                     # slices end with the tensor
+        mixed.append(explicit_attention(q[..., first:first + 128, :], k[..., :seen, :],
                                         v[..., :seen, :], dropout))
     return torch.cat(mixed, dim=-2)
 
