@@ -247,8 +247,8 @@ def prepare(config, folder, partial):
     # A model learns from a token and the one after it
     if min(tokens.values()) < 2:
         fail(f"{config.name}: {tokens['train']:,} tokens for train and {tokens['val']:,} for val, "
-             "and each needs at least 2: give more text, or another --val_fraction than "
-             f"{config.val_fraction}")
+             "and each needs at least 2: give more text" +
+             ("" if val_sources else f", or another --val_fraction than {config.val_fraction}"))
     source = describe(config.name, [*sources, *val_sources])
     dataset.write_meta(partial, tokenizer, dtype, tokens, written.bytes,
                source | ({} if is_single else {"documents": count}))

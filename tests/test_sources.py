@@ -30,7 +30,7 @@ def test_files_folders_globs_and_names_with_special_characters(tmp_path):
     (tmp_path / "sp ace" / "image.png").write_bytes(b"\x89PNG")
 
     def sources(value):
-        found = find(value, PrepareConfig("mine", value))
+        found = find("input", PrepareConfig("mine", value))
         return [str(Path(source.path).relative_to(tmp_path / "sp ace")) for source in found]
 
     texts = ["a,b.txt", "deep/c.txt", "x[1].txt"]
@@ -54,7 +54,7 @@ def test_only_what_is_meant_is_read_from_a_folder(tmp_path, capsys):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "loop").symlink_to(folder)
-    found = find(str(folder), PrepareConfig("mine", str(folder)))
+    found = find("input", PrepareConfig("mine", str(folder)))
     assert [source.path for source in found] == sorted(str(folder / name) for name in texts)
     reading, skipped = capsys.readouterr().out.splitlines()
     assert reading == "reading 2 .txt, 1 .md, 1 .csv, 1 .jsonl, 1 .markdown"
