@@ -69,8 +69,8 @@ def read_texts(source, config, separator=""):
         return
     with reading(source.path):
         for text in source.reader(source, config):
-            # Without a byte-order mark, and a question mark for half of a surrogate pair, which JSON
-            # can spell and UTF-8 cannot
+            # Without a byte-order mark; half of a surrogate pair, which JSON can spell and UTF-8
+            # cannot, becomes a question mark
             text = plain_lines(text.removeprefix("\ufeff")).encode(errors="replace").decode()
             yield from without_empty(text.split(separator)) if separator else [text]
 
