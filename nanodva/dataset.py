@@ -129,8 +129,8 @@ def balance(folder, written, dtype, val_fraction, tokenizer, end):
 
 def write_meta(folder, tokenizer, dtype, tokens, sizes, source):
     """
-    Write the meta.json of the .bin files in a folder, which hold {split: tokens}, spelled with
-    {split: bytes}; `source` is a dict that says what they come from.
+    Write the meta.json of the .bin files in a folder, with their numbers of tokens and of bytes of
+    text, {split: number}; `source` is a dict that describes the text.
     """
     meta = {"format": 1, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size,
             "dtype": dtype.name, "tokens": tokens, "bytes": sizes, "source": source,
@@ -141,7 +141,7 @@ def write_meta(folder, tokenizer, dtype, tokens, sizes, source):
 
 def read_meta(folder, deep=False):
     """
-    The meta.json of a prepared data set as a dict. Raises UserError where a file is missing or has
+    The meta.json of a prepared data set as a dict. Raises UserError if a file is missing or has
     another size than meta.json states; with `deep` also for another sha256 or an impossible id.
     """
     folder = Path(folder)
@@ -155,7 +155,7 @@ def read_meta(folder, deep=False):
         if not (folder / name).is_file():
             if name == "meta.json":
                 again += ", or with --adopt if nanoGPT has prepared it"
-            # The whole path, for somebody who has gone to another folder.
+            # The whole path, since the user may be in another folder
             fail(f"no {(folder / name).absolute()}: {again}")
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
@@ -167,32 +167,29 @@ def read_meta(folder, deep=False):
 
 
 def check_files(folder, meta, deep):
-    """Raise ValueError, TypeError or KeyError where the files are not what meta describes."""
+    """Raise ValueError, TypeError or KeyError if the files are not what meta describes."""
     if meta["format"] != 1:
         raise ValueError(f"its format is {meta['format']!r}, this program's is 1")
     if "kind" not in meta["tokenizer"]:
         raise ValueError("its tokenizer has no kind")
+    dtype, rows = np.dtype(meta["dtype"]), meta["vocab_size"]
     for split in SPLITS:
         path, tokens, digest = folder / f"{split}.bin", meta["tokens"][split], meta["sha256"][split]
-        if not isinstance(meta["bytes"][split], int) or not isinstance(meta["vocab_size"], int):
+        if not isinstance(meta["bytes"][split], int) or not isinstance(rows, int):
             raise ValueError("its bytes and its vocab_size must be whole numbers")
         size = path.stat().st_size
-        if size != tokens * np.dtype(meta["dtype"]).itemsize:
-            raise ValueError(f"{path.name} has {size} bytes, not {tokens} tokens of "
-                             f"{meta['dtype']}")
+        if size != tokens * dtype.itemsize:
+            raise ValueError(f"{path.name} has {size} bytes, not {tokens} tokens of {dtype}")
         if deep and sha256(path) != digest:
             raise ValueError(f"{path.name} has another sha256")
-        if deep:
-            largest = np.memmap(path, meta["dtype"], "r").max()
-            if largest >= meta["vocab_size"]:
-                raise ValueError(f"{path.name} holds the id {largest}, vocab_size is "
-                                 f"{meta['vocab_size']}")
+        if deep and np.memmap(path, dtype, "r").max() >= rows:
+            raise ValueError(f"{path.name} holds ids above {rows - 1}, vocab_size is {rows}")
 
 
 def open_data(cfg):
     """
-    {"meta", "train", "val"} of the data set: what meta.json says, and the token ids of each split,
-    mapped into memory. Raises UserError where they do not fit the model.
+    {"meta", "train", "val"} of the data set: the contents of meta.json, and the token ids of each
+    split, mapped into memory. Raises UserError if they do not fit the model.
     """
     folder = Path(cfg.data_dir, cfg.dataset)
     meta = read_meta(folder)
@@ -209,8 +206,8 @@ def open_data(cfg):
 
 
 def table_rows(meta):
-    """Rows of the token table for a data set: its tokens, and GPT-2's 50257 padded to a multiple
-    of 64, as in nanoGPT, since products of that width are faster."""
+    """The rows of a token table: one per token, but 50304 for GPT-2's 50257, as in nanoGPT, since
+    products are faster at a multiple of 64."""
     return 50304 if meta["vocab_size"] == 50257 else meta["vocab_size"]
 
 
@@ -229,22 +226,22 @@ def adopt(folder):
     paths = {split: folder / f"{split}.bin" for split in SPLITS}
     for path in paths.values():
         if not path.is_file() or path.stat().st_size == 0 or path.stat().st_size % dtype.itemsize:
-            fail(f"no {path.absolute()}, or not one of nanoGPT: it holds ids in {dtype}")
+            fail(f"{path.absolute()} is missing or not nanoGPT's: it holds ids in {dtype}")
     if (folder / "meta.json").exists():
-        fail(f"{folder} has its meta.json: nothing to adopt")
+        fail(f"{folder} has a meta.json already: nothing to adopt")
     try:
         with open(folder / "meta.pkl", "rb") as file:
             itos = PlainUnpickler(file).load()["itos"]
         spec = {"kind": "char", "alphabet": "".join(itos[i] for i in range(len(itos)))}
         if len(spec["alphabet"]) != len(itos):
-            raise ValueError("its tokens are no single characters")
+            raise ValueError("its tokens are not single characters")
     except FileNotFoundError:
         # nanoGPT's data sets in GPT-2's tokens have no meta.pkl.
         pass
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError,
             OverflowError) as error:
-        fail(f"{folder / 'meta.pkl'} is not one of nanoGPT ({type(error).__name__}: {error}), and "
-             "only dicts of numbers and text are read: prepare the text anew, with --input=PATH")
+        fail(f"{folder / 'meta.pkl'} is not nanoGPT's ({type(error).__name__}: {error}), and only "
+             "dicts of numbers and text are read: prepare the text again, with --input=PATH")
     tokenizer = Tokenizer(spec)
     lengths = np.array([len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)])
     if tokenizer.end_of_text is not None:
@@ -253,9 +250,9 @@ def adopt(folder):
     for split, path in paths.items():
         ids = np.memmap(path, dtype, "r")
         if ids.max() >= len(lengths):
-            whose = "meta.pkl" if spec["kind"] == "char" else "GPT-2, since there is no meta.pkl,"
-            fail(f"{path} holds the id {ids.max()}, and {whose} has {len(lengths)} tokens: prepare "
-                 "the text anew, with --input=PATH")
+            owner = "meta.pkl" if spec["kind"] == "char" else "GPT-2 (without a meta.pkl)"
+            fail(f"{path} holds the id {ids.max()}, and {owner} has {len(lengths)} tokens: prepare "
+                 "the text again, with --input=PATH")
         tokens[split] = len(ids)
         sizes[split] = sum(int(lengths[ids[i:i + PIECE]].sum()) for i in range(0, len(ids), PIECE))
     write_meta(folder, tokenizer, dtype, tokens, sizes,

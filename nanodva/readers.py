@@ -18,10 +18,8 @@ from typing import NamedTuple
 from nanodva.errors import UserError, fail
 from nanodva.tokenizer import END_OF_TEXT
 
-# About how many characters are read at a time, which bounds the memory.
-PIECE = 2**18
-# No object in JSON has more characters.
-LONGEST = 2**28
+# About how many characters are read at a time, which bounds the memory, and the most in one object
+PIECE, LONGEST = 2**18, 2**28
 # Such a line separates documents in a .txt, as in TinyStories.
 END_LINE = f"\n{END_OF_TEXT}\n"
 # Compressed files are known by their first bytes, whatever they are called.
@@ -71,10 +69,9 @@ def read_texts(source, config, separator=""):
         return
     with reading(source.path):
         for text in source.reader(source, config):
-            # A byte-order mark is no part of a text. JSON can spell half of a surrogate pair, which
-            # has no UTF-8; it becomes a question mark.
-            text = plain_lines(text.removeprefix("\ufeff"))
-            text = text if text.isascii() else text.encode(errors="replace").decode()
+            # Without a byte-order mark; half of a surrogate pair, which JSON can spell and UTF-8
+            # cannot, becomes a question mark
+            text = plain_lines(text.removeprefix("\ufeff")).encode(errors="replace").decode()
             yield from without_empty(text.split(separator)) if separator else [text]
 
 
@@ -112,7 +109,7 @@ def open_text(source, config, newline=None):
         encoding = encoding_of(head, config.encoding)
         is_zeros = encoding == "utf-8" and head.count(0) > len(head) // 8
         if is_zeros or head.startswith(NO_TEXT) or head[257:262] == b"ustar":
-            fail(f"{source.path} is no plain text in {encoding}: it begins {head[:20]}; {WAY_OUT}")
+            fail(f"{source.path} is not plain {encoding} text: it begins {head[:20]}; {WAY_OUT}")
         yield io.TextIOWrapper(file, encoding, newline=newline)
 
 
@@ -158,14 +155,11 @@ def split(pieces, separator):
     yield "".join(held)
 
 
-def split_at_end_lines(file):
-    """Yield the texts between the lines of an open text that are <|endoftext|>."""
-    text = ""
-    for is_mark, lines in itertools.groupby(file, lambda line: line.rstrip("\n") == END_OF_TEXT):
-        if is_mark:
-            yield text.removesuffix("\n")
-        text = "" if is_mark else "".join(lines)
-    yield text
+def without_marks(text):
+    """A text between two END_LINEs, without others that share a line end with one of these."""
+    while text.startswith(END_LINE[1:]):
+        text = text.removeprefix(END_LINE[1:])
+    return "" if text == END_OF_TEXT else text.removesuffix(END_LINE[:-1])
 
 
 def without_empty(texts):
@@ -181,12 +175,8 @@ def without_empty(texts):
 
 def read_plain(source, config, separator):
     with open_text(source, config) as file:
-        if separator == END_LINE:
-            yield from without_empty(split_at_end_lines(file))
-        elif separator:
-            yield from without_empty(split(characters(file), separator))
-        else:
-            yield file.read()
+        texts = split(characters(file), separator) if separator else [file.read()]
+        yield from without_empty(map(without_marks, texts) if separator == END_LINE else texts)
 
 
 def read_json(source, config):
@@ -221,9 +211,9 @@ def json_values(file, path):
             if not more:
                 return
             text += more
-        else:
-            number += 1
-            yield number, row
+            continue
+        number += 1
+        yield number, row
 
 
 def read_csv(source, config):
@@ -232,7 +222,7 @@ def read_csv(source, config):
     csv.field_size_limit(2**31 - 1)
     with open_text(source, config, newline="") as file:
         head, is_tsv = file.readline(), source.kind == ".tsv"
-        # Spreadsheets write semicolons where the comma is for decimals.
+        # Spreadsheets write semicolons if the comma is for decimals.
         delimiter = "\t" if is_tsv else max(",;\t", key=head.count)
         table = csv.reader(itertools.chain([head], file), delimiter=delimiter, strict=True,
                            quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL)

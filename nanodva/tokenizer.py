@@ -2,10 +2,9 @@
 Text <-> token ids: single characters, GPT-2's byte-pair tokens, or the first N of those.
 
 A tokenizer is described by a small dict, its spec, which meta.json and every checkpoint carry:
-{"kind": "char", "alphabet": "..."} or {"kind": "gpt2:4096", "tokens": "IQ== Ig== ..."}, where kind
-may be gpt2, too. A spec without tokens, as older versions wrote some, needs GPT-2's vocabulary, see
-gpt2_tokens(). Tokens that somebody else has trained as GPT-2's were trained are {"kind": "bpe",
-"tokens": "...", "end_of_text": 0}.
+{"kind": "char", "alphabet": "..."} or {"kind": "gpt2:4096", "tokens": "IQ== Ig== ..."}. The kind is
+gpt2 for all of GPT-2's tokens, and bpe, with "end_of_text": 0, for tokens that somebody else has
+trained in the same way. A spec of older versions that lacks its tokens needs gpt2_tokens().
 """
 import base64
 import hashlib

@@ -40,7 +40,7 @@ def test_check_and_read_meta_refuse_what_meta_does_not_describe(tmp_path, capsys
     digests = meta["sha256"] | {"val": hashlib.sha256(impossible).hexdigest()}
     (folder / "val.bin").write_bytes(impossible)
     message = refused("meta.json", json.dumps(meta | {"sha256": digests}).encode())
-    assert "val.bin holds the id 68, vocab_size is 68" in message
+    assert "val.bin holds ids above 67, vocab_size is 68" in message
 
 
 def test_a_hint_can_be_pasted_into_a_shell(tmp_path):
@@ -104,7 +104,7 @@ class Call:
 
 @pytest.mark.parametrize("content, words", [
     (pickle.dumps({"itos": Call()}), "it calls for builtins.eval"), (b"no pickle", "meta.pkl"),
-    (pickle.dumps({"itos": {0: "ab", 1: "c"}}), "no single characters"),
+    (pickle.dumps({"itos": {0: "ab", 1: "c"}}), "not single characters"),
     (pickle.dumps({"vocab_size": 5}), "KeyError"), (pickle.dumps([1]), "TypeError"),
     (pickle.dumps({"itos": {0: "a", 2: "c"}}), "KeyError"), (b"", "EOFError"),
     (pickle.dumps({"itos": {0: "a", 1: "b"}}), "holds the id 7, and meta.pkl has 2 tokens")])

@@ -40,7 +40,13 @@ def test_the_cells_run_one_after_another(tmp_path, monkeypatch, capsys):
         exec(compile(code, f"code cell {number} of nanodva.ipynb", "exec"), names)
     out = capsys.readouterr().out
     assert out.count("\nROMEO:") == 2 and "largest difference" in out
-    assert names["s"].sum(dim=-1).sub(1).abs().max() < 1e-5
+    # What it shows of a block gives what that block computes
+    block, text, gpt = names["last"], names["text"], names["gpt"]
+    s, g, u = names["look"](block, text)
+    attn, x = gpt.transformer.h[block].attn, names["input_of"](block, text)
+    found = attn.c_proj(attn.norm(s @ u) * g)
+    theirs = attn(x[None], None, gpt.rotary[:, :len(x)])[0]
+    assert (found - theirs).abs().max() < 1e-5 < theirs.abs().max()
     assert (names["slow"] - names["fast"]).abs().max() < 1e-5
     assert "iframe" in shown[0] and "See it think" in shown[0]
     # The block without a gate has learnt something else

@@ -27,47 +27,54 @@ from nanodva.sources import SHAKESPEARE_SHA256
 from nanodva.tokenizer import Tokenizer
 from prepare_data import main, whole_words
 
-END = 50256
+END = "<|endoftext|>"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """
+    make(source, *arguments, name): what meta.json says of a new data set, and its train and val in
+    words. The source is a path, or {file: content} to write first.
+    """
+    def make(source, *arguments, name="x"):
+        if isinstance(source, dict):
+            for file, content in source.items():
+                (tmp_path / file).write_text(content)
+            source = ",".join(str(tmp_path / file) for file in source)
+        folder = prepare(tmp_path, name, f"--input={source}", *arguments)
+        meta = read_meta(folder, deep=True)
+        tokenizer = Tokenizer(meta["tokenizer"])
+        return meta, *(tokenizer.decode(ids_of(folder, split)).decode() for split in SPLITS)
+    return make
 
 
 # ---- one text ------------------------------------------------------------------------------------
 
 @needs_shakespeare
-def test_tiny_shakespeare_in_characters(tmp_path):
-    folder = prepare(tmp_path, "shakespeare_char", f"--input={SHAKESPEARE}")
+def test_tiny_shakespeare(make, tmp_path, bpe):
     text = SHAKESPEARE.read_text()
-    meta, alphabet = read_meta(folder), sorted(set(text))
+    meta, train, val = make(SHAKESPEARE, name="shakespeare_char")
     assert meta["tokens"] == meta["bytes"] == {"train": 1_003_854, "val": 111_540}
-    assert meta["tokenizer"] == {"kind": "char", "alphabet": "".join(alphabet)}
-    assert meta["vocab_size"] == 65 and meta["dtype"] == "uint16"
-    ids = [*ids_of(folder, "train"), *ids_of(folder, "val")]
-    assert "".join(alphabet[i] for i in ids) == text
+    assert meta["tokenizer"] == {"kind": "char", "alphabet": "".join(sorted(set(text)))}
+    assert meta["vocab_size"] == 65 and meta["dtype"] == "uint16" and train + val == text
     assert meta["source"] == {"name": "shakespeare_char", "files": [SHAKESPEARE.name],
                               "sha256": SHAKESPEARE_SHA256}
+    meta, train, val = make(SHAKESPEARE, name="shakespeare")
+    assert meta["tokens"] == {"train": 301_966, "val": 36_059}
+    assert meta["tokenizer"] == Tokenizer({"kind": "gpt2"}).spec
+    for split, part in ("train", text[:1_003_854]), ("val", text[1_003_854:]):
+        assert ids_of(tmp_path / "shakespeare", split).tolist() == bpe.encode_ordinary(part)
 
 
-@needs_shakespeare
-def test_tiny_shakespeare_in_gpt2s_tokens(tmp_path, bpe):
-    folder = prepare(tmp_path, "shakespeare", f"--input={SHAKESPEARE}")
-    text = SHAKESPEARE.read_text()
-    assert read_meta(folder)["tokens"] == {"train": 301_966, "val": 36_059}
-    assert read_meta(folder)["tokenizer"] == Tokenizer({"kind": "gpt2"}).spec
-    assert ids_of(folder, "train").tolist() == bpe.encode_ordinary(text[:1_003_854])
-    assert ids_of(folder, "val").tolist() == bpe.encode_ordinary(text[1_003_854:])
-
-
-def test_the_first_of_gpt2s_tokens(tmp_path, speeches):
-    folder = prepare(tmp_path, "mine", f"--input={PLAY}", "--tokenizer=gpt2:4096")
-    meta = read_meta(folder, deep=True)
+def test_the_first_of_gpt2s_tokens(make, speeches):
+    meta, *_ = make(PLAY, "--tokenizer=gpt2:4096")
     assert meta["tokenizer"] == Tokenizer({"kind": "gpt2:4096"}).spec
-    assert meta["vocab_size"] == 4096
-    assert meta["tokens"] == {"train": 70_527, "val": 7_942}
-    folder = prepare(tmp_path, "speeches", f"--input={speeches[0] / 'jsonl'}",
-                     "--tokenizer=gpt2:1024")
-    documents = [(ids_of(folder, split) == 1023).sum() for split in ("train", "val")]
-    assert sum(documents) == len(speeches[1])
-    folder = prepare(tmp_path, "all", f"--input={PLAY}", "--tokenizer=gpt2:50257")
-    assert read_meta(folder)["tokenizer"]["kind"] == "gpt2"
+    assert meta["vocab_size"] == 4096 and meta["tokens"] == {"train": 70_527, "val": 7_942}
+    # Ids below the last are text, even if it spells end-of-text
+    _, train, val = make(speeches[0] / "jsonl", "--tokenizer=gpt2:1024")
+    spelled = "".join(speeches[1]).count(END)
+    assert (train + val).count(END) == len(speeches[1]) + spelled
+    assert make(PLAY, "--tokenizer=gpt2:50257")[0]["tokenizer"]["kind"] == "gpt2"
 
 
 @pytest.mark.parametrize("unit", [
@@ -86,28 +93,23 @@ def test_pieces_change_no_token(tmp_path, bpe, monkeypatch, unit):
     assert ids_of(folder, "val").tolist() == bpe.encode_ordinary(text[boundary:])
 
 
-@pytest.mark.parametrize("name", ["mine", "mine_char"])
-def test_one_text_is_cut_at_max_tokens_and_then_split(tmp_path, name):
-    folder = prepare(tmp_path, name, f"--input={PLAY}", "--max_tokens=20000")
-    tokens = read_meta(folder)["tokens"]
-    assert abs(tokens["train"] + tokens["val"] - 20_000) <= 1 and 1_700 < tokens["val"] < 2_300
-
-
-def test_max_tokens_cuts_no_character_in_two(tmp_path, bpe):
-    text = "漢字仮名" * 20
-    (tmp_path / "a.txt").write_text(text)
-    inside = [n for n in range(20, 40) if "\ufffd" in bpe.decode(bpe.encode(text)[:n])]
-    folder = prepare(tmp_path, "mine", f"--input={tmp_path / 'a.txt'}", f"--max_tokens={inside[0]}")
-    found = bpe.decode([*ids_of(folder, "train"), *ids_of(folder, "val")])
-    assert text.startswith(found) and len(found) > 5
-
-
 @given(st.lists(st.text("a. \n\t🙂\x1c\u2003", max_size=6)))
 def test_words_stay_whole_however_a_text_is_cut(bpe, pieces):
     whole = list(whole_words(pieces))
     assert "".join(whole) == "".join(pieces)
     ids = [i for piece in whole for i in bpe.encode_ordinary(piece)]
     assert ids == bpe.encode_ordinary("".join(pieces))
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
+def test_one_text_is_cut_at_max_tokens_and_then_split(make, bpe, tokenizer):
+    tokens = make(PLAY, "--max_tokens=20000", f"--tokenizer={tokenizer}")[0]["tokens"]
+    assert abs(tokens["train"] + tokens["val"] - 20_000) <= 1 and 1_700 < tokens["val"] < 2_300
+    # And in the middle of no character
+    text = "漢字仮名" * 20
+    inside = [n for n in range(20, 40) if "\ufffd" in bpe.decode(bpe.encode(text)[:n])]
+    _, train, val = make({"a.txt": text}, f"--max_tokens={inside[0]}", f"--tokenizer={tokenizer}")
+    assert text.startswith(train + val) and len(train + val) > 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory in /proc")
@@ -125,15 +127,11 @@ def test_a_text_is_never_held_as_a_whole(tmp_path):
     assert read_meta(tmp_path / "long_char")["bytes"]["train"] > 22_000_000
 
 
-def test_a_huge_alphabet_gets_uint32(tmp_path):
-    alphabet = [chr(i) for i in range(0x100, 0x11000) if not 0xD800 <= i < 0xE000]
-    path = tmp_path / "signs.txt"
-    path.write_text("".join(alphabet) * 2)
-    folder = prepare(tmp_path, "signs_char", f"--input={path}")
-    meta = read_meta(folder, deep=True)
+def test_a_huge_alphabet_gets_uint32(make):
+    alphabet = "".join(chr(i) for i in range(0x100, 0x11000) if not 0xD800 <= i < 0xE000)
+    meta, train, val = make({"signs.txt": alphabet * 2}, "--tokenizer=char")
     assert meta["dtype"] == "uint32" and meta["vocab_size"] == len(alphabet) > 65_536
-    ids = [*ids_of(folder, "train"), *ids_of(folder, "val")]
-    assert ids == [*range(len(alphabet))] * 2
+    assert meta["tokenizer"]["alphabet"] == alphabet and train + val == alphabet * 2
 
 
 def test_plays_need_no_network_and_have_known_bytes(tmp_path):
@@ -143,7 +141,7 @@ def test_plays_need_no_network_and_have_known_bytes(tmp_path):
     assert meta["sha256"]["train"].startswith("025e0dba35ce56017eefaf995bcc43aafec15a630a1879d9")
     assert meta["sha256"]["val"].startswith("e90cd614b3b9694dba33669dbc384d6820bcc4e6d6799f1575d")
     tokenizer = Tokenizer(meta["tokenizer"])
-    train, val = (tokenizer.decode(ids_of(folder, split)).decode() for split in ("train", "val"))
+    train, val = (tokenizer.decode(ids_of(folder, split)).decode() for split in SPLITS)
     assert "\nHAMLET:\n" in train and "\nMACBETH:\n" in val and "\nMACBETH:\n" not in train
     assert "To be, or not to be: that is the question" in train and "[Exeunt]" in train
     assert not set("*_#\\") & set(train + val) and " \n" not in train + val
@@ -154,10 +152,10 @@ def test_plays_need_no_network_and_have_known_bytes(tmp_path):
 def test_documents_keep_order_tokens_and_duplicates_together(tmp_path, bpe, speeches):
     source, texts = speeches
     folder = prepare(tmp_path, "mine", f"--input={source / 'jsonl'}", "--val_fraction=0.3")
-    streams = {split: ids_of(folder, split).tolist() for split in ("train", "val")}
+    streams = {split: ids_of(folder, split).tolist() for split in SPLITS}
     expected, split_of = {"train": [], "val": []}, {}
     for text in texts:
-        ids = bpe.encode_ordinary(text) + [END]
+        ids = bpe.encode_ordinary(text) + [50256]
         # Which split a text goes to is free, but a duplicate must go to the same.
         fitting = [split for split in streams
                    if streams[split][len(expected[split]):][:len(ids)] == ids]
@@ -166,182 +164,136 @@ def test_documents_keep_order_tokens_and_duplicates_together(tmp_path, bpe, spee
     assert streams == expected and set(split_of.values()) == {"train", "val"}
     meta = read_meta(folder, deep=True)
     assert sum(meta["bytes"].values()) == sum(len(text.encode()) for text in texts)
-    # Of each text the hash decides, so that the next version splits as this one does.
+    # The hash of each text decides, so that the next version splits as this one does.
     assert meta["tokens"] == {"train": 42_388, "val": 12_046}
-
-
-def test_every_format_and_any_number_of_workers_give_the_same_bytes(tmp_path, speeches):
-    bins = []
-    for number, kind in enumerate(FORMATS):
-        folder = prepare(tmp_path / kind, "mine", f"--input={speeches[0] / kind}",
-                         f"--num_proc={1 + number % 5}", "--tokenizer=gpt2:1000")
-        bins.append([(folder / "train.bin").read_bytes(), (folder / "val.bin").read_bytes()])
-    assert all(other == bins[0] for other in bins)
-    again = prepare(tmp_path / "again", "mine", f"--input={speeches[0] / kind}", "--num_proc=3",
-                    "--tokenizer=gpt2:1000")
-    assert contents(again) == contents(folder)
-    assert sorted(contents(folder)) == ["meta.json", "train.bin", "val.bin"]
-
-
-def test_max_tokens_takes_whole_documents_from_the_front(tmp_path, bpe, speeches):
-    source, texts = speeches
+    # max_tokens takes whole documents from the front
     ends = np.cumsum([len(bpe.encode_ordinary(text)) + 1 for text in texts])
     folder = prepare(tmp_path, "mine", f"--input={source / 'parquet'}", "--max_tokens=40000",
                      "--val_fraction=0.3")
     assert sum(read_meta(folder)["tokens"].values()) == ends[ends >= 40_000][0]
 
 
-def test_characters_of_documents(tmp_path, speeches):
+def test_every_format_and_any_number_of_workers_give_the_same_bytes(tmp_path, speeches):
+    bins = []
+    for number, kind in enumerate([*FORMATS, FORMATS[-1]]):
+        folder = prepare(tmp_path / str(number), "mine", f"--input={speeches[0] / kind}",
+                         f"--num_proc={1 + number % 5}", "--tokenizer=gpt2:1000")
+        found = contents(folder)
+        assert sorted(found) == ["meta.json", "train.bin", "val.bin"]
+        bins.append((found["train.bin"], found["val.bin"], found["meta.json"]))
+    assert all(other[:2] == bins[0][:2] for other in bins) and bins[-1] == bins[-2]
+
+
+def test_characters_of_documents(make, speeches):
     source, texts = speeches
-    folder = prepare(tmp_path, "mine_char", f"--input={source / 'parquet'}", "--val_fraction=0.2")
-    tokenizer = Tokenizer(read_meta(folder)["tokenizer"])
-    assert tokenizer.spec["alphabet"] == "".join(sorted(set("".join(texts))))
-    assert sum(read_meta(folder)["tokens"].values()) == sum(map(len, texts))
-    train = tokenizer.decode(ids_of(folder, "train")).decode()
-    val = tokenizer.decode(ids_of(folder, "val")).decode()
+    meta, train, val = make(source / "parquet", "--tokenizer=char", "--val_fraction=0.2")
+    assert meta["tokenizer"]["alphabet"] == "".join(sorted(set("".join(texts))))
+    assert sum(meta["tokens"].values()) == sum(map(len, texts))
     assert all(text in train or text in val for text in texts)
 
 
-def test_separated_documents_get_end_of_text_between_them(tmp_path, bpe):
+def test_separated_documents_get_end_of_text_between_them(make):
     stories = [f"Once upon {i} times there was a ship.\n\nIt sank." for i in range(30)]
-
-    def streams(text, *arguments):
-        (tmp_path / "a.txt").write_text(text)
-        folder = prepare(tmp_path, "mine", f"--input={tmp_path / 'a.txt'}", *arguments)
-        assert read_meta(folder)["source"]["documents"] == 30
-        return [ids_of(folder, split).tolist() for split in ("train", "val")]
-
-    tiny_stories = streams("\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n")
-    assert streams("\n\n* * *\n\n".join(stories), r"--separator=\n\n* * *\n\n") == tiny_stories
-    ids = [*bpe.encode_ordinary(stories[0]), END]
-    assert tiny_stories[0][:len(ids)] == ids or tiny_stories[1][:len(ids)] == ids
-    found = [bpe.decode(stream).split("<|endoftext|>")[:-1] for stream in tiny_stories]
-    assert sorted(found[0] + found[1]) == sorted(stories) and len(found[1]) > 0
+    marked, *found = make({"a.txt": f"\n{END}\n".join(stories) + f"\n{END}\n"})
+    separated, *same = make({"a.txt": "\n\n* * *\n\n".join(stories)},
+                            r"--separator=\n\n* * *\n\n")
+    assert same == found and len(found[1]) > 0
+    assert marked["source"]["documents"] == separated["source"]["documents"] == 30
+    assert sorted("".join(found).split(END)[:-1]) == sorted(stories)
 
 
-def test_characters_keep_what_separates_documents(tmp_path):
-    (tmp_path / "a.txt").write_text("".join(f"poem {i}\n\n" for i in range(40)))
-    (tmp_path / "b.csv").write_text("text\n" + "".join(f"row {i}\n" for i in range(40)))
-    for name, ending in [("a.txt", "\n\n"), ("b.csv", "\n")]:
-        separator = [r"--separator=\n\n"] if name == "a.txt" else []
-        folder = prepare(tmp_path, "x_char", f"--input={tmp_path / name}", *separator)
-        tokenizer = Tokenizer(read_meta(folder)["tokenizer"])
-        train, val = (tokenizer.decode(ids_of(folder, split)).decode() for split in SPLITS)
-        assert val.endswith(ending) and len(val.split(ending)) + len(train.split(ending)) == 42
-    # Nothing is separated where nobody asks for it, as before
-    (tmp_path / "c.txt").write_text("a\n<|endoftext|>\n" * 20)
-    folder = prepare(tmp_path, "x_char", f"--input={tmp_path / 'c.txt'}")
-    assert sum(read_meta(folder)["tokens"].values()) == 20 * len("a\n<|endoftext|>\n")
+@pytest.mark.parametrize("files, separator, ending, count", [
+    ({"a.txt": "".join(f"poem {i}\n\n" for i in range(40))}, r"\n\n", "\n\n", 40),
+    ({"b.csv": "text\n" + "".join(f"row {i}\n" for i in range(40))}, "", "\n", 40),
+    ({"c.jsonl": '{"text": "one--two--three"}\n' * 20}, "--", "--", 60),
+    # Nothing is separated if nobody asks for it
+    ({"d.txt": f"a\n{END}\n" * 20}, "", f"\n{END}\n", 20)])
+def test_characters_keep_what_separates_documents(make, files, separator, ending, count):
+    _, train, val = make(files, f"--separator={separator}", "--tokenizer=char")
+    assert val.endswith(ending) and (train + val).count(ending) == count
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("tokenizer", ["gpt2:300", "char"])
-def test_few_documents_get_the_share_that_was_asked_for(tmp_path, count, tokenizer):
+def test_few_documents_get_the_share_that_was_asked_for(make, count, tokenizer):
     words = PLAY.read_text().split()
-    rows = [{"text": " ".join(words[i * 99:i * 99 + 60 + i])} for i in range(count)]
     for seed in range(3):
-        (tmp_path / "a.json").write_text(json.dumps([{"text": f"{seed} {row['text']}"}
-                                                     for row in rows] + [{"text": None}]))
-        folder = prepare(tmp_path, "x", f"--input={tmp_path / 'a.json'}",
-                         f"--tokenizer={tokenizer}")
-        meta = read_meta(folder, deep=True)
-        train, val = meta["tokens"]["train"], meta["tokens"]["val"]
-        assert 0.05 <= val / (train + val) <= 0.2
-        texts = [f"{seed} {row['text']}".encode() for row in rows]
-        spelled = Tokenizer(meta["tokenizer"])
-        parts = [spelled.decode(ids_of(folder, split)) for split in SPLITS]
-        parts = [part.replace(b"<|endoftext|>", b"") for part in parts]
-        assert [meta["bytes"][split] for split in SPLITS] == [len(part) for part in parts]
+        texts = [f"{seed} " + " ".join(words[i * 99:i * 99 + 60 + i]) for i in range(count)]
+        rows = [{"text": text} for text in [*texts, None]]
+        meta, *parts = make({"a.json": json.dumps(rows)}, f"--tokenizer={tokenizer}")
+        assert 0.05 <= meta["tokens"]["val"] / sum(meta["tokens"].values()) <= 0.2
+        parts = [part.replace(END, "") for part in parts]
+        assert [meta["bytes"][split] for split in SPLITS] == [len(part.encode()) for part in parts]
         assert sum(map(len, parts)) == sum(map(len, texts))
         # At most one text is cut: the others are whole in one of the splits
         assert sum(text not in parts[0] and text not in parts[1] for text in texts) <= 1
 
 
-def test_of_few_documents_equal_ones_are_treated_alike(tmp_path, bpe):
+def test_of_few_documents_equal_ones_are_treated_alike(make, tmp_path, bpe):
     text = "To be, or not to be, that is the question: " * 3
-    (tmp_path / "a.csv").write_text("text\n" + f'"{text}"\n' * 4)
-    folder = prepare(tmp_path, "x", f"--input={tmp_path / 'a.csv'}")
-    ids = [*bpe.encode_ordinary(text), END]
+    make({"a.csv": "text\n" + f'"{text}"\n' * 4})
+    ids = [*bpe.encode_ordinary(text), 50256]
     cut = round(0.9 * len(ids))
-    assert ids_of(folder, "train").tolist() == [*ids[:cut], END] * 4
-    assert ids_of(folder, "val").tolist() == ids[cut:] * 4
+    assert ids_of(tmp_path / "x", "train").tolist() == [*ids[:cut], 50256] * 4
+    assert ids_of(tmp_path / "x", "val").tolist() == ids[cut:] * 4
 
 
 # ---- a val of one's own, the tokens of a model, marks inside texts -------------------------------
 
-@pytest.mark.parametrize("name", ["x", "x_char"])
-def test_val_input_is_val_and_input_is_train(tmp_path, bpe, name):
-    texts = {"train.txt": "To be, or not to be.\n" * 9, "valid.txt": "That is the question.\n" * 9,
-             "more.jsonl": '{"text": "Ay, there\'s the rub."}\n'}
-    for file, text in texts.items():
-        (tmp_path / file).write_text(text)
-    folder = prepare(tmp_path, name, f"--input={tmp_path / 'train.txt'}", "--max_tokens=10",
-                     f"--val_input={tmp_path / 'valid.txt'},{tmp_path / 'more.jsonl'}")
-    tokenizer = Tokenizer(read_meta(folder, deep=True)["tokenizer"])
-    end = "<|endoftext|>" if name == "x" else ""
-    train, val = (tokenizer.decode(ids_of(folder, split)).decode() for split in SPLITS)
-    assert train == texts["train.txt"] + end
-    assert val == texts["valid.txt"] + end + "Ay, there's the rub." + end
-    assert read_meta(folder)["source"]["files"] == ["train.txt", "valid.txt", "more.jsonl"]
+@pytest.mark.parametrize("tokenizer, end", [("gpt2", END), ("char", "")])
+def test_val_input_is_val_and_input_is_train(make, tmp_path, tokenizer, end):
+    for name, text in ("valid.txt", "Val.\n" * 9), ("more.jsonl", '{"text": "Ay, there"}\n'):
+        (tmp_path / name).write_text(text)
+    meta, train, val = make({"train.txt": "To be.\n" * 9}, f"--tokenizer={tokenizer}",
+                            f"--val_input={tmp_path / 'valid.txt'},{tmp_path / 'more.jsonl'}")
+    assert train == "To be.\n" * 9 + end and val == "Val.\n" * 9 + end + "Ay, there" + end
+    assert meta["source"]["files"] == ["train.txt", "valid.txt", "more.jsonl"]
+    # As TinyStories comes. max_tokens counts train alone
+    (tmp_path / "valid.txt").write_text(f"V.\n{END}\n" * 30)
+    meta, train, val = make({"train.txt": f"T.\n{END}\n" * 30}, "--max_tokens=5",
+                            f"--val_input={tmp_path / 'valid.txt'}", "--tokenizer=gpt2")
+    assert val == f"V.{END}" * 30 and train == f"T.{END}" * 2
 
 
-def test_stories_and_their_validation_file(tmp_path, bpe):
-    """As TinyStories comes: two files, with lines between the texts."""
-    for file, count in [("train.txt", 30), ("valid.txt", 3)]:
-        (tmp_path / file).write_text("".join(f"Story {i}.\n<|endoftext|>\n" for i in range(count)))
-    folder = prepare(tmp_path, "x", f"--input={tmp_path / 'train.txt'}",
-                     f"--val_input={tmp_path / 'valid.txt'}", "--max_tokens=50")
-    assert bpe.decode(ids_of(folder, "val")) == \
-        "".join(f"Story {i}.<|endoftext|>" for i in range(3))
-    # max_tokens counts train alone
-    assert 50 <= len(ids_of(folder, "train")) < 55
-
-
-def test_a_text_for_a_model_that_is_there_gets_its_characters(tmp_path, trained, data_dir, capsys):
-    alphabet = read_meta(data_dir / "tiny_char")["tokenizer"]["alphabet"]
-    (tmp_path / "more.txt").write_text("a list of old letters " * 30)
+def test_a_text_for_a_model_that_is_there_gets_its_characters(make, tmp_path, trained, data_dir):
+    spec = read_meta(data_dir / "tiny_char")["tokenizer"]
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "config.json").write_text(
-        json.dumps({"model_config": {}, "tokenizer": {"kind": "char", "alphabet": alphabet}}))
+        json.dumps({"model_config": {}, "tokenizer": spec}))
     for source in trained, data_dir / "tiny_char", tmp_path / "exported", trained / "last.pt":
-        folder = prepare(tmp_path, "more", f"--input={tmp_path / 'more.txt'}",
-                         f"--tokenizer={source}")
-        meta = read_meta(folder, deep=True)
-        assert meta["tokenizer"] == {"kind": "char", "alphabet": alphabet}
-        tokenizer = Tokenizer(meta["tokenizer"])
-        assert tokenizer.decode(ids_of(folder, "train")).decode().startswith("a list of old let")
-    (tmp_path / "more.txt").write_text("Zwölf Boxen? " * 9)
-    message = error_of("more", f"--input={tmp_path / 'more.txt'}", f"--tokenizer={trained}",
-                       f"--data_dir={tmp_path}")
-    assert "lacks 5 of the characters: '?BZxö'; take them out of the text" in message
+        meta, train, val = make({"more.txt": "a list of old letters " * 30},
+                                f"--tokenizer={source}")
+        assert meta["tokenizer"] == spec and train + val == "a list of old letters " * 30
+    with refused("lacks 5 of the characters: '?BZxö'; take them out of the text"):
+        make({"more.txt": "Zwölf Boxen? " * 9}, f"--tokenizer={trained}")
 
 
-def test_a_data_sets_tokens_may_be_words(tmp_path):
-    first = prepare(tmp_path, "first", f"--input={PLAY}", "--tokenizer=gpt2:500")
-    second = prepare(tmp_path, "second", f"--input={PLAY}", f"--tokenizer={first}")
-    assert contents(second)["train.bin"] == contents(first)["train.bin"]
+def test_a_data_sets_tokens_may_be_words(make, tmp_path):
+    first = make(PLAY, "--tokenizer=gpt2:500", name="first")
+    second = make(PLAY, f"--tokenizer={tmp_path / 'first'}", name="second")
+    assert second[0]["sha256"] == first[0]["sha256"]
     (tmp_path / "empty").mkdir()
-    assert "empty" in error_of("x", f"--input={PLAY}", f"--tokenizer={tmp_path / 'empty'}")
+    with refused("empty"):
+        make(PLAY, f"--tokenizer={tmp_path / 'empty'}")
 
 
 @pytest.mark.parametrize("name, text, count, in_characters", [
-    ("a.txt", "A <|endoftext|> B.\n" * 7 + "C. " * 99, 7, 7),
-    ("a.txt", "A\n<|endoftext|>\nB<|endoftext|>\n" + "C. " * 99, 1, 2),
-    ("a.jsonl", '{"text": "A<|endoftext|>B<|endoftext|>C"}\n' * 400, 800, 800),
-    ("a.csv", "text\n<|endoftext|> at the start and more\nand at the end <|endoftext|>\n", 2, 2),
+    ("a.txt", f"A {END} B.\n" * 7 + "C. " * 99, 7, 7),
+    ("a.txt", f"A\n{END}\nB{END}\n" + "C. " * 99, 1, 2),
+    ("a.jsonl", f'{{"text": "A{END}B{END}C"}}\n' * 400, 800, 800),
+    ("a.csv", f"text\n{END} at the start and more\nand at the end {END}\n", 2, 2),
     ("a.txt", "A. B. endoftext " * 9, 0, 0)])
-def test_end_of_text_inside_a_text_is_counted_and_said(tmp_path, capsys, name, text, count,
+def test_end_of_text_inside_a_text_is_counted_and_said(make, capsys, name, text, count,
                                                        in_characters):
-    (tmp_path / name).write_text(text)
     for tokenizer, expected in ("gpt2:300", count), ("char", in_characters):
-        argv = ["x", f"--input={tmp_path / name}", f"--tokenizer={tokenizer}"]
-        prepare(tmp_path, *argv)
+        make({name: text}, f"--tokenizer={tokenizer}")
         lines = capsys.readouterr().out.splitlines()
-        found = [line for line in lines if line.startswith("<|endoftext|> is ")]
+        found = [line for line in lines if line.startswith(f"{END} is ")]
         assert len(found) == (expected > 0)
         if found:
             assert f"is {expected} times inside the texts" in found[0]
-            prepare(tmp_path, *argv, *found[0].split()[-1].replace("'", "").split())
+            advice = found[0].split()[-1].replace("'", "")
+            make({name: text}, f"--tokenizer={tokenizer}", advice)
             assert "inside the texts" not in capsys.readouterr().out
 
 
@@ -391,8 +343,7 @@ def test_killed_it_leaves_the_old_set_or_none_and_then_ends_the_same(tmp_path, s
 
 
 def test_a_failed_command_leaves_nothing_behind(tmp_path, speeches):
-    data_dir = tmp_path / "new" / "data"
-    empty = tmp_path / "empty.txt"
+    data_dir, empty = tmp_path / "new" / "data", tmp_path / "empty.txt"
     empty.write_text("")
     for arguments in ["--input=missing.txt"], [f"--input={empty}"], \
             [f"--input={speeches[0] / 'jsonl'}", "--column=n"]:
@@ -447,7 +398,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 def test_stopped_while_files_are_moved_it_leaves_no_mixture_that_looks_whole(tmp_path):
     folder = prepare(tmp_path, "shakespeare_char", f"--input={PLAY}")
-    # A folder in the place of val.bin, which the new val.bin cannot replace.
+    # A folder instead of val.bin, which the new val.bin cannot replace.
     (folder / "val.bin").unlink()
     (folder / "val.bin" / "x").mkdir(parents=True)
     error_of("shakespeare_char", f"--input={PLAY}", f"--data_dir={tmp_path}")
@@ -471,7 +422,10 @@ def test_stopped_while_files_are_moved_it_leaves_no_mixture_that_looks_whole(tmp
     (["x", "--input=a", "--num_proc=-1"], "num_proc=-1"),
     (["x", "--input=a", "--max_tokens=-1"], "max_tokens=-1"),
     (["x", "--input=a", "--encoding=klingon"], "encoding='klingon'"),
-    (["x", "--input=no such.txt"], "--input='no such.txt': no such file")])
+    (["x", "--input=no such.txt"], "--input='no such.txt': no such file"),
+    (["x", f"--input={PLAY}", "--val_input=gone.txt"], "--val_input=gone.txt: no such file"),
+    (["x", f"--input={PLAY}", "--column=title"], "--column='title' means nothing for"),
+    (["x", f"--input={PLAY}", "--separator=ZZ"], "--separator='ZZ' does not occur")])
 def test_wrong_settings_are_one_line(tmp_path, arguments, words):
     assert words in error_of(*arguments, f"--data_dir={tmp_path}")
 
@@ -485,10 +439,6 @@ def test_too_little_text_and_a_data_dir_that_is_a_file(tmp_path):
         "x_char", f"--input={file}", f"--data_dir={tmp_path}")
 
 
-def test_a_setting_that_nothing_reads_is_an_error(tmp_path, speeches):
-    for name, value, kind in [("column", "title", "txt"), ("encoding", "latin-1", "parquet")]:
-        message = error_of("x", f"--input={speeches[0] / kind}", f"--{name}={value}",
-                           f"--data_dir={tmp_path}")
-        assert f"--{name}='{value}' means nothing for" in message
-    assert "--separator='ZZ' does not occur" in error_of(
-        "x_char", f"--input={PLAY}", "--separator=ZZ", f"--data_dir={tmp_path}")
+def test_a_setting_that_nothing_reads_is_an_error(make, speeches):
+    with refused("--encoding='latin-1' means nothing for"):
+        make(speeches[0] / "parquet", "--encoding=latin-1")

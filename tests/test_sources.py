@@ -1,6 +1,5 @@
 """sources.py: files of every kind, good and broken, and downloads from servers of our own."""
 import json
-import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,7 +29,7 @@ def test_files_folders_globs_and_names_with_special_characters(tmp_path):
     (tmp_path / "sp ace" / "image.png").write_bytes(b"\x89PNG")
 
     def sources(value):
-        found = find(value, PrepareConfig("mine", value))
+        found = find("input", PrepareConfig("mine", value))
         return [str(Path(source.path).relative_to(tmp_path / "sp ace")) for source in found]
 
     texts = ["a,b.txt", "deep/c.txt", "x[1].txt"]
@@ -54,7 +53,7 @@ def test_only_what_is_meant_is_read_from_a_folder(tmp_path, capsys):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "loop").symlink_to(folder)
-    found = find(str(folder), PrepareConfig("mine", str(folder)))
+    found = find("input", PrepareConfig("mine", str(folder)))
     assert [source.path for source in found] == sorted(str(folder / name) for name in texts)
     reading, skipped = capsys.readouterr().out.splitlines()
     assert reading == "reading 2 .txt, 1 .md, 1 .csv, 1 .jsonl, 1 .markdown"
@@ -115,7 +114,6 @@ def test_a_name_on_the_hub_is_never_taken_for_a_folder(tmp_path, monkeypatch):
             error_of("mine", f"--input={name}", f"--data_dir={tmp_path / 'data'}")
     monkeypatch.chdir(tmp_path)
     Path("some/set").mkdir(parents=True)
-    Path("some/set/text.txt").write_text("of this machine")
     for name in ("hf:some/set", "hf:some/set@main"):
         assert "some/set is also the name of something in this folder: give that with " \
             "--input=some/set" in error_of("mine", f"--input={name}")
@@ -137,23 +135,22 @@ def test_tiny_shakespeare_is_downloaded_once(tmp_path, monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What the Hugging Face hub answers about the data sets some/NAME in the folders NAME."""
+    """What the Hugging Face hub answers about the data set some/set in `folder`."""
     protocol_version, commit, folder, downloads = "HTTP/1.1", "c" * 40, None, []
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        name = re.search("/some/(set|configurations)(?=/)", path + "/")
-        file = self.folder / name[1] / path.rpartition("/")[2] if name else None
-        if name is None:
+        file = self.folder / path.rpartition("/")[2]
+        if "/some/set" not in path:
             self.answer("", {"X-Error-Code": "RepoNotFound"}, status=404)
         elif "/tree/" in path:
-            # The sets have no folders in them
-            files = file.parent.iterdir() if path.endswith(self.commit) else []
+            # The set has no folders in it
+            files = self.folder.iterdir() if path.endswith(self.commit) else []
             self.answer(json.dumps([{"type": "file", "path": found.name, "oid": found.name,
                                      "size": found.stat().st_size} for found in files]))
         elif path.startswith("/api/datasets/"):
-            self.answer(json.dumps({"id": f"some/{name[1]}", "sha": self.commit}))
-        elif file.exists():
+            self.answer(json.dumps({"id": "some/set", "sha": self.commit}))
+        elif file.is_file():
             self.answer(file.read_bytes(), {"ETag": f'"{file.name}"'})
             if self.command == "GET":
                 self.downloads.append(file.name)
@@ -176,13 +173,12 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-SHARDS = [f"train-0000{shard}-of-00002.parquet" for shard in (0, 1)]
-CONFIGURATIONS = f"""---
+CONFIGURATIONS = """---
 configs:
-- config_name: early
-  data_files: {SHARDS[0]}
+- config_name: all
+  data_files: "*.parquet"
 - config_name: late
-  data_files: [{{split: train, path: {SHARDS[1]}}}]
+  data_files: [{split: train, path: 1.parquet}]
 - config_name: lines
   data_files: 0.jsonl.gz
 ---
@@ -201,43 +197,38 @@ PREPARE_EACH = """if True:
     print(json.dumps(ends))"""
 
 
-def test_a_hub_data_set_comes_through_the_cache_and_its_configuration_is_named(tmp_path, speeches):
+def test_a_hub_data_set_is_read_through_the_cache_and_its_configuration_named(tmp_path, speeches):
     """All in one process, since the package datasets takes a second to import."""
     Hub.folder = tmp_path / "hub"
     Hub.downloads.clear()
-    for name in ("set", "configurations"):
-        (Hub.folder / name).mkdir(parents=True)
-        for number, shard in enumerate(SHARDS):
-            shutil.copy(speeches[0] / "parquet" / f"{number}.parquet", Hub.folder / name / shard)
-    shutil.copy(speeches[0] / "jsonl.gz" / "0.jsonl.gz", Hub.folder / "configurations")
-    (Hub.folder / "configurations" / "README.md").write_text(CONFIGURATIONS)
-    several = "hf:some/configurations"
+    shutil.copytree(speeches[0] / "parquet", Hub.folder)
+    shutil.copy(speeches[0] / "jsonl.gz" / "0.jsonl.gz", Hub.folder)
+    (Hub.folder / "README.md").write_text(CONFIGURATIONS)
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        result = python(PREPARE_EACH, tmp_path, "hf:some/set", "hf:some/set", several,
-                        f"{several}:middle", f"{several}:late", f"{several}:lines",
-                        "hf:nobody/nothing", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "cache"),
+        names = [f"hf:some/set{name}" for name in (":all", ":all@main", "", ":middle", ":late",
+                                                   ":lines")]
+        result = python(PREPARE_EACH, tmp_path, *names, "hf:nobody/nothing", HF_HUB_OFFLINE="0",
+                        HF_HOME=str(tmp_path / "cache"),
                         HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
-    first, second, *unnamed, late, lines, missing = json.loads(result.stdout.splitlines()[-1])
+    first, second, unnamed, middle, late, lines, missing = json.loads(
+        result.stdout.splitlines()[-1])
     assert first == second == late == lines == "done"
-
     found = contents(tmp_path / "0" / "mine")
     assert found == contents(tmp_path / "1" / "mine")
     # The second time both files were in the cache
-    assert Hub.downloads[:2] == SHARDS and not set(SHARDS[:1]) & set(Hub.downloads[2:])
+    assert sorted(name for name in Hub.downloads if name != "README.md") == \
+        ["0.jsonl.gz", "0.parquet", "1.parquet"]
     local = prepare(tmp_path / "local", "mine", f"--input={speeches[0] / 'parquet'}")
     assert found["train.bin"] == (local / "train.bin").read_bytes()
-    address = f"hf://datasets/some/{{}}@{Hub.commit}/{{}}".format
-    files = json.loads(found["meta.json"])["source"]["files"]
-    assert files == [address("set", shard) for shard in SHARDS]
-
-    for source, message in zip((several, f"{several}:middle"), unnamed, strict=True):
-        assert message.startswith(f"{source}: ") and "hf:REPO:CONFIGURATION" in message
-        assert all(name in message for name in ("early", "late", "lines"))
-    files = read_meta(tmp_path / "4" / "mine")["source"]["files"]
-    assert files == [address("configurations", SHARDS[1])]
+    shards = [f"hf://datasets/some/set@{Hub.commit}/{number}.parquet" for number in (0, 1)]
+    files = [read_meta(tmp_path / number / "mine")["source"]["files"] for number in ("0", "4")]
+    assert files == [shards, shards[1:]]
     assert read_meta(tmp_path / "5" / "mine")["source"]["documents"] == SHARD
-    # What the hub answers is no fault of the network
-    assert missing.startswith("hf:nobody/nothing: ")
-    assert not any("network" in message for message in (*unnamed, missing))
+
+    for source, message, known in [(names[2], unnamed, ("all", "late", "lines")),
+                                   (names[3], middle, ("all", "late", "lines")),
+                                   ("hf:nobody/nothing", missing, ())]:
+        assert message.startswith(f"{source}: ") and "hf:REPO:CONFIGURATION" in message
+        assert all(name in message for name in known)
