@@ -56,8 +56,9 @@ from tqdm import tqdm
 # So that python tools/race.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import model
 import train
-from model import BLOCKS, ModelConfig
+from model import ModelConfig
 from nanodva.checkpoints import load_checkpoint
 from nanodva.dataset import open_data, table_rows
 from nanodva.errors import UserError, fail, only_writer, replacing, run_script
@@ -154,9 +155,9 @@ def read_contenders(race):
         block, plus, bank = base.partition("+")
         if plus and bank != "bank":
             fail(f"contender {text!r}: only bank can follow the +")
-        if block not in BLOCKS and block not in found:
-            fail(f"contender {text!r}: {block!r} is neither a block ({', '.join(BLOCKS)}) nor the "
-                 f"label of a contender before it")
+        if block not in model.BLOCKS and block not in found:
+            fail(f"contender {text!r}: {block!r} is neither a block ({', '.join(model.BLOCKS)}) "
+                 f"nor the label of a contender before it")
         if label in found:
             fail(f"contenders={race.contenders!r} names {label!r} twice")
         for pair in pairs:
@@ -403,10 +404,10 @@ def carry_out(run, evaluated, with_test):
             broken = str(error)
         records = read_lines(folder / "metrics.jsonl")
         if not broken:
-            ids, model = open_data(run)["val"], load_model(saved).to(device)
+            ids, trained = open_data(run)["val"], load_model(saved).to(device)
             for half, name in enumerate(("val", "test")[:1 + with_test]):
                 with autocast(device, run.dtype):
-                    parts = [part for _, part in losses_of(model, ids, run.block_size, evaluated,
+                    parts = [part for _, part in losses_of(trained, ids, run.block_size, evaluated,
                                                            device, half)]
                 losses[name] = round(torch.cat(parts).double().mean().item(), 5)
         # Of a reported run the weights are kept
