@@ -306,7 +306,7 @@ def test_every_second_window_chooses_and_the_others_are_reported(argv, here, dat
     # Fewer tokens lie evenly over the split
     ids = np.arange(501)
     model = lambda x: F.one_hot(x, 600).float()                        # noqa: E731
-    starts = [[x[:, 0].tolist() for x, _ in race.losses_of(model, ids, 16, 160, "cpu", half)]
+    starts = [[x[:, 0].tolist() for x, *_ in race.losses_of(model, ids, 16, 160, "cpu", half)]
               for half in (0, 1)]
     assert [len(first[0]) for first in starts] == [10, 10]
     together = sorted(starts[0][0] + starts[1][0])

@@ -63,10 +63,10 @@ from nanodva.checkpoints import load_checkpoint
 from nanodva.dataset import open_data, table_rows
 from nanodva.errors import UserError, fail, only_writer, replacing, run_script
 from nanodva.machine import Stop, autocast, pick_compile, pick_device, pick_dtype
-from nanodva.settings import build, change, check, read_settings
+from nanodva.settings import build, check, read_settings
 from nanodva.weights import load_model, outline
 from tools.bench import WARM_UP, compile_or_fail, machine_name, training_step
-from tools.report import draw_race, table, write_json
+from tools.report import draw_race, read_lines, table, write_json
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -191,58 +191,50 @@ class Race:
         # A token of the reference's training in tokens of the yardstick's, which was timed first
         self.reference_ratio = 1.0
 
-    def first_settings(self, label, known):
+    def settle(self, label, known):
         """
-        The settings that a contender begins with, and its sweeps [(setting, values)] in order.
-        None in the place of values stands for the best one so far, its half and its double.
+        {"settings", "trials", "missing", "later", "open", "to_time", "runs"} of a contender: its
+        settings so far, the runs that tried them, the runs that are not finished, how many will
+        follow at least, whether settings are still to be chosen, whether the race waits for its
+        step's time, and the runs to report. `known` has this of the contenders before it.
         """
         base, choices = self.contenders[label]
         block, plus, _ = base.partition("+")
-        settings = dict(known[block]["settings"]) if block in known else \
-            self.shared | {"block": block}
+        inherited = known.get(block)
+        settings = dict(inherited["settings"]) if inherited else self.shared | {"block": block}
         settings |= {name: values[0] for name, values in choices.items()}
         if plus and "bank_layers" not in choices:
             settings["bank_layers"] = settings["n_layer"] - 2 * settings["n_layer"] // 3
-        sweeps = {"learning_rate": None if block in known else read_rates("lrs", self.rules.lrs)}
+        # None stands for the best value so far, its half and its double
+        sweeps = {"learning_rate": None if inherited else read_rates("lrs", self.rules.lrs)}
         if settings["bank_layers"]:
             sweeps["bank_lr"] = read_rates("bank_lrs", self.rules.bank_lrs)
+        settings |= {name: values[0] for name, values in sweeps.items()
+                     if values and name not in choices}
         sweeps = [*(sweeps | choices).items()]
         chosen = any(len(values) > 1 for name, values in choices.items() if name not in RATES)
         if chosen and "learning_rate" not in choices and not self.rules.minutes:
             sweeps.append(("learning_rate", None))
-        settings |= {name: values[0] for name, values in reversed(sweeps) if values}
-        return settings, sweeps
 
-    def settle(self, label, known):
-        """
-        {"settings", "trials", "missing", "later", "open"} of a contender: its settings so far, the
-        runs that tried them, those of the trials that are not finished, how many runs will follow
-        at least, and whether settings are still to be chosen. `known` has this of the contenders
-        before it.
-        """
-        settings, sweeps = self.first_settings(label, known)
-        found = {"settings": settings, "trials": [], "missing": [], "later": 0, "open": False}
-        base = self.contenders[label][0].partition("+")[0]
-        in_time, untimed = settings["match"] == "time", shape_of(settings) not in self.timing
         # It waits for the settings that it takes over, and for the reference's time
-        needed = [known[base]] if base in known else []
-        if in_time:
-            needed += list(known.values())[:1]
+        in_time = settings["match"] == "time"
+        needed = [inherited] * bool(inherited) + list(known.values())[:in_time]
         waits = any(other["open"] for other in needed)
-        to_time = untimed and in_time and not waits
+        to_time = in_time and not waits and shape_of(settings) not in self.timing
+        found = {"settings": settings, "trials": [], "missing": [], "later": 0}
         for name, values in sweeps:
             if found["missing"] or waits or to_time:
-                found["open"] = True
                 found["later"] += len(values) - 1 if values else 2
             else:
                 self.sweep(found, name, values)
-        found["open"] |= bool(found["missing"]) or waits or to_time
-        found["to_time"] = to_time or shape_of(settings) not in self.timing and not found["open"]
-        seeds = range(self.rules.seed + 1, self.rules.seed + 1 + self.rules.seeds)
-        found["runs"] = [] if found["open"] else [self.run_of(settings, seed) for seed in seeds]
-        found["later"] += len(seeds) * found["open"]
-        found["missing"] += [run for run in found["runs"] if not self.result_of(run)]
-        return found
+        is_open = bool(found["missing"]) or waits or to_time
+        seeds = [self.rules.seed + 1 + i for i in range(self.rules.seeds)]
+        runs = [] if is_open else [self.run_of(settings, seed) for seed in seeds]
+        found["later"] += len(seeds) * is_open
+        found["missing"] += [run for run in runs if not self.result_of(run)]
+        return found | {"open": is_open, "runs": runs,
+                        "to_time": to_time or not is_open
+                        and shape_of(settings) not in self.timing}
 
     def sweep(self, found, name, values):
         """Try a setting's values with the settings found so far: keep the best one, or say which
@@ -290,7 +282,7 @@ class Race:
         return self.timing.get(shape_of(settings), 1.0)
 
     def run_of(self, settings, seed):
-        """The TrainConfig of one run. What its losses follow from names its folder."""
+        """The TrainConfig of one run with the settings of a contender."""
         cfg = build(Contender, settings)
         tokens = self.plan["tokens"]
         if cfg.match == "time":
@@ -301,11 +293,9 @@ class Race:
             fail(f"a run of {steps * batch_tokens(cfg):,} tokens would repeat the text, which has "
                  f"{known:,}: prepare more, or lower --tokens_per_parameter")
         cfg = build(TrainConfig, asdict(cfg) | dict(
-            seed=seed, max_iters=steps, lr_decay_iters=steps, eval_interval=steps,
-            log_interval=1 + steps // 1000, warmup_iters=round(cfg.warmup * steps),
+            max_iters=steps, lr_decay_iters=steps, warmup_iters=round(cfg.warmup * steps),
             min_lr=LAST * cfg.learning_rate))
-        name = hashlib.sha256(key_of(settings_of(cfg), seed).encode()).hexdigest()[:16]
-        return change(cfg, out_dir=str(RUNS / name))
+        return make_run(settings_of(cfg), seed, self.rules.data_dir, self.rules.device)
 
     def result_of(self, run):
         """The line of a finished run, or None."""
@@ -342,6 +332,16 @@ def key_of(settings, seed):
     return json.dumps([settings, seed], sort_keys=True)
 
 
+def make_run(settings, seed, data_dir, device="auto"):
+    """The TrainConfig of a run, of which a line of runs.jsonl has the settings and the seed."""
+    name = hashlib.sha256(key_of(settings, seed).encode()).hexdigest()[:16]
+    steps = settings["max_iters"]
+    return build(TrainConfig, settings | dict(
+        seed=seed, data_dir=data_dir, device=device, out_dir=str(RUNS / name), overwrite=True,
+        eval_interval=steps, eval_iters=1, eval_train=False, always_save_checkpoint=False,
+        log_interval=1 + steps // 1000))
+
+
 def shape_of(settings):
     """The text by which a model and a batch are known that were timed."""
     names = [field.name for field in fields(ModelConfig)]
@@ -358,18 +358,10 @@ def final_loss(line):
 
 # ---- runs --------------------------------------------------------------------------------------
 
-def read_lines(path):
-    """The lines of a file of JSON lines, of which a kill may have cut the last."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 @torch.no_grad()
 def losses_of(model, ids, block_size, most, device, half):
     """
-    Yield (x, losses), (B, T) each, of windows that lie evenly over the token ids and do not
+    Yield (x, y, losses), (B, T) each, of windows that lie evenly over the token ids and do not
     overlap. Every second window (half 0) chooses settings, and those between them (half 1) are
     reported, `most` tokens of each at most. The losses are in nats, float32.
     """
@@ -381,7 +373,7 @@ def losses_of(model, ids, block_size, most, device, half):
         rows = torch.from_numpy(rows).to(device)                       # (B, T + 1)
         logits = model(rows[:, :-1]).flatten(0, 1).float()
         losses = F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="none")
-        yield rows[:, :-1], losses.view_as(rows[:, 1:])
+        yield rows[:, :-1], rows[:, 1:], losses.view_as(rows[:, 1:])
 
 
 def carry_out(run, evaluated, with_test):
@@ -407,7 +399,7 @@ def carry_out(run, evaluated, with_test):
             ids, trained = open_data(run)["val"], load_model(saved).to(device)
             for half, name in enumerate(("val", "test")[:1 + with_test]):
                 with autocast(device, run.dtype):
-                    parts = [part for _, part in losses_of(trained, ids, run.block_size, evaluated,
+                    parts = [part for *_, part in losses_of(trained, ids, run.block_size, evaluated,
                                                            device, half)]
                 losses[name] = round(torch.cat(parts).double().mean().item(), 5)
         # Of a reported run the weights are kept
@@ -523,7 +515,7 @@ def workers(count):
         for process in processes:
             process.terminate()
         for process in processes:
-            process.join()
+            process.join(60)
 
 
 def announce(news, race, under_way, pace, deadline):
@@ -578,7 +570,8 @@ def measure(race, settings, device, rounds):
         plan["seconds_per_token"] = step / tokens[yardstick]
     for shape in shapes:
         ratio = statistics.median(ours / theirs for ours, theirs in
-                                  zip(times[shape], times[yardstick], strict=True))
+                                  zip(times[shape][WARM_UP:], times[yardstick][WARM_UP:],
+                                      strict=True))
         timing[shape] = round(ratio * tokens[yardstick] / tokens[shape], 4)
     save(race)
     return passed / sum(map(sum, times.values()))
@@ -692,41 +685,38 @@ def main(argv=None):
     dtype = "float32" if (rules.dtype, device.type) == ("auto", "cpu") else rules.dtype
     shared = {field.name: getattr(rules, field.name) for field in fields(Contender)} | {
         "vocab_size": table_rows(data["meta"]), "dtype": pick_dtype(dtype, device, rules.n_embd),
-        "compile": pick_compile(rules.compile, device, 0), "min_lr": 0.0, "eval_train": False,
-        "eval_iters": 1, "always_save_checkpoint": False, "overwrite": True}
+        "compile": pick_compile(rules.compile, device, 0), "min_lr": 0.0}
     conditions = {"data": {name: data["meta"][name] for name in ("tokens", "sha256")},
                   "evaluated": min(half, EVALUATED if rules.minutes else rules.evaluated),
                   "length": rules.tokens_per_parameter or rules.max_iters,
                   "minutes": rules.minutes, "settings": {
-                      name: value for name, value in settings_of(
-                          build(TrainConfig, shared)).items() if name not in DECIDED}}
+                      name: value for name, value in settings_of(build(TrainConfig, shared)).items()
+                      if name not in DECIDED}}
     folder = Path(rules.results, rules.name)
     # The workers of a race that was killed need a moment to end
     with only_writer(folder, patience=10), Stop() as stop:
         path = folder / "results.json"
         kept = json.loads(path.read_bytes()) if path.exists() else {}
-        machine = f"{machine_name(device)}, torch {torch.__version__}"
         plan = kept.get("plan") or conditions | {
-            "machine": machine, "tokens": rules.max_iters * batch_tokens(rules)}
+            "machine": f"{machine_name(device)}, torch {torch.__version__}",
+            "tokens": rules.max_iters * batch_tokens(rules)}
+        if rules.tokens_per_parameter:
+            plan["tokens"] = 0
         other = [name for name, value in conditions.items() if plan[name] != value]
         if other:
             fail(f"{folder} holds a race of other {', '.join(other)}: give another --name")
         rules.seeds = plan.get("seeds", rules.seeds)
         race = Race(rules, shared | plan.get("smaller", {}), plan, kept.get("timing", {}), folder,
                     command)
-        firsts = {}
-        for label in race.contenders:
-            firsts[label] = {"settings": race.first_settings(label, firsts)[0]}
-            outline(build(TrainConfig, firsts[label]["settings"]))
+        settings = [entry["settings"] for entry in race.survey()[0].values()]
+        models = [outline(build(TrainConfig, one)) for one in settings]
         if rules.tokens_per_parameter:
-            first = next(iter(firsts.values()))["settings"]
-            parameters = outline(build(TrainConfig, first)).num_params()
-            plan["tokens"] = round(rules.tokens_per_parameter * parameters)
+            plan["tokens"] = round(rules.tokens_per_parameter * models[0].num_params())
         deadline = began + 60 * rules.minutes if rules.minutes else math.inf
         if not kept and rules.minutes:
             fit_in_time(race, device, deadline - time.time())
         elif not kept:
-            measure(race, [first["settings"] for first in firsts.values()], device, rules.rounds)
+            measure(race, settings, device, rules.rounds)
         if rules.jobs:
             run_all(race, device, stop, deadline)
         publish(race)

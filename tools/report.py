@@ -333,13 +333,18 @@ class ReportConfig:
     ladder: str = ""         # a folder with races, which gets ladder.svg, curves.svg and ladder.md
 
 
+def read_lines(path):
+    """The records in a file of JSON lines, of which a kill may have cut the last."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def read_run(folder):
-    """The records in the metrics.jsonl of a run's folder, of which a kill may have cut the last."""
+    """The records in the metrics.jsonl of a run's folder."""
     path = Path(folder, "metrics.jsonl")
     if not path.exists():
         fail(f"no {path}: give the out_dir of a run of train.py")
-    lines = path.read_text().splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    records = read_lines(path)
     if not any("val_loss" in record for record in records):
         fail(f"{path} holds no evaluation yet")
     return records
