@@ -671,7 +671,8 @@ def publish(race):
 def main(argv=None):
     began = time.time()
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = "python -m tools.race " + shlex.join(argv)
+    words = [word for word in argv if not word.startswith("--jobs=")]
+    command = "python -m tools.race " + shlex.join(words)
     if "--help" not in argv and all(argument.startswith("-") for argument in argv):
         argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
     given = read_settings(RaceConfig, argv, without=DECIDED)
