@@ -1,6 +1,5 @@
 """
-Race blocks against each other on equal terms: the same text, each at its own best settings, over
-several seeds, with an interval for every difference.
+Race blocks against each other: on the same text, each at its own best settings, over several seeds.
 
     python -m tools.race --minutes=10                                 a race for a lesson
     python -m tools.race config/race_ladder.py config/race_4x64.py    a rung of docs/race.md
@@ -15,22 +14,20 @@ settings of train.py:  dva+bank:qk_dim=32.  The first contender is the reference
     dva:match=time              trains for the reference's seconds, not on as many tokens
     dva:warmup=0.05             the share of a run in which the learning rate rises
 
-One half of the validation windows chooses, with one seed, by runs of the whole length. Each
-contender tries the learning rates in --lrs, or those around the rate that it takes over, and
-further ones while the best is at an end of those tried; then its own choices; then the learning
-rates around the best once more. Banks try --bank_lrs likewise. A rate that a contender names itself
-is kept. On the other half --seeds other seeds are reported. Contenders are compared seed by seed,
-since equal seeds see equal batches; Student's t gives the 95 % interval of the mean difference.
+Half of the validation windows choose, with one seed, by runs of the whole length. Each contender
+tries the learning rates in --lrs, or those around the rate that it takes over, and further ones
+while the best is at an end; then its own choices; then the learning rates around the best again.
+Banks try --bank_lrs likewise. On the other windows --seeds other seeds are reported, compared seed
+by seed, since equal seeds see equal batches, with the 95 % interval of Student's t.
 
 With --minutes the race takes two steps of each contender first and says what fits: fewer seeds,
 then shorter runs, then smaller models. It tries only the rates and choices that are given.
 
-Seconds are those of one core: a run's steps times the median of its step's time, which is measured
-with all contenders in turn while no run is under way; on a CPU it is the time of the processor, in
-which other programs' time does not count. Everything goes to a folder in
---results: runs.jsonl, a line for each finished run; results.json; table.md; race.svg. A run that
-is in runs.jsonl is never made again, whatever has changed in the code since: its line names the
-commit. The same command goes on where it was stopped.
+Seconds are a run's steps times the median time of its step, measured with one thread and all
+contenders in turn; on a CPU the time of other programs does not count. A folder in --results gets
+runs.jsonl (a line for each finished run), results.json, table.md and race.svg. A run in runs.jsonl
+is never made again, whatever has changed in the code: its line names the commit. The same command
+goes on where it was stopped.
 """
 import hashlib
 import json
@@ -120,8 +117,15 @@ class RaceConfig(Contender):
     evaluated: int = 262144                  # tokens of each half that are evaluated
     rounds: int = 100                        # timed steps of each contender
     jobs: int = 1                            # runs at a time, a thread each; 0: only the tables
-    optimizer: str = "muon"                  # adamw, or muon: Muon on the blocks' matrices
+    # Without a preset: nanoGPT's laptop size
+    dataset: str = "shakespeare_char"        # folder in data_dir, made by prepare_data.py
+    n_layer: int = 4                         # blocks
+    n_head: int = 4                          # heads of a gpt2 block; a dva block has one
+    n_embd: int = 128                        # width C of the residual stream
+    block_size: int = 64                     # context length T, in tokens
     gradient_accumulation_steps: int = 1     # micro-batches per step
+    max_iters: int = 2000                    # steps of the reference
+    optimizer: str = "muon"                  # adamw, or muon: Muon on the blocks' matrices
 
     def __post_init__(self):
         super().__post_init__()
@@ -451,7 +455,7 @@ def end_with_race():
 def run_all(race, device, stop, deadline):
     """
     Make the missing runs, rules.jobs at a time, until none is needed or a stop is asked for, and
-    append each to runs.jsonl when it is finished. If they would end after the deadline,
+    add each to runs.jsonl when it is finished. If they would end after the deadline,
     rules.seeds becomes less. Raises UserError if a worker dies.
     """
     rules, plan = race.rules, race.plan
@@ -487,9 +491,10 @@ def run_all(race, device, stop, deadline):
                     fail(f"a worker died, perhaps for lack of memory: {run.out_dir}/log.txt may "
                          f"say more; the same command goes on")
                 idle.append(connection)
-                with open(race.folder / "runs.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
                 race.finished[key_of(line["settings"], line["seed"])] = line
+                with replacing(race.folder / "runs.jsonl") as file:
+                    file.writelines(f"{json.dumps(each)}\n".encode()
+                                    for each in race.finished.values())
                 taken += time.time() - begun
                 expected += race.seconds_of(run)
                 passed = tqdm.format_interval(time.time() - start)
@@ -623,8 +628,8 @@ def facts_of(race):
         lines = [line for line in map(race.result_of, entry["runs"]) if line]
         if not lines:
             continue
-        cfg, line, best = entry["runs"][0], lines[0], race.run_of(entry["settings"],
-                                                                  race.rules.seed)
+        cfg, line = entry["runs"][0], lines[0]
+        best = race.run_of(entry["settings"], race.rules.seed)
         names = ["learning_rate", "bank_lr", "warmup_iters", *race.contenders[label][1]]
         trials = [{name: getattr(run, name) for name in names if hasattr(run, name)}
                   | {"loss": race.result_of(run).get("val"), "best": run == best}
@@ -673,10 +678,7 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in argv if not word.startswith("--jobs=")]
     command = "python -m tools.race " + shlex.join(words)
-    if "--help" not in argv and all(argument.startswith("-") for argument in argv):
-        argv.insert(0, str(ROOT / "config" / "race_laptop.py"))
-    given = read_settings(RaceConfig, argv, without=DECIDED)
-    rules = build(RaceConfig, given)
+    rules = build(RaceConfig, read_settings(RaceConfig, argv, without=DECIDED))
     device, data = pick_device(rules.device), open_data(rules)
     half = len(data["val"]) // 2
     if half <= rules.block_size:
@@ -692,7 +694,7 @@ def main(argv=None):
                   "length": rules.tokens_per_parameter or rules.max_iters,
                   "minutes": rules.minutes, "settings": {
                       name: value for name, value in settings_of(build(TrainConfig, shared)).items()
-                      if name not in DECIDED}}
+                      if name not in (*DECIDED, "max_iters")}}
     folder = Path(rules.results, rules.name)
     # The workers of a race that was killed need a moment to end
     with only_writer(folder, patience=10), Stop() as stop:

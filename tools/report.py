@@ -125,9 +125,9 @@ def table_row(label, results):
            "rate": f"{settings['learning_rate']:g}",
            "loss": plus_minus(spread(losses_of(fact).values())), "n": str(len(fact["losses"]))}
     for other in dict.fromkeys([first, *results["against"]]):
-        is_other = other != label and other in facts
-        row[f"minus {other}"] = gap_text(compare(losses_of(fact), losses_of(facts[other]))) \
-            if is_other else ""
+        if other in facts:
+            gap = compare(losses_of(fact), losses_of(facts[other]))
+            row[f"minus {other}"] = "" if other == label else gap_text(gap)
     return row
 
 
