@@ -456,7 +456,7 @@ def generate(model, idx, max_new_tokens=100, num_samples=1, **options):
     if isinstance(idx, str):
         if not idx:
             raise ValueError("the prompt is empty: give at least one character, such as a new line")
-        ids = torch.tensor([model.tokenizer.encode(idx)], device=model.lm_head.weight.device)
+        ids = torch.tensor([model.tokenizer.encode(idx)]).to(model.transformer.wte.weight.device)
         options = {"num_tokens": model.tokenizer.vocab_size} | options
         rows = generate(model, ids, max_new_tokens, num_samples, **options).tolist()
         texts = [model.tokenizer.decode(row).decode(errors="replace") for row in rows]
