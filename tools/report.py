@@ -315,9 +315,11 @@ def draw_losses(runs, path):
     with axes_for(path, "strong: unseen text; thin: training text; lower is better") as axes:
         heights = []
         for i, (name, records) in enumerate(runs.items()):
-            for loss, label, width in (("train_loss", None, 0.5), ("val_loss", name, 2)):
+            for loss, label, width, marker in (("train_loss", None, 0.5, ""),
+                                               ("val_loss", name, 2, "o")):
                 points = [(record["step"], record[loss]) for record in records if loss in record]
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=width, **style(i))
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=width, marker=marker,
+                          markersize=4, **style(i))
                 # The first tenth of a run would press everything else together
                 heights += [y for x, y in points if x >= points[-1][0] / 10]
         margin = 0.05 * (max(heights) - min(heights)) or 1
