@@ -254,7 +254,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
     first_step, last_step = step, step if cfg.eval_only else cfg.max_iters
     dtype = machine.pick_dtype(cfg.dtype, device, cfg.n_embd)
     is_compiled = machine.pick_compile(setting, device, flops * batch_tokens * (last_step - step))
-    cfg = change(cfg, **machine.from_rank_0({"dtype": dtype, "compile": is_compiled}))
+    cfg = change(cfg, **machine.from_all({"dtype": dtype, "compile": is_compiled})[0])
     say(f"{cfg.block}: {sketch.num_params() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOPs a "
         f"token, {batch_tokens:,} tokens a step; {device.type}, {cfg.dtype}"
         f"{', compiled' if cfg.compile else ''}; {cfg.dataset}: {len(data['train']):,} + "
@@ -290,7 +290,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
                 best = folder.best_so_far(checkpoint, measured_on)
             if checkpoint["data"] != meta["sha256"]:
                 say(f"from here on it trains on other text, {cfg.dataset!r} as it is now")
-        best_val_loss, best_step = machine.from_rank_0(best)
+        best_val_loss, best_step = machine.from_all(best)[0]
 
         def trial(model):
             with machine.autocast(device, cfg.dtype):
@@ -319,7 +319,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
             if not folder:
                 return
             if not all(p.isfinite().all() for p in model.parameters()):
-                broken(f"step {step} is broken: a weight is not finite")
+                broken("a weight is not finite")
             common = {"format": checkpoints.FORMAT, "step": step, "model": model.state_dict(),
                       "model_config": asdict(build(ModelConfig, asdict(cfg))),
                       "config": asdict(cfg), "tokenizer": meta["tokenizer"],
@@ -328,7 +328,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
             folder.save(name, common | state)
 
         def broken(what):
-            raise BrokenLoss(f"{what}: try a lower --learning_rate; "
+            raise BrokenLoss(f"step {step} is broken: {what}: try a lower --learning_rate; "
                              f"{checkpoints.saved_so_far(cfg.out_dir)}")
 
         if folder:
@@ -336,14 +336,14 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
             folder.log({"step": step, "config": asdict(cfg), "params": model.num_params(),
                         "flops_per_token": flops, "world_size": WORLD, "versions": versions,
                         "measured_on": measured_on, "started": started})
+
         # -- the loop
-        # Random weights are not worth a save, nor the name of the best
-        first_save = step if weights or step == last_step else max(step, 1)
+        is_tuned = weights is not None
         checkpoint = weights = None                                    # frees their memory
         micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
-        logged_step, training_s, rate = step, 0.0, 0.0
         bar = held.enter_context(machine.bar(total=last_step, initial=step, unit=" steps"))
-        start = time.perf_counter() - earlier_s
+        logged_at = time.perf_counter()
+        logged_step, rate, start = step, 0.0, logged_at - earlier_s
         x, y = get_batch(data["train"], cfg, step, RANK, device)
         while True:
             stopping, finished = stop.agreed(step), step >= last_step
@@ -351,39 +351,38 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
             set_learning_rate(optimizer, lr)
 
             # -- evaluate
-            losses, is_due = {}, finished or step % cfg.eval_interval == 0
+            paused, losses = time.perf_counter(), {}
+            is_due = finished or step % cfg.eval_interval == 0
             if is_due and step != evaluated and not stopping and not cfg.dry_run:
                 losses = evaluate(model, compiled, data, cfg, device, stop)
                 stopping = not losses
-            for split, loss in losses.items():
-                if not math.isfinite(loss):
-                    broken(f"step {step} is broken: the loss on {split} is {loss}")
-            improved = False
             if losses:
                 evaluated = step
+                if not math.isfinite(sum(losses.values())):
+                    broken(f"the losses are {losses}")
                 bits = losses["val"] / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
-                log({NAMES[split]: loss for split, loss in losses.items()}
-                    | {"val_bits_per_byte": bits})
+                log({NAMES[split]: losses[split] for split in losses} | {"val_bits_per_byte": bits})
                 text = ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
                 say(f"step {step}: {text}, {bits:.3f} bits per byte, after "
                     f"{tqdm.format_interval(time.perf_counter() - start)}")
-                improved = step >= first_save and losses["val"] < best_val_loss
 
-            # -- save
+            # -- save; random weights are not worth it, nor the name of the best
+            is_worth = step > 0 or finished or is_tuned and bool(losses)
+            improved = is_worth and losses.get("val", math.inf) < best_val_loss
             if improved:
                 best_val_loss, best_step = losses["val"], step
                 save("best.pt")
             finished = finished or 0 < cfg.patience * cfg.eval_interval <= step - best_step
-            is_due = (losses and cfg.always_save_checkpoint
-                      or folder and folder.is_due(cfg.save_interval_s))
-            if step >= first_save and (stopping or finished or improved or is_due):
+            if is_worth and (stopping or finished or improved
+                             or losses and cfg.always_save_checkpoint
+                             or folder and folder.is_due(cfg.save_interval_s)):
                 save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                      tokens=tokens, evaluated=evaluated, elapsed_s=time.perf_counter() - start)
             if stopping or finished:
                 break
+            logged_at += time.perf_counter() - paused
 
             # -- forward and backward
-            began = time.perf_counter()
             loss_sum = torch.zeros((), device=device)
             for micro in micro_batches:
                 is_last = micro == micro_batches[-1]
@@ -411,18 +410,15 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
 
             # -- log; reading numbers stalls the device. What breaks between two logged steps is
             # noticed at the second, at an evaluation or before a save.
-            is_logged = step % cfg.log_interval == 0
-            if is_logged:
+            if step % cfg.log_interval == 0:
                 if WORLD > 1:
                     dist.all_reduce(loss_sum)
                 loss, norm = loss_sum.item(), norm.item()
                 if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                    broken(f"step {step} is broken: loss {loss}, grad norm {norm}, lr {lr:g}")
-            training_s += time.perf_counter() - began
-            if is_logged:
-                rate = (step + 1 - logged_step) * batch_tokens / training_s
-                logged_step, training_s = step + 1, 0.0
-                memory = machine.peak_memory(device)
+                    broken(f"loss {loss}, grad norm {norm}, lr {lr:g}")
+                now, memory = time.perf_counter(), machine.peak_memory(device)
+                rate = (step + 1 - logged_step) * batch_tokens / (now - logged_at)
+                logged_step, logged_at = step + 1, now
                 # JSON has no infinity, the norm of a skipped float16 step
                 log({"train_loss": loss, "lr": lr,
                      "grad_norm": norm if math.isfinite(norm) else None,
@@ -471,8 +467,9 @@ def main(argv=None):
     with ExitStack() as held:
         # Lock the folder, then look. A job that was queued again may meet the end of the old one.
         writes = RANK == 0 and not given.get("eval_only") and not given.get("dry_run")
-        if writes and given.get("init_from") in ("resume", "auto") and out_dir.exists():
-            held.enter_context(only_writer(out_dir, patience=30))
+        patience = {"auto": 30, "resume": 0}.get(given.get("init_from"))
+        if writes and patience is not None and out_dir.exists():
+            held.enter_context(only_writer(out_dir, patience))
         cfg, checkpoint, weights = read_start(given)
         if cfg.decay_lr and not cfg.eval_only and cfg.max_iters != cfg.lr_decay_iters:
             last = learning_rate(cfg.max_iters - 1, cfg)
@@ -492,8 +489,11 @@ def main(argv=None):
     if cfg.dry_run and not done["stopped"]:
         tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
         seconds = tokens / done["tokens_per_s"]
-        say(f"dry run: {seconds:.3g} s a step, {seconds * cfg.max_iters / 3600:.3g} hours for "
-            f"{cfg.max_iters} steps without evaluations, {machine.peak_memory(device):.2f} GB")
+        say(f"dry run: {seconds:.3g} s a step, {tqdm.format_interval(seconds * cfg.max_iters)} for "
+            f"{cfg.max_iters} steps without evaluations, {machine.peak_memory(device):.2f} GB; "
+            f"nothing was written")
+    elif done["stopped"] and step == 0:
+        say("stopped before the first step: nothing was saved")
     elif not cfg.eval_only and not cfg.dry_run:
         best = done["best_val_loss"]
         say(f"{'stopped at' if done['stopped'] else 'done:'} step {step}, "

@@ -18,12 +18,6 @@ from tqdm import tqdm
 
 from nanodva.errors import UserError, fail
 
-try:
-    import resource
-except ImportError:
-    # Windows
-    resource = None
-
 # torchrun tells each process its number and how many there are
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -60,8 +54,6 @@ def bar(*args, **options):
     return tqdm(*args, leave=False, ncols=columns - 1, nrows=lines, disable=RANK > 0 or None,
                 **options)
 
-
-# ---- what is chosen ------------------------------------------------------------------------------
 
 def pick_device(name):
     """
@@ -124,23 +116,17 @@ def cpu_prefers_bfloat16():
 
 def pick_compile(setting, device, flops):
     """
-    Whether to compile the model for a run of so many FLOPs. auto: if a compiler is installed, for
-    runs long enough to win back what compiling takes, half a minute to a minute. That is after
-    about ten minutes of two CPU cores. Without a compiler, True becomes False with a line.
+    Whether to compile the model for a run of so many FLOPs. auto: with a compiler, for runs long
+    enough to win back what compiling takes, half a minute to a minute. That is after about ten
+    minutes of two CPU cores.
     """
+    if setting != "auto":
+        return setting
     if device.type == "cuda":
         # Windows has no Triton
-        possible, worth = importlib.util.find_spec("triton") is not None, flops > 1e15
-    elif device.type == "cpu":
-        has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-        possible, worth = has_headers and bool(shutil.which("g++")), flops > 3e14
-    else:
-        possible, worth = True, False
-    if setting is True and not possible:
-        say(f"compile=True: on {device.type} torch.compile needs "
-            f"{'Triton' if device.type == 'cuda' else 'g++ and the headers of Python'}, which "
-            f"this machine lacks; it runs uncompiled")
-    return possible if setting is True else possible and worth and setting == "auto"
+        return flops > 1e15 and importlib.util.find_spec("triton") is not None
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return device.type == "cpu" and flops > 3e14 and has_headers and bool(shutil.which("g++"))
 
 
 def compiled(model, trial, setting, stop):
@@ -170,27 +156,27 @@ def autocast(device, dtype):
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
-# ---- memory --------------------------------------------------------------------------------------
-
 def peak_memory(device):
-    """The most GB that tensors took on a GPU, or this process on a CPU; None if nobody knows."""
+    """The most GB that tensors took on a GPU, or this process on a CPU; 0 if nobody counts."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
-        return None
-    # Linux counts in kB, macOS in bytes
+    try:
+        import resource
+    except ImportError:
+        # Windows
+        return 0.0
+    # macOS counts in bytes, Linux in kB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def check_memory(count, device):
-    """Raise UserError if so many parameters alone are more than the device's memory can hold."""
+    """Raise UserError if the device's memory is too small for so many parameters alone."""
+    present = 4 * count
     if device.type == "cuda":
         present = torch.cuda.get_device_properties(device).total_memory
-    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
     if 4 * count > present:
         fail(f"{count / 1e6:,.0f} M parameters take {4 * count / 1e9:,.1f} GB, and {device} has "
              f"{present / 1e9:.1f} GB of memory: lower --n_layer, --n_embd or the vocabulary")
@@ -208,8 +194,6 @@ def naming_memory(hint):
             raise
         fail(f"out of memory ({asked[0] if asked else error}): {hint}")
 
-
-# ---- processes -----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def process_group(device, backend="auto"):
@@ -240,14 +224,6 @@ def process_group(device, backend="auto"):
     dist.destroy_process_group()
 
 
-def from_rank_0(value):
-    """Rank 0's value, a picklable object, in all processes."""
-    held = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(held)
-    return held[0]
-
-
 def from_all(value):
     """The values of all processes, picklable objects, as a list."""
     values = [value] * WORLD
@@ -275,8 +251,6 @@ def check_replicas(model):
         check_equal(digest.hexdigest()[:16], "this is a hash of the weights, which have drifted "
                     "apart; the processes' machines compute differently: use equal ones")
 
-
-# ---- signals -------------------------------------------------------------------------------------
 
 class Stop:
     """

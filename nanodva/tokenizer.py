@@ -215,18 +215,24 @@ def last_merge(token, ranks):
     return parts
 
 
-def write_tokenizer(folder, tokenizer):
+def write_tokenizer(folder, tokenizer, block_size):
     """Write the files from which transformers' AutoTokenizer makes this tokenizer."""
+    special = ("bos_token", "eos_token", "pad_token")
+    # Left: generation continues each row after its last column
+    settings = {"model_max_length": block_size, "padding_side": "left",
+                "model_input_names": ["input_ids", "attention_mask"]}
     if tokenizer.bpe is None:
         alphabet = tokenizer.spec["alphabet"]
-        # Each character is a word of its own. One that is not in the alphabet raises an error.
+        # Each character is a word of its own. The error for any other contains the unk_token.
         words = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
                  "invert": False}
-        model = {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(alphabet)},
-                 "unk_token": "<unk>"}
+        model = {"type": "BPE", "vocab": {c: i for i, c in enumerate(alphabet)}, "merges": [],
+                 "unk_token": f"for a character outside the alphabet {alphabet[:200]!r}"}
+        settings |= dict.fromkeys(special, "\n" if "\n" in alphabet else alphabet[0]) | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "auto_map": {"AutoTokenizer": [None, "tokenization_nanodva.CharacterTokenizer"]}}
         files = {"tokenizer.json": {"version": "1.0", "added_tokens": [], "pre_tokenizer": words,
-                                    "model": model, "decoder": {"type": "Fuse"}},
-                 "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+                                    "model": model, "decoder": {"type": "Fuse"}}}
     else:
         ids = {"".join(LETTERS[byte] for byte in tokenizer.decode([i])): i
                for i in range(tokenizer.vocab_size) if i != tokenizer.end_of_text}
@@ -235,8 +241,8 @@ def write_tokenizer(folder, tokenizer):
         merges = [f"{left} {right}" for left, right in pairs if left in ids and right in ids]
         text = "\n".join(["#version: 0.2", *merges, ""])
         (folder / "merges.txt").write_text(text, encoding="utf-8")
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-        files = {"vocab.json": ids | {END_OF_TEXT: tokenizer.end_of_text},
-                 "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"} | special}
-    for name, content in files.items():
+        settings |= dict.fromkeys((*special, "unk_token"), END_OF_TEXT)
+        settings |= {"tokenizer_class": "GPT2Tokenizer"}
+        files = {"vocab.json": ids | {END_OF_TEXT: tokenizer.end_of_text}}
+    for name, content in (files | {"tokenizer_config.json": settings}).items():
         (folder / name).write_text(json.dumps(content))

@@ -415,6 +415,15 @@ def error_of(*arguments):
 
 # ---- GPT-2 as transformers has it ----------------------------------------------------------------
 
+@pytest.fixture(scope="session")
+def code_folder(tmp_path_factory):
+    """transformers copies a folder's code before it runs it: not into the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("code"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        yield
+
+
 def oracle(activation="gelu_new", seed=0, biases=True, **shape):
     """A random GPT2LMHeadModel in which each parameter matters: none of them is near zero."""
     from transformers import GPT2Config, GPT2LMHeadModel

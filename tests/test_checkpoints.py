@@ -9,16 +9,27 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ROOT, command_line, contents, records, refused, runs_differ, send
+from conftest import (
+    ROOT,
+    command_line,
+    contents,
+    ending_of,
+    records,
+    refused,
+    runs_differ,
+    send,
+)
 
 import prepare_data
 import sample
 import train
+from nanodva import checkpoints
 from nanodva.checkpoints import FORMAT, load_checkpoint, save
 from nanodva.errors import UserError, only_writer
 
@@ -30,12 +41,85 @@ def test_a_run_is_never_overwritten_silently(run, finished, tmp_path):
     assert contents(tmp_path / "out") == finished
 
 
-def test_overwriting_removes_the_run_and_nothing_else(run, finished, tmp_path):
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+MINE = ["notes.txt", "best.pt.old", "last.pt.old", "metrics.jsonl.old", "best-before-tuning.pt",
+        "best-.pt", "last (copy).pt", "best.pt.bak", "old/last.pt.old"]
+
+
+def test_what_a_run_did_not_write_is_not_its_to_touch(run, finished, tmp_path):
+    """Copies of a person's own: after a start that is refused, a resume, and a new run."""
+    (tmp_path / "out" / "old").mkdir()
+    for name in MINE:
+        (tmp_path / "out" / name).write_text("mine")
+    with refused("holds a run"):
+        run()
+    run(init_from="resume", max_iters=13)
+    run(init_from="resume", max_iters=14, eval_iters=1)
     run(max_iters=1, eval_interval=50, overwrite=True)
+    after = contents(tmp_path / "out")
+    assert {after.pop(name) for name in MINE} == {b"mine"} and after.pop("old") is None
+    assert set(after) == {"last.pt", "best.pt", "metrics.jsonl", "best-13.pt"}
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 1
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert [record["step"] for record in records(tmp_path / "out")] == [0, 0, 0, 1]
+
+
+def test_a_new_run_is_killed_at_any_moment_of_its_first_save(run, finished, tmp_path, monkeypatch):
+    """Before the old last.pt is replaced the old run goes on, after it the new one."""
+    def killed(*args):
+        raise KeyboardInterrupt
+    replace = os.replace
+    for name, step in (("last.pt", 12), ("metrics.jsonl", 5)):
+        with monkeypatch.context() as during:
+            during.setattr(os, "replace", lambda source, path, name=name: killed()
+                           if str(path).endswith(name) else replace(source, path))
+            with pytest.raises(KeyboardInterrupt):
+                run(overwrite=True, seed=5)
+        assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == step
+        assert run(init_from="resume", max_iters=14)[0] == 0
+        config, *others = [line["config"] for line in records(tmp_path / "out")
+                           if "config" in line]
+        assert config["seed"] == (1337 if step == 12 else 5) and len(others) == 1
+        steps = [line["step"] for line in records(tmp_path / "out") if "train_loss" in line]
+        assert steps == list(range(14))
+
+
+def test_a_run_goes_on_from_what_is_there_once_the_folder_is_its_own(run, arguments, finished,
+                                                                    tmp_path, monkeypatch, capsys):
+    """A queued job begins while its predecessor still saves."""
+    run(init_from="resume", max_iters=14)
+    newer = (tmp_path / "out" / "last.pt").read_bytes()
+    (tmp_path / "out" / "last.pt").write_bytes(finished["last.pt"])
+    with locked_by_another(tmp_path / "out") as process:
+        def wait(seconds):
+            (tmp_path / "out" / "last.pt").write_bytes(newer)
+            process.communicate()
+        monkeypatch.setattr("nanodva.errors.time.sleep", wait)
+        again = [*arguments(max_iters=15), "--init_from=auto"]
+        assert "at step 14" in ending_of(train.main, again, capsys)[1]
+
+
+@pytest.mark.parametrize("function", ["outline", "build_optimizer"])
+def test_a_run_that_ends_while_another_one_begins_is_not_overwritten(run, trained, tmp_path,
+                                                                     monkeypatch, function):
+    """Before the second one has locked the folder, or after it: then the first cannot write."""
+    original, found = getattr(train, function), []
+
+    def meanwhile(*args):
+        with monkeypatch.context() as first:
+            first.setattr("nanodva.errors.HELD", set())
+            try:
+                with only_writer(tmp_path / "out"):
+                    shutil.copytree(trained, tmp_path / "out", dirs_exist_ok=True)
+            except UserError as error:
+                found.append(str(error))
+        return original(*args)
+    monkeypatch.setattr(train, function, meanwhile)
+    if function == "outline":
+        with refused("holds a run, last.pt and best.pt"):
+            run(seed=5)
+        expected = contents(trained)
+        assert contents(tmp_path / "out") == expected and not found
+    else:
+        assert run(seed=5)[0] == 0 and f"process {os.getpid()} on" in found[0]
 
 
 @pytest.mark.parametrize("changes", [dict(learning_rate=1e30, min_lr=1e30),
@@ -209,6 +293,20 @@ def test_best_is_only_replaced_by_better(run, tmp_path, losses, monkeypatch, alw
     assert load_checkpoint(tmp_path / "out" / "best.pt")["step"] == 12
 
 
+@pytest.mark.parametrize("tuned, values, best", [
+    (True, (1, 2, 3, 4), (0, 1)), (True, (4, 3, 5, 6), (5, 3)), (False, (1, 2, 3, 4), (5, 2)),
+    (False, (1, 1, 0.5, 1), (10, 0.5))])
+@pytest.mark.parametrize("always", [True, False])
+def test_what_is_called_best_is_on_the_disk(run, trained, tmp_path, losses, tuned, values, best,
+                                            always):
+    """At steps 0, 5, 10 and 12; random weights are not worth a name, those to fine-tune are."""
+    losses(*values)
+    out = run("tuned", init_from=trained if tuned else "scratch", always_save_checkpoint=always)[1]
+    assert f"best val loss {best[1]:.4f}" in out
+    saved = load_checkpoint(tmp_path / "tuned" / "best.pt")
+    assert (saved["step"], saved["best_val_loss"]) == best
+
+
 def test_best_survives_a_kill_between_the_two_saves(run, tmp_path, losses):
     """best.pt is of step 6 and last.pt of step 3, and with other settings step 6 is worse."""
     losses(9, 3)
@@ -237,7 +335,7 @@ def test_a_run_that_stops_before_its_first_evaluation_has_no_best_loss(run, tmp_
     at_step(1, send(signal.SIGTERM))
     assert "stopped at step 2, no best" in run(eval_interval=100)[1]
     at_step(0, send(signal.SIGTERM), function="learning_rate")
-    assert "stopped at step 0, no best" in run("other")[1]
+    assert "stopped before the first step: nothing was saved" in run("other")[1]
     assert not list((tmp_path / "other").glob("*.pt"))
 
 
@@ -247,6 +345,45 @@ def test_the_last_step_is_saved_whatever_the_interval(run, tmp_path):
     assert (tmp_path / "out" / "best.pt").exists()
     run("none", max_iters=0)
     assert load_checkpoint(tmp_path / "none" / "last.pt")["step"] == 0
+
+
+# ---- by the clock --------------------------------------------------------------------------------
+
+@pytest.fixture
+def always_due(monkeypatch):
+    """As if each step took a minute."""
+    monkeypatch.setattr(checkpoints.RunFolder, "is_due", lambda self, interval: interval > 0)
+
+
+def test_a_run_is_saved_by_the_clock_without_an_evaluation(run, tmp_path, at_step, always_due):
+    """A run that is killed before its first evaluation has something, too."""
+    seen = []
+    for step in (2, 7):
+        at_step(step, lambda: seen.append(load_checkpoint(tmp_path / "out" / "last.pt")["step"]))
+    run(eval_interval=650)
+    assert seen == [2, 7]
+    evaluated = [line["step"] for line in records(tmp_path / "out") if "val_loss" in line]
+    assert evaluated == [0, 12]
+    at_step(7, lambda: seen.append((tmp_path / "other" / "last.pt").exists()))
+    run("other", eval_interval=650, save_interval_s=0)
+    assert seen == [2, 7, False]
+
+
+def test_a_clocks_saves_change_nothing(run, tmp_path, always_due):
+    run("straight")
+    run("parts", save_interval_s=0)
+    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
+
+
+@pytest.mark.parametrize("since, took, interval, due", [
+    (16, 0.1, 15, True), (14, 0.1, 15, False), (16, 0.2, 15, False), (21, 0.2, 15, True),
+    (1e6, 0.1, 0, False)])
+def test_saves_by_the_clock_take_one_percent_of_the_time_at_most(run, tmp_path, since, took,
+                                                                 interval, due):
+    (tmp_path / "out").mkdir()
+    folder = checkpoints.RunFolder(train.TrainConfig(out_dir=str(tmp_path / "out")), None)
+    folder.saved_at, folder.save_s = time.monotonic() - since, took
+    assert folder.is_due(interval) == due
 
 
 # ---- all or nothing ------------------------------------------------------------------------------
@@ -264,6 +401,27 @@ def test_a_second_interrupt_during_the_save_keeps_the_checkpoint_before(run, tmp
     assert set(contents(tmp_path / "out")) == {"best.pt", "last.pt", "metrics.jsonl"}
 
 
+@contextmanager
+def full_disk():
+    """A with block in which fill(bytes) is a full disk: from then on no file grows beyond that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("limit, full", [(2500, "metrics.jsonl"), (50_000, "last.pt")])
+def test_a_stop_that_cannot_save_says_so(run, tmp_path, at_step, number, limit, full):
+    """And is not called a stop: exit status 2, not 128 and the signal."""
+    with full_disk() as fill:
+        at_step(7, lambda: (signal.raise_signal(number), fill(limit)))
+        with refused(f"cannot write {tmp_path / 'out' / full}: {os.strerror(errno.EFBIG)}"):
+            run(log_interval=1 if full == "metrics.jsonl" else 50, max_iters=100)
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 5
+
+
 @pytest.mark.parametrize("limit, full", [(3000, "metrics.jsonl"), (10_000, "best.pt"),
                                          (200_000, "last.pt")])
 def test_a_full_disk_leaves_the_checkpoints_whole(run, tmp_path, at_step, limit, full):
@@ -275,14 +433,11 @@ def test_a_full_disk_leaves_the_checkpoints_whole(run, tmp_path, at_step, limit,
     at_step(3, send(signal.SIGTERM))
     run(n_embd=32)
     before = contents(tmp_path / "out")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises((UserError, OSError)) as caught:
-            # Without a line for each step metrics.jsonl is not the first to grow
-            run(init_from="resume", log_interval=1 if full == "metrics.jsonl" else 5)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    # Without a line for each step metrics.jsonl is not the first to grow
+    interval = 1 if full == "metrics.jsonl" else 5
+    with full_disk() as fill, pytest.raises(UserError) as caught:
+        fill(limit)
+        run(init_from="resume", log_interval=interval)
     message = str(caught.value)
     assert os.strerror(errno.EFBIG) in message and "\n" not in message
     assert full == "metrics.jsonl" or f"{full}: " in message

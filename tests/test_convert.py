@@ -12,15 +12,7 @@ from nanodva.tokenizer import Tokenizer
 from nanodva.weights import load_model, read_weights
 from tools import convert
 
-
-@pytest.fixture(scope="module", autouse=True)
-def code_folder(tmp_path_factory):
-    """transformers copies a folder's code before it runs it: not into the user's own cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("code"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        patch.setattr(sys, "path", sys.path[:])
-        yield
+pytestmark = pytest.mark.usefixtures("code_folder")
 
 
 def make_run(folder, tokenizer=None, **settings):
@@ -46,9 +38,9 @@ def test_a_run_goes_to_transformers_and_comes_back(tmp_path, bias, gelu):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     back = load_model(str(tmp_path / "hf"))
     idx = torch.randint(65, (2, 64))
-    ours, _ = model(idx, targets=idx)
+    ours = model(idx)
     assert (theirs(idx).logits - ours).abs().max() < 1e-4
-    assert (back(idx, targets=idx)[0] - ours).abs().max() < 1e-4
+    assert (back(idx) - ours).abs().max() < 1e-4
     tokenizer = read_weights(str(tmp_path / "out"))["tokenizer"]
     assert read_weights(str(tmp_path / "hf"))["tokenizer"] == tokenizer
     assert "is not empty" in error_of(tmp_path / "out", f"--dest={tmp_path / 'hf'}")
@@ -72,7 +64,7 @@ def test_a_bpe_run_goes_out_with_its_tokenizer(tmp_path, kind, rows, count):
         assert their_tokenizer(text)["input_ids"] == ids
         assert their_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     idx = tokens(1, 64, V=count)
-    difference = theirs(idx).logits - model(idx, targets=idx)[0][..., :count]
+    difference = theirs(idx).logits - model(idx)[..., :count]
     assert difference.abs().max() < 1e-4
     assert read_weights(str(tmp_path / "hf"))["tokenizer"] == {"kind": kind}
 
@@ -89,8 +81,8 @@ def test_a_run_that_gpt2_cannot_express_brings_its_model(tmp_path, settings):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
     assert type(theirs).__module__.startswith("transformers_modules")
     idx = tokens(2, 64, V=65)
-    ours, loss = model(idx[:, :-1], targets=idx[:, 1:])
-    assert (theirs(idx).logits[:, :-1] - ours).abs().max() < 1e-5
+    ours, loss = model(idx), model(idx[:, :-1], targets=idx[:, 1:])
+    assert (theirs(idx).logits - ours).abs().max() < 1e-5
     assert theirs(idx, labels=idx).loss.item() == pytest.approx(loss.item(), abs=1e-5)
     # Greedy text up to the window, and any text beyond it
     expected = generate(model, idx[:, :4], 60, temperature=0)
@@ -102,7 +94,7 @@ def test_a_run_that_gpt2_cannot_express_brings_its_model(tmp_path, settings):
     tokenizer.save_pretrained(tmp_path / "again")
     for name in ("hf", "again"):
         back = load_model(tmp_path / name)
-        assert torch.equal(back(idx[:, :-1], targets=idx[:, 1:])[0], ours)
+        assert torch.equal(back(idx), ours)
         assert back.tokenizer.spec == read_weights(tmp_path / "out")["tokenizer"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
     assert torch.equal(again(idx).logits, theirs(idx).logits)
@@ -117,17 +109,11 @@ def test_what_transformers_could_get_wrong_of_a_run_that_brings_its_model(tmp_pa
                                                   dtype=torch.bfloat16).eval()
     idx = tokens(2, 64, V=300)
     # Rows of padding are no tokens, but part of the softmax while it was trained
-    logits = model(idx, targets=idx)[0]
+    logits = model(idx)
     difference = theirs(idx).logits - logits[..., :300]
     assert difference.norm() < 0.04 * logits.norm()
     assert theirs.generation_config.eos_token_id == 299
     assert theirs.gpt.lm_head.weight is theirs.gpt.transformer.wte.weight
-    # Padding would move the positions of a text that comes after it
-    mask = torch.ones_like(idx)
-    mask[0, :3] = 0
-    with pytest.raises(ValueError, match="padding before a text"):
-        theirs.generate(idx, attention_mask=mask, max_new_tokens=2)
-    assert torch.equal(theirs(idx, attention_mask=mask.flip(1)).logits, theirs(idx).logits)
 
 
 def test_the_pages_lines_for_transformers_run(tmp_path, monkeypatch, capsys):
@@ -148,11 +134,20 @@ def test_characters_go_out_with_their_tokenizer(tmp_path, alphabet):
     make_run(tmp_path / "out", {"kind": "char", "alphabet": alphabet}, vocab_size=len(alphabet))
     convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
     theirs, text = AutoTokenizer.from_pretrained(tmp_path / "hf"), alphabet + alphabet[::-1] * 2
-    ids = theirs(text)["input_ids"]
-    assert ids == [alphabet.index(character) for character in text]
-    assert theirs.decode(ids) == text and len(theirs) == len(alphabet)
-    with pytest.raises(Exception, match="UNK"):
+    trusted = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    ids = [alphabet.index(character) for character in text]
+    for tokenizer in (theirs, trusted):
+        assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
+        assert len(tokenizer) == len(alphabet) and tokenizer.model_max_length == 64
+        # The new line if there is one: programs ask for a first, an end and a padding token
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        assert special == (alphabet.index("\n"),) * 3
+    assert trusted.decode(ids, skip_special_tokens=True) == text
+    with pytest.raises(Exception, match="a character outside the alphabet"):
         theirs("Z")
+    for text in (alphabet + "ZY", [alphabet, "ZY"]):
+        with pytest.raises(ValueError, match="not in the model's alphabet: 'YZ'"):
+            trusted(text)
 
 
 @torch.no_grad()
@@ -163,7 +158,7 @@ def test_plain_safetensors_of_any_block(tmp_path, block, banks):
     state = load_file(tmp_path / "plain" / "model.safetensors")
     assert state.keys() == model.state_dict().keys() - {"lm_head.weight"}
     back, idx = load_model(str(tmp_path / "plain")), torch.arange(60).view(2, 30)
-    assert torch.equal(back(idx, targets=idx)[0], model(idx, targets=idx)[0])
+    assert torch.equal(back(idx), model(idx))
     there, here = (read_weights(str(tmp_path / name)) for name in ("plain", "out"))
     assert there["tokenizer"] == here["tokenizer"]
     # Whoever may read one of the files may read all

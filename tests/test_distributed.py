@@ -6,7 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, comparable, largest_difference, records, refused, runs_differ
+import torch
+from conftest import (
+    ROOT,
+    comparable,
+    largest_difference,
+    records,
+    refused,
+    runs_differ,
+    tiny,
+    tokens,
+)
 
 import train
 from nanodva.checkpoints import load_checkpoint
@@ -127,6 +137,16 @@ train.clip_grad_norm_ = drifting""", arguments())
     out, err = process.communicate(timeout=100)
     assert process.returncode != 0 and "have drifted apart" in err
     assert not (tmp_path / "out" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("place", ["transformer.h.1.attn", "transformer.h.0", "transformer"])
+def test_parameters_that_are_not_used_are_named(place):
+    """As those of a reader's block may be. DDP would end in a traceback that does not name them."""
+    model = tiny(block="dva", bank_layers=1)
+    model.get_submodule(place).spare = torch.nn.Linear(3, 4)
+    with refused(f"the loss does not depend on {place}.spare.weight, {place}.spare.bias: many "
+                 f"processes need", "train in one process"):
+        train.distribute(model, model, lambda model: model(tokens(2, 8), tokens(2, 8)).backward())
 
 
 @pytest.mark.parametrize("steps", [4, 1])

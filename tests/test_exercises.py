@@ -54,43 +54,58 @@ def final_loss(out_dir):
 
 
 def test_each_exercise_has_commands_and_folders_of_its_own():
-    assert list(COMMANDS) == [1, 2, 3, 4, 5] and all(COMMANDS.values())
+    assert list(COMMANDS) == [1, 2, 3, 4, 5, 6] and all(COMMANDS.values())
     folders = [word for commands in COMMANDS.values() for arguments in commands
                for word in arguments if word.startswith("--out_dir=")]
-    assert len(folders) == len(set(folders)) == 5 and "--out_dir=out-demo" not in folders
+    assert len(folders) == len(set(folders)) == 6 and "--out_dir=out-demo" not in folders
     assert all(f"## {number}. " in SOLUTIONS for number in COMMANDS)
 
 
-def test_without_the_gate(lesson, monkeypatch):
-    with_gate, without, picture = COMMANDS[1]
-    type_in(with_gate)
-    source, edits = re.subn(r" \* g\b", "", inspect.getsource(DynamicValueAttention.forward))
-    assert edits == 1
+def change_forward(monkeypatch, old, new):
+    """What a reader does to DynamicValueAttention.forward: `old`, found once, becomes `new`."""
+    source = textwrap.dedent(inspect.getsource(DynamicValueAttention.forward))
+    assert source.count(old) == 1
     names = dict(vars(model))
-    exec(textwrap.dedent(source), names)
+    exec(source.replace(old, new), names)
     monkeypatch.setattr(DynamicValueAttention, "forward", names["forward"])
-    type_in(without)
-    assert final_loss("out-gate") != final_loss("out-no-gate")
-    type_in(picture)
+
+
+def test_gates(lesson, monkeypatch, capsys):
+    (with_gate, without, table), (sigmoid, all_three) = COMMANDS[1], COMMANDS[2]
+    type_in(with_gate)
+    with monkeypatch.context() as changed:
+        change_forward(changed, " * g\n", "\n")
+        type_in(without)
+    with monkeypatch.context() as changed:
+        line = re.search(r"change the line\s+`(.*?)`.*?to `(.*?)`", PAGE, re.S)
+        change_forward(changed, line[1] + "\n", line[2] + "\n")
+        type_in(sigmoid)
+    losses = [final_loss(folder) for folder in ("out-gate", "out-gate-sigmoid", "out-no-gate")]
+    assert len(set(losses)) == 3
+    for command in (table, all_three):
+        type_in(command)
+    rows = capsys.readouterr().out.split("| run |")[-1]
+    assert re.findall(r"^\| out-\S+ \| 4 \| (\S+) \|", rows, re.M) == [f"{x:.4f}" for x in losses]
 
 
 def test_positions(lesson):
-    for command in COMMANDS[2]:
+    *trainings, table = COMMANDS[3]
+    # Exercise 1 has trained the first run of the table
+    for command in (COMMANDS[1][0], *trainings, table):
         type_in(command)
-    found = [final_loss(word.partition("=")[2]) for command in COMMANDS[2] for word in command
-             if word.startswith("--out_dir=")]
-    assert len(set(found)) == 3
+    found = [final_loss(word) for word in table if word.startswith("out-")]
+    assert len(set(found)) == 4
 
 
 def test_the_weights_are_those_of_the_solution(capsys):
-    for command in COMMANDS[3]:
+    for command in COMMANDS[4]:
         type_in(command)
     for count in capsys.readouterr().out.split():
         assert f"{int(count):,}" in SOLUTIONS
 
 
 def test_the_cache_holds_what_the_solution_says(capsys):
-    type_in(COMMANDS[4][0])
+    type_in(COMMANDS[5][0])
     rows = re.findall(r"^\| (\S+) \|.*\| ([\d,]+) \|$", capsys.readouterr().out, re.M)
     # 12 layers, keys of 16, 64 and 64 channels, values of 16 and none in banks, and the token's id
     assert rows == [("gpt2", "1,544"), ("dva", "3,848"), ("dva:bank_layers=12", "3,080")]
@@ -101,7 +116,7 @@ def test_a_block_of_ones_own(lesson, tmp_path, monkeypatch):
     names = dict(vars(model))
     exec(code, names)
     monkeypatch.setattr(model, "BLOCKS", names["BLOCKS"])
-    [command] = COMMANDS[5]
+    [command] = COMMANDS[6]
     type_in(command)
     table = (tmp_path / "out" / "race" / "plays_char-tokens" / "table.md").read_text()
     assert "| mine |" in table and "| dva |" in table

@@ -32,7 +32,9 @@ ZIP, TAR = io.BytesIO(), io.BytesIO()
 with zipfile.ZipFile(ZIP, "w") as archive:
     archive.writestr("a.txt", "text")
 with tarfile.open(fileobj=TAR, mode="w") as archive:
-    archive.addfile(tarfile.TarInfo("a.txt"))
+    info = tarfile.TarInfo("a.txt")
+    info.size = 9000
+    archive.addfile(info, io.BytesIO(b"text " * 1800))
 
 
 # ---- tables and objects --------------------------------------------------------------------------

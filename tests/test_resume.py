@@ -139,6 +139,36 @@ def test_resume_with_other_settings_says_so_and_means_it(run, finished, tmp_path
     assert steps == list(range(14))
 
 
+@pytest.mark.parametrize("before, after", [
+    (dict(max_iters=25, eval_interval=10), dict(max_iters=35)),
+    (dict(max_iters=12), dict(max_iters=20, batch_size=8)),
+    (dict(max_iters=12), dict(max_iters=20, gradient_accumulation_steps=6, eval_interval=3)),
+    (dict(max_iters=12, log_interval=5), dict(max_iters=20, log_interval=1, eval_train=False)),
+    (dict(max_iters=12), dict(max_iters=20, eval_iters=3, dtype="bfloat16", eval_interval=4))],
+    ids=str)
+def test_every_number_in_the_metrics_stays_right(run, tmp_path, before, after):
+    """Of the time before a resume and of the time after it, whatever has changed."""
+    shape = dict(lr_decay_iters=40, dropout=0)
+    run(**shape | before)
+    first = comparable(tmp_path / "out")
+    run(init_from="resume", **after)
+    lines = comparable(tmp_path / "out")
+    assert lines[:len(first)] == first
+    # The tokens are those that were read
+    a, b = (TINY | change for change in (before, before | after))
+    a, b = (16 * c["batch_size"] * c["gradient_accumulation_steps"] for c in (a, b))
+    end = before["max_iters"]
+    for line in lines:
+        step = line["step"]
+        assert line["tokens"] == min(step, end) * a + max(0, step - end) * b
+    evaluated = [line["step"] for line in lines[len(first):] if "val_loss" in line]
+    interval = (TINY | before | after)["eval_interval"]
+    again = end % interval == 0 and {"eval_iters", "batch_size"} & after.keys()
+    assert evaluated == [step for step in range(end, after["max_iters"] + 1)
+                         if (step > end or again)
+                         and (step % interval == 0 or step == after["max_iters"])]
+
+
 def test_resume_with_a_setting_that_only_fits_its_own(run):
     # 0.02 is above the default learning_rate
     run(learning_rate=0.05, min_lr=0.01)
@@ -269,6 +299,18 @@ def test_resume_needs_the_same_alphabet(run, finished, data_dir, tmp_path):
     (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
     with refused("another tokenizer"):
         run(init_from="resume", data_dir=tmp_path, dataset="other")
+
+
+def test_a_run_of_version_3_cannot_go_on_but_its_weights_can(run, finished, tmp_path):
+    for name in ("last.pt", "best.pt"):
+        checkpoint = load_checkpoint(tmp_path / "out" / name)
+        save(checkpoint | {"format": 3}, tmp_path / "out" / name)
+    before = contents(tmp_path / "out")
+    for init_from in ("resume", "auto"):
+        with refused("last.pt is of nanoDVA 3", f"--init_from={tmp_path / 'out'} and another"):
+            run(init_from=init_from)
+    assert contents(tmp_path / "out") == before
+    assert run("new", init_from=tmp_path / "out", max_iters=1)[0] == 0
 
 
 def test_resume_names_the_settings_of_another_version(run, finished, tmp_path):

@@ -1,4 +1,5 @@
 """Training: what a step is made of, what a run finds, and what is refused before it begins."""
+import copy
 import gc
 import io
 import json
@@ -14,7 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCKS, ROOT, comparable, contents, records, refused, send
+from conftest import (
+    BLOCKS,
+    ROOT,
+    comparable,
+    contents,
+    python,
+    records,
+    refused,
+    runs_differ,
+    send,
+)
 
 import train
 from model import GPT
@@ -93,6 +104,14 @@ def test_evaluation_is_exact_the_same_every_time_and_spread_evenly():
     assert loss == pytest.approx(evaluate(tokens, eval_iters=100, batch_size=3)[0], abs=1e-6)
     loss, spread = evaluate(tokens, eval_iters=1)[0], [0, 2, 5, 8]
     assert loss == pytest.approx(model(x[spread], y[spread]).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("eval_tokens, count", [(1, 1), (8, 1), (33, 5), (10**6, 11)])
+def test_evaluation_windows_need_not_follow_from_the_batch(eval_tokens, count):
+    tokens = np.random.default_rng(0).integers(16, size=8 * 11 + 5)
+    found = {evaluate(tokens, eval_tokens=eval_tokens, batch_size=size)[0] for size in (1, 4, 7)}
+    assert max(found) - min(found) < 1e-6
+    assert train.count_windows(tokens, settings(eval_tokens=eval_tokens)) == count
 
 
 def test_a_split_of_one_window_is_evaluated():
@@ -243,6 +262,18 @@ def test_memory_does_not_grow_with_the_steps(run, at_step, steps):
     assert later_memory - memory < 300_000 + 1000 * steps and later_counts == counts
 
 
+@pytest.mark.parametrize("changes", [dict(), dict(init_from="resume"), dict(overwrite=True)],
+                         ids=str)
+def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(run, finished, tmp_path, changes):
+    status, out = run(dry_run=True, max_iters=36_000_000, **changes)
+    assert status == 0 and contents(tmp_path / "out") == finished
+    [seconds, hours, minutes, rest, steps] = re.search(
+        r"dry run: (\S+) s a step, (\d+):(\d\d):(\d\d) for (\d+) steps", out).groups()
+    expected = 36_000_000 * float(seconds)
+    assert int(hours) * 3600 + int(minutes) * 60 + int(rest) == pytest.approx(expected, rel=0.01)
+    assert "0.01 M parameters" in out and " GB" in out and "loss" in out
+
+
 # ---- broken numbers ------------------------------------------------------------------------------
 
 def test_a_broken_loss_stops_the_run(run, finished, tmp_path):
@@ -270,7 +301,7 @@ def test_a_broken_evaluation_stops_the_run(run, trained, tmp_path):
     # Finite, as weights must be to be read, and too large for what is computed with them
     checkpoint["model"]["transformer.ln_f.weight"][:] = 3e38
     torch.save(checkpoint, tmp_path / "broken.pt")
-    with pytest.raises(train.BrokenLoss, match="step 0 is broken: the loss on train is nan"):
+    with pytest.raises(train.BrokenLoss, match="step 0 is broken: the losses are {'train': nan"):
         run("tuned", init_from=tmp_path / "broken.pt")
     assert not list((tmp_path / "tuned").glob("*.pt"))
 
@@ -291,6 +322,81 @@ def test_a_float16_step_that_overflows_is_left_out_as_a_whole(run, tmp_path, blo
     for index, state in before["optimizer"]["state"].items():
         assert all(torch.equal(after["optimizer"]["state"][index][name], p)
                    for name, p in state.items())
+
+
+@pytest.mark.parametrize("name", ["h.0.mlp.c_fc.weight", "wte.weight", "h.1.attn.c_v.weight",
+                                  "h.0.ln_1.weight"])
+def test_one_infinite_gradient_under_float16_moves_no_parameter(run, tmp_path, at_step, monkeypatch,
+                                                                name):
+    """Whichever of Muon's and AdamW's matrices and vectors it is in."""
+    models, before = [], {}
+    build_model = train.build_model
+    monkeypatch.setattr(train, "build_model", lambda *args: models.append(build_model(*args))
+                        or models[0])
+
+    def break_one():
+        before.update(copy.deepcopy(models[0].state_dict()))
+        p = models[0].get_parameter(f"transformer.{name}")
+        p.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), math.inf))
+    at_step(4, break_one)
+    run(dtype="float16", optimizer="muon", max_iters=5)
+    after = load_checkpoint(tmp_path / "out" / "last.pt")
+    assert after["step"] == 5 and after["scaler"]["scale"] == 2.0**15
+    assert all(torch.equal(after["model"][key], p) for key, p in before.items())
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+def no_compiler(graph, inputs):
+    raise OSError("failed to map segment from shared object")
+
+
+@pytest.fixture
+def failing_compiler(monkeypatch):
+    """torch.compile does all but the last step, for which it lacks a compiler."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options:
+                        compile(model, backend=no_compiler, **options))
+    monkeypatch.setattr(machine, "pick_compile", lambda setting, device, flops: bool(setting))
+    torch._dynamo.reset()
+
+
+def test_compiling_that_fails_is_done_without(run, tmp_path, failing_compiler):
+    run("straight", compile=False)
+    status, out = run(compile="auto")
+    assert status == 0 and "runs uncompiled: BackendCompilerFailed: backend='no_compiler'" in out
+    assert runs_differ(tmp_path / "straight", tmp_path / "out") == 0
+    with refused("compile=True: torch.compile fails here; --compile=False goes on without"):
+        run("other", compile=True)
+    assert contents(tmp_path / "other") == {"metrics.jsonl": b""}
+
+
+def test_a_stop_while_it_compiles_is_a_stop(run, monkeypatch, failing_compiler):
+    """Ctrl-C reaches the C++ compiler, too, and a compilation that it ended fails."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options:
+                        signal.raise_signal(signal.SIGINT) or compile(model, **options))
+    assert run(compile=True)[0] == 130
+
+
+def test_a_mistake_in_a_block_that_is_compiled_keeps_its_traceback(run, monkeypatch,
+                                                                   failing_compiler):
+    monkeypatch.setattr(BLOCKS["mean"], "forward", lambda self, x, *rest: x @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run(block="mean", compile=True)
+
+
+@pytest.mark.slow
+def test_a_cpp_compiler_that_fails_is_done_without(arguments, tmp_path):
+    """By Inductor itself, in a process of its own."""
+    (tmp_path / "g++").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "g++").chmod(0o755)
+    code = ("import sys, train\ntrain.machine.pick_compile = lambda *_: True\n"
+            "train.main(sys.argv[1:])")
+    done = python(code, *arguments(compile="auto"), TORCHINDUCTOR_FX_GRAPH_CACHE="0",
+                  PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 0 and "runs uncompiled: " in done.stdout, done.stderr
+    assert "done: step 12" in done.stdout and "Traceback" not in done.stderr
 
 
 # ---- wrong data ----------------------------------------------------------------------------------
@@ -348,11 +454,12 @@ def test_what_to_do_next_can_be_typed_in_any_folder(run, monkeypatch, tmp_path):
 
 # ---- stopping ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_and_saves(run, tmp_path, at_step, number, status):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_and_saves(run, tmp_path, at_step, number):
+    """Ctrl-C, a scheduler's end, a closed terminal, and Slurm's warning."""
     at_step(6, send(number))
     ended, out = run()
-    assert ended == status and "stopped at step 7" in out
+    assert ended == 128 + number and "stopped at step 7" in out
     assert f"continue:  python train.py --init_from=resume --out_dir={tmp_path / 'out'}" in out
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 7
 
@@ -369,3 +476,29 @@ def test_a_signal_during_an_evaluation_leaves_it_at_the_next_batch(run, tmp_path
     status, out = run(eval_iters=100)
     assert status == 143 and "stopped at step 10" in out and len(batches) == 1
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 10
+
+
+def test_what_nohup_ignores_stays_ignored(run, at_step):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_step(6, send(signal.SIGHUP))
+        assert run()[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("gone", ["pipe", "terminal"])
+@pytest.mark.parametrize("number", [None, signal.SIGHUP])
+def test_a_run_goes_on_when_nobody_can_read_what_it_says(run, tmp_path, monkeypatch, at_step, gone,
+                                                         number):
+    """`| head -4`, or a terminal that is closed; both streams."""
+    ours, theirs = os.pipe()[::-1] if gone == "pipe" else os.openpty()[::-1]
+    with os.fdopen(ours, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        at_step(3, lambda: os.close(theirs))
+        if number:
+            at_step(6, send(number))
+        assert run()[0] == (128 + number if number else 0)
+    saved = load_checkpoint(tmp_path / "out" / "last.pt")["step"]
+    assert saved == (7 if number else 12) and records(tmp_path / "out")[-1]["step"] >= saved - 1

@@ -31,6 +31,7 @@ import sample
 import train
 from model import generate
 from nanodva.checkpoints import FORMAT, load_checkpoint
+from nanodva.errors import fail
 from nanodva.weights import OPENAI, load_model, read_weights
 from tools import convert, explain
 
@@ -290,6 +291,17 @@ def test_a_row_for_an_added_token_is_never_drawn(tmp_path, texts):
     assert ours.tokenizer.vocab_size == 50257
 
 
+def test_logits_need_no_file_of_a_tokenizer(tmp_path, monkeypatch):
+    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50257)
+    theirs.save_pretrained(tmp_path)
+    monkeypatch.setattr("nanodva.tokenizer.gpt2_tokens", lambda: fail("no network"))
+    model, idx = load_model(tmp_path), torch.arange(50)[None]
+    with torch.no_grad():
+        assert (model(idx) - theirs(idx).logits).abs().max() < 1e-4
+    with refused("no network"):
+        generate(model, "a", 1)
+
+
 @pytest.mark.parametrize("rows", [50257, 50304])
 def test_what_is_assumed_of_tokens_is_said_and_can_be_overridden(tmp_path, capsys, data_dir, rows):
     write_nanogpt(tmp_path / "ckpt.pt", oracle("gelu", n_layer=1, n_head=1, n_embd=8,
@@ -517,7 +529,7 @@ def test_broken_weights_are_refused_before_anything_is_written(run, finished, tm
 
 def test_the_pages_lines_of_python_do_what_they_say(run, tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "interop.md").read_text()
-    code, transformers_code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code, transformers_code, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = code.replace("ROMEO:", "abc")
     run("out-demo", block="dva", rotary=True, max_iters=2, value_norm=False)
     monkeypatch.chdir(tmp_path)

@@ -44,12 +44,12 @@ class ConvertConfig:
             fail("say what goes where:  python -m tools.convert OUT_DIR --to=hf --dest=FOLDER")
 
 
-def to_gpt2(weights, rows):
+def to_gpt2(model, state, spec):
     """
-    (settings, state dict) of transformers' GPT2LMHeadModel for what read_weights() gave, with the
-    first `rows` rows of the token table.
+    (settings, state dict) of transformers' GPT2LMHeadModel for those of a plain GPT-2: a
+    ModelConfig, a state dict and the spec of its tokenizer.
     """
-    model, ours, state = ModelConfig(**weights["model_config"]), dict(weights["model"]), {}
+    ours, state = dict(state), {}
     for name in [name for name in ours if ".attn.c_q." in name]:
         # GPT-2 has W_q, W_k and W_v in one matrix
         parts = [ours.pop(name.replace("c_q", f"c_{part}")) for part in "qkv"]
@@ -63,12 +63,10 @@ def to_gpt2(weights, rows):
             # There everything has a bias. If ours has one, it comes later and takes this place.
             bias = name.removesuffix("weight") + "bias"
             state.setdefault(bias, torch.zeros(p.size(0)))
-    # Padded rows of the table are no tokens, and would take part in the softmax
-    state["transformer.wte.weight"] = state["transformer.wte.weight"][:rows]
     return {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": model.block_size,
         "n_embd": model.n_embd, "n_layer": model.n_layer, "n_head": model.n_head,
-        "layer_norm_epsilon": 1e-5, "nanodva_tokenizer": weights["tokenizer"],
+        "layer_norm_epsilon": 1e-5, "nanodva_tokenizer": spec,
         "activation_function": "gelu_new" if model.gelu == "tanh" else "gelu"}, state
 
 
@@ -84,41 +82,48 @@ def main(argv=None):
     weights, folder, code = read_weights(Path(cfg.source)), Path(cfg.dest), []
     if weights["assumed"]:
         print(weights["assumed"])
-    if weights["tokenizer"] and weights["tokenizer"]["kind"] == "gpt2":
+    model, spec, state = weights["model_config"], weights["tokenizer"], weights["model"]
+    if spec and spec["kind"] == "gpt2":
         # The spec may carry 0.6 MB of tokens, which get files of their own
-        weights["tokenizer"] = {"kind": "gpt2"}
+        spec = {"kind": "gpt2"}
+    tokenizer = Tokenizer(weights["tokenizer"]) if spec and cfg.to == "hf" else None
     # safetensors keeps one of two tied weights
-    state = weights["model"]
     del state["lm_head.weight"]
-    settings = {key: weights[key] for key in ("model_config", "tokenizer")}
+    settings = {"model_config": model, "tokenizer": spec}
     if cfg.to == "hf":
-        model, spec = ModelConfig(**weights["model_config"]), weights["tokenizer"]
-        tokenizer = Tokenizer(spec) if spec else None
-        rows = tokenizer.vocab_size if tokenizer else model.vocab_size
-        if (model.block, model.bank_layers, model.is_rotary) == ("gpt2", 0, False):
-            settings, state = to_gpt2(weights, rows)
+        if tokenizer:
+            # Padded rows are no tokens, but transformers would take them for some
+            model["vocab_size"] = tokenizer.vocab_size
+            state = {name: p[:tokenizer.vocab_size] if name.endswith((".wte.weight", ".bank.table"))
+                     else p for name, p in state.items()}
+        config = ModelConfig(**model)
+        if (config.block, config.bank_layers, config.is_rotary) == ("gpt2", 0, False):
+            settings, state = to_gpt2(config, state, spec)
         else:
             # transformers has no class for it: model.py goes along, and what calls it
-            code = [ROOT / "model.py", ROOT / "tools" / "modeling_nanodva.py"]
+            code = ["model.py", "tools/modeling_nanodva.py"]
             calls = "modeling_nanodva.NanoDVA"
             settings |= {
                 "model_type": "nanodva", "architectures": ["NanoDVAForCausalLM"],
-                "auto_map": {"AutoConfig": f"{calls}Config",
+                "max_position_embeddings": config.block_size,
+                "auto_map": {"AutoConfig": f"{calls}Config", "AutoModel": f"{calls}Model",
                              "AutoModelForCausalLM": f"{calls}ForCausalLM"}}
             state = {f"gpt.{name}": p for name, p in state.items()}
+        if tokenizer and tokenizer.bpe is None:
+            code.append("tools/tokenization_nanodva.py")
         end = tokenizer.end_of_text if tokenizer else None
-        settings |= {"vocab_size": rows, "tie_word_embeddings": True, "bos_token_id": end,
-                     "eos_token_id": end}
+        settings |= {"vocab_size": config.vocab_size, "tie_word_embeddings": True,
+                     "bos_token_id": end, "eos_token_id": end}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir())
         if names:
             fail(f"dest={cfg.dest!r} is not empty, it holds {', '.join(names[:5])}: name a new "
                  f"folder")
-        if cfg.to == "hf" and tokenizer:
-            write_tokenizer(folder, tokenizer)
+        if tokenizer:
+            write_tokenizer(folder, tokenizer, config.block_size)
         for path in code:
-            shutil.copy(path, folder)
+            shutil.copy(ROOT / path, folder)
         state = {name: p.contiguous() for name, p in state.items()}
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(settings, indent=1))

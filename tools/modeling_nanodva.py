@@ -4,37 +4,44 @@ that tools/convert.py writes.
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 """
+import torch
+from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.utils import can_return_tuple
 
 from .model import GPT, ModelConfig
 
 
 class NanoDVAConfig(PretrainedConfig):
-    """model_config are the settings of ModelConfig. vocab_size counts tokens, without padding."""
+    """model_config are the settings of ModelConfig."""
     model_type = "nanodva"
 
     def __init__(self, model_config=None, tie_word_embeddings=True, **settings):
         self.model_config = model_config or {}
-        # What transformers itself asks for
+        # The names by which other programs ask
         self.num_hidden_layers = self.model_config.get("n_layer")
         self.hidden_size = self.model_config.get("n_embd")
+        self.max_position_embeddings = self.model_config.get("block_size")
+        self.vocab_size = self.model_config.get("vocab_size")
         super().__init__(tie_word_embeddings=tie_word_embeddings, **settings)
 
 
-class NanoDVAForCausalLM(PreTrainedModel, GenerationMixin):
+class NanoDVAModel(PreTrainedModel):
     """
-    generate() runs the whole window for each new token, since transformers' caches know neither
-    DVA nor banks; sample.py has a cache of its own. A text that is longer than block_size goes on
-    from its last block_size tokens.
+    Token ids -> the stream after the final norm. Padding may be on either side of a text: the
+    attention mask moves it behind the text, where causal attention never looks, and positions are
+    counted without it.
     """
     config_class = NanoDVAConfig
     base_model_prefix = "gpt"
+    supports_gradient_checkpointing = True
     _tied_weights_keys = {"gpt.lm_head.weight": "gpt.transformer.wte.weight"}
 
     def __init__(self, config):
         super().__init__(config)
         self.gpt = GPT(ModelConfig(**config.model_config))
+        self.gradient_checkpointing = False
         self.post_init()
 
     def _init_weights(self, module):
@@ -48,29 +55,122 @@ class NanoDVAForCausalLM(PreTrainedModel, GenerationMixin):
             fresh = GPT(self.gpt.config).get_submodule(names[0])
             for name, buffer in buffers.items():
                 buffer.copy_(fresh.get_buffer(name))
+        elif isinstance(module, nn.Embedding) and not names:
+            # A new table, in resize_token_embeddings()
+            nn.init.normal_(module.weight, std=0.02)
 
     def get_input_embeddings(self):
         return self.gpt.transformer.wte
 
+    def set_input_embeddings(self, value):
+        self.gpt.transformer.wte = value
+
     def get_output_embeddings(self):
         return self.gpt.lm_head
 
+    def set_output_embeddings(self, value):
+        self.gpt.lm_head = value
+
+    def resize_token_embeddings(self, *arguments, **options):
+        """transformers' own, and a new token's row in a bank is the mean of the others."""
+        embedding = super().resize_token_embeddings(*arguments, **options)
+        rows = self.gpt.config.vocab_size = embedding.num_embeddings
+        self.config.model_config = self.config.model_config | {"vocab_size": rows}
+        for bank in self.gpt.banks():
+            mean = bank.table.data.mean(dim=0, keepdim=True)
+            added = mean.expand(max(0, rows - len(bank.table)), -1)
+            bank.table = nn.Parameter(torch.cat((bank.table.data, added))[:rows])
+        return embedding
+
+    def run(self, input_ids, attention_mask, inputs_embeds, output_hidden_states, unsupported):
+        """GPT.forward up to the final norm, with what transformers may ask for in addition."""
+        unsupported.setdefault("output_attentions", self.config.output_attentions)
+        for name, value in unsupported.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name} is not supported by nanoDVA's models: leave it out")
+        gpt, given = self.gpt, input_ids if inputs_embeds is None else inputs_embeds
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of the two")
+        if inputs_embeds is not None and gpt.banks():
+            raise ValueError("a Bank of Values looks its values up by token id: give input_ids, "
+                             "not inputs_embeds")
+        T, size = given.size(1), gpt.config.block_size
+        if T > size:
+            raise ValueError(f"{T} positions do not fit into the window of {size}")
+        back = None
+        if attention_mask is not None and not attention_mask.all():
+            if attention_mask.shape != given.shape[:2]:
+                raise ValueError(f"an attention mask of the shape {tuple(attention_mask.shape)} is "
+                                 f"not supported: give one of {tuple(given.shape[:2])}")
+            order = (attention_mask == 0).int().argsort(dim=1, stable=True)
+            given, back = rearrange(given, order), order.argsort(dim=1)
+        x = gpt.transformer.wte(given) if inputs_embeds is None else given
+        if gpt.transformer.wpe is not None:
+            x = x + gpt.transformer.wpe.weight[:T]
+        x = gpt.transformer.drop(x)
+        rotary, states = None, []
+        if gpt.rotary is not None:
+            rotary = [part[:T] for part in gpt.rotary]
+        for block in gpt.transformer.h:
+            states.append(x)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, given, rotary)
+            else:
+                x = block(x, given, rotary)
+        states.append(gpt.transformer.ln_f(x))
+        if back is not None:
+            states = [rearrange(x, back) for x in states]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return BaseModelOutput(last_hidden_state=states[-1],
+                               hidden_states=tuple(states) if output_hidden_states else None)
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None,
+                output_hidden_states=None, **unsupported):
+        """Token ids (B, T), or their embeddings (B, T, C) -> last_hidden_state (B, T, C)."""
+        return self.run(input_ids, attention_mask, inputs_embeds, output_hidden_states, unsupported)
+
+
+class NanoDVAForCausalLM(NanoDVAModel, GenerationMixin):
+    """
+    generate() runs the whole window for each new token, since transformers' caches know neither
+    DVA nor banks; sample.py has a cache of its own. A text that is longer than block_size goes on
+    from its last block_size tokens.
+    """
+
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
-        size = self.gpt.config.block_size
-        mask = attention_mask if attention_mask is None else attention_mask[:, -size:]
-        return {"input_ids": input_ids[:, -size:], "attention_mask": mask}
+        if attention_mask is not None:
+            if not attention_mask[:, -1].all():
+                raise ValueError("generate() continues each row after its last column: pad before "
+                                 "the texts, padding_side='left'")
+            attention_mask = attention_mask[:, -self.gpt.config.block_size:]
+        return {"input_ids": input_ids[:, -self.gpt.config.block_size:],
+                "attention_mask": attention_mask, "logits_to_keep": 1}
 
-    def forward(self, input_ids, attention_mask=None, labels=None, **settings):
-        """Token ids (B, T) -> logits (B, T, V), and with labels (B, T) their loss."""
-        if attention_mask is not None and (attention_mask.diff() > 0).any():
-            raise ValueError("padding before a text moves its positions, and is not left out: put "
-                             "it after the text, or give texts of one length")
-        logits, loss = self.gpt(input_ids)[..., :self.config.vocab_size], None
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None,
+                logits_to_keep=0, output_hidden_states=None, num_items_in_batch=None,
+                **unsupported):
+        """
+        Token ids (B, T), or their embeddings (B, T, C) -> logits (B, T, V), of the last
+        logits_to_keep positions alone if that is not 0. With labels (B, T) also their loss.
+        """
+        found = self.run(input_ids, attention_mask, inputs_embeds, output_hidden_states,
+                         unsupported)
+        logits, loss = self.gpt.lm_head(found.last_hidden_state[:, -logits_to_keep:]), None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **settings)
-        return CausalLMOutput(loss=loss, logits=logits)
+            loss = self.loss_function(logits, labels, logits.size(-1),
+                                      num_items_in_batch=num_items_in_batch)
+        return CausalLMOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
 
 
-# So that save_pretrained copies this file and model.py, too
+def rearrange(x, order):
+    """The columns of x (B, T, ...) in the order (B, T) of each row."""
+    return x[torch.arange(len(x), device=x.device)[:, None], order]
+
+
+# save_pretrained then copies this file and model.py, too
 NanoDVAConfig.register_for_auto_class()
+NanoDVAModel.register_for_auto_class("AutoModel")
 NanoDVAForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nanodva.errors import check_new, fail, replacing, run_script
-from nanodva.settings import load_settings
+from nanodva.settings import PathName, load_settings
 
 # The 97.5 % quantile of Student's t for 1, 2 ... 10 degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -315,9 +315,11 @@ def draw_losses(runs, path):
     with axes_for(path, "strong: unseen text; thin: training text; lower is better") as axes:
         heights = []
         for i, (name, records) in enumerate(runs.items()):
-            for loss, label, width in (("train_loss", None, 0.5), ("val_loss", name, 2)):
+            for loss, label, width, marker in (("train_loss", None, 0.5, ""),
+                                               ("val_loss", name, 2, "o")):
                 points = [(record["step"], record[loss]) for record in records if loss in record]
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=width, **style(i))
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=width, marker=marker,
+                          markersize=4, **style(i))
                 # The first tenth of a run would press everything else together
                 heights += [y for x, y in points if x >= points[-1][0] / 10]
         margin = 0.05 * (max(heights) - min(heights)) or 1
@@ -329,8 +331,8 @@ def draw_losses(runs, path):
 
 @dataclass
 class ReportConfig:
-    picture: str = ""        # the file to write; empty: loss.svg in the first run's folder
-    ladder: str = ""         # a folder with races, which gets ladder.svg, curves.svg and ladder.md
+    picture: PathName = ""   # the file to write; empty: loss.svg in the first run's folder
+    ladder: PathName = ""    # a folder with races, which gets ladder.svg, curves.svg and ladder.md
 
 
 def read_lines(path):

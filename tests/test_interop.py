@@ -1,0 +1,218 @@
+"""What people do with an exported model: transformers' own functions, and other packages."""
+import re
+
+import pytest
+import torch
+from conftest import ROOT, save_run, shaken, tiny, tokens
+from torch.nn.functional import cross_entropy
+
+from model import generate
+from nanodva.tokenizer import Tokenizer
+from nanodva.weights import load_model
+from tools import convert
+
+pytestmark = pytest.mark.usefixtures("code_folder")
+
+ALPHABET = "\n" + "".join(map(chr, range(32, 96)))
+# All that plain GPT-2 cannot express: each way to know positions, with a bank and without
+OWN = [dict(block="dva", rotary="only"), dict(block="dva", rotary=False, bank_layers=1),
+       dict(block="gpt2", rotary="only", bank_layers=1), dict(block="gpt2", rotary=True)]
+
+
+def exported(folder, tokenizer=None, **settings):
+    """A random model, and folder / "hf", its export for transformers."""
+    shape = dict(vocab_size=65, block_size=64, n_layer=2, n_embd=32, bias=False)
+    model = shaken(tiny(**shape | settings))
+    save_run(folder / "out", model, tokenizer or {"kind": "char", "alphabet": ALPHABET})
+    convert.main([str(folder / "out"), f"--dest={folder / 'hf'}"])
+    return model, folder / "hf"
+
+
+def loaded(folder, kind="AutoModelForCausalLM"):
+    import transformers
+    return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@pytest.fixture(scope="module", params=OWN, ids=str)
+def own(request, tmp_path_factory):
+    """(model, the folder of its export) of each system that brings its code."""
+    return exported(tmp_path_factory.mktemp("own"), **request.param)
+
+
+# ---- transformers --------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "within"])
+def test_padded_rows_are_computed_as_if_alone(own, side):
+    (model, folder), width = own, 40
+    theirs = loaded(folder)
+    mask = torch.zeros(3, width, dtype=torch.long)
+    for row, length in enumerate((5, 17, width)):
+        first = {"left": width - length, "right": 0, "within": (width - length) // 2}[side]
+        mask[row, first:first + length] = 1
+    if side == "within":
+        mask[1, [15, 20]] = 0
+    idx = tokens(3, width, V=65)
+    found = theirs(idx, attention_mask=mask, output_hidden_states=True)
+    for row, is_text in enumerate(mask.bool()):
+        alone = theirs(idx[row, is_text][None], output_hidden_states=True)
+        assert (alone.logits[0] - model(idx[row, is_text][None])[0]).abs().max() < 1e-5
+        assert (found.logits[row, is_text] - alone.logits[0]).abs().max() < 1e-5
+        for state, state_alone in zip(found.hidden_states, alone.hidden_states, strict=True):
+            assert (state[row, is_text] - state_alone[0]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_texts_of_unlike_lengths_are_continued_together(own):
+    theirs = loaded(own[1])
+    idx, mask = tokens(3, 40, V=65), torch.ones(3, 40, dtype=torch.long)
+    mask[0, :35], mask[1, :3] = 0, 0
+    # Up to the window, beyond it, and by beam search
+    for options in (dict(max_new_tokens=24), dict(max_new_tokens=50),
+                    dict(max_new_tokens=5, num_beams=2)):
+        together = theirs.generate(idx, attention_mask=mask, do_sample=False, **options)
+        for row, is_text in enumerate(mask.bool()):
+            alone = theirs.generate(idx[row, is_text][None], do_sample=False, **options)
+            assert torch.equal(together[row, len(mask[0]) - mask[row].sum():], alone[0])
+    with pytest.raises(ValueError, match="padding_side='left'"):
+        theirs.generate(idx, attention_mask=mask.flip(1), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("settings", [dict(block="dva"), dict(block="gpt2")], ids=str)
+@pytest.mark.parametrize("tokenizer", [None, {"kind": "gpt2:300"}], ids=["characters", "words"])
+def test_a_pipeline_writes_texts_in_batches(tmp_path, settings, tokenizer):
+    from transformers import pipeline
+    _, folder = exported(tmp_path, tokenizer, **settings, vocab_size=320 if tokenizer else 65)
+    write = pipeline("text-generation", str(folder), trust_remote_code=True, device="cpu")
+    prompts = ["\nA\nB\n", "O", "ALL THE WORLD'S A STAGE"]
+    options = dict(max_new_tokens=20, do_sample=False)
+    found = [text["generated_text"] for [text] in write(prompts, batch_size=2, **options)]
+    expected = [generate(load_model(folder), prompt, 20, temperature=0) for prompt in prompts]
+    assert found == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows, options", [(70, {}), (61, {}), (66, dict(pad_to_multiple_of=8)),
+                                           (80, dict(mean_resizing=False))])
+def test_a_resized_vocabulary_is_saved_and_comes_back(own, tmp_path, rows, options):
+    theirs = loaded(own[1])
+    idx, kept = tokens(2, 20, V=61), min(rows, 65)
+    before = theirs(idx).logits[..., :kept]
+    theirs.resize_token_embeddings(rows, **options)
+    rows = 72 if "pad_to_multiple_of" in options else rows
+    assert theirs(idx).logits.shape[-1] == theirs.config.vocab_size == rows
+    assert theirs.gpt.transformer.wte.weight.std() < 0.5
+    theirs.save_pretrained(tmp_path / "again")
+    again, ours = loaded(tmp_path / "again"), load_model(tmp_path / "again")
+    for ids in (idx, idx + rows - 61):
+        logits = theirs(ids).logits
+        assert torch.equal(again(ids).logits, logits) and torch.equal(ours(ids), logits)
+    assert torch.equal(theirs(idx).logits[..., :kept], before)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(own):
+    theirs, idx = loaded(own[1]).train(), tokens(2, 20, V=65)
+    mask = torch.ones_like(idx)
+    mask[0, :5] = 0
+    calls, gradients = [], []
+    theirs.gpt.transformer.h[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for enable in (lambda: None, theirs.gradient_checkpointing_enable):
+        enable()
+        theirs(idx, attention_mask=mask, labels=idx).loss.backward()
+        gradients.append([p.grad for p in theirs.parameters() if p.requires_grad])
+        theirs.zero_grad()
+    # Once without, twice with: it computes the block again for its gradients
+    assert len(calls) == 3
+    for first, second in zip(*gradients, strict=True):
+        assert (first - second).abs().max() <= 1e-6 * first.abs().max()
+
+
+@torch.no_grad()
+def test_states_embeddings_and_the_model_without_its_head(own, tmp_path):
+    model, folder = own
+    theirs, base, idx = loaded(folder), loaded(folder, "AutoModel"), tokens(2, 20, V=65)
+    found = theirs(idx, output_hidden_states=True)
+    table = theirs.get_input_embeddings().weight
+    assert len(found.hidden_states) == 3
+    assert (found.hidden_states[-1] @ table.T - found.logits).abs().max() < 1e-5
+    assert torch.equal(base(idx).last_hidden_state, found.hidden_states[-1])
+    assert torch.equal(base(idx, return_dict=False)[0], found.hidden_states[-1])
+    assert torch.equal(theirs(idx, logits_to_keep=3).logits, found.logits[:, -3:])
+    # Saved without its head it is whole: the head is the token table
+    base.save_pretrained(tmp_path / "base")
+    assert torch.equal(loaded(tmp_path / "base")(idx).logits, found.logits)
+    embeddings = table[idx]
+    if model.banks():
+        with pytest.raises(ValueError, match="by token id: give input_ids"):
+            theirs(inputs_embeds=embeddings)
+    else:
+        assert torch.equal(theirs(inputs_embeds=embeddings).logits, found.logits)
+
+
+def test_what_is_not_supported_is_refused_by_name(tmp_path):
+    _, folder = exported(tmp_path, block="dva")
+    theirs, base, idx = loaded(folder), loaded(folder, "AutoModel"), tokens(2, 20, V=65)
+    for name, value in dict(output_attentions=True, position_ids=idx, use_cache=True,
+                            past_key_values=(), token_type_ids=idx).items():
+        for model in (theirs, base):
+            with pytest.raises(ValueError, match=f"{name} is not supported"):
+                model(idx, **{name: value})
+    assert theirs(idx, output_attentions=False, use_cache=None).loss is None
+    for given in (dict(), dict(input_ids=idx, inputs_embeds=torch.zeros(2, 20, 32))):
+        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+            theirs(**given)
+    with pytest.raises(ValueError, match="mask of the shape"):
+        theirs(idx, attention_mask=torch.zeros(2, 1, 20, 20))
+    with pytest.raises(ValueError, match="65 positions do not fit into the window of 64"):
+        theirs(tokens(1, 65))
+
+
+@pytest.mark.parametrize("settings", [dict(block="dva"), dict(block="gpt2")], ids=str)
+@pytest.mark.parametrize("tokenizer", [None, {"kind": "gpt2:300"}], ids=["characters", "words"])
+def test_an_export_says_its_window_and_its_special_tokens(tmp_path, settings, tokenizer):
+    from transformers import AutoConfig, AutoTokenizer
+    _, folder = exported(tmp_path, tokenizer, **settings, vocab_size=320 if tokenizer else 65)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    # Without its code: the question would be asked on the terminal
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert theirs.model_max_length == config.max_position_embeddings == 64
+    assert config.vocab_size == len(theirs) == (300 if tokenizer else 65)
+    end = 299 if tokenizer else 0
+    assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == end
+    # Generation ends with a text, but not with a line
+    assert config.eos_token_id == (end if tokenizer else None)
+
+
+# ---- other packages ------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [dict(block="dva", rotary="only", bank_layers=1),
+                                      dict(block="gpt2")], ids=str)
+def test_onnxruntime_takes_any_length_up_to_the_window(tmp_path, monkeypatch, settings):
+    pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
+    [code] = re.findall(r"```python\n((?:(?!```).)*?torch\.onnx.*?)```",
+                        (ROOT / "docs" / "interop.md").read_text(), re.DOTALL)
+    model = shaken(tiny(block_size=300, **settings))
+    save_run(tmp_path / "out-demo", model, None)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    session = onnxruntime.InferenceSession("demo.onnx")
+    for length in (1, 8, 257, 300):
+        idx = tokens(2, length)
+        [logits] = session.run(None, {"ids": idx.numpy()})
+        assert (torch.from_numpy(logits) - model(idx)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", ["dva", "gpt2"])
+def test_dynamic_quantisation_changes_every_product(block):
+    model, idx = shaken(tiny(block=block, n_embd=64)), tokens(2, 16)
+    model.tokenizer = Tokenizer({"kind": "char", "alphabet": ALPHABET[:37]})
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    left = [name for name, module in quantised.named_modules() if type(module) is torch.nn.Linear]
+    assert not left
+    loss = cross_entropy(quantised(idx).flatten(0, 1), idx.flatten())
+    exact = cross_entropy(model(idx).flatten(0, 1), idx.flatten())
+    assert 0 < abs(loss - exact) < 0.05 * exact
+    assert len(generate(quantised, "\n", 5)) == 6
