@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from nanodva.dataset import open_data
 from nanodva.errors import fail, run_script
 from nanodva.machine import pick_device
-from nanodva.settings import load_settings
+from nanodva.settings import PathName, load_settings
 from nanodva.weights import load_model
 from tools.race import carry_out, losses_of, make_run
 from tools.report import compare, gap_text, markdown
@@ -39,7 +39,7 @@ COUNTED = 2**25
 @dataclass
 class WhyConfig:
     contenders: str = ""       # labels with commas between; empty: all. The first is the reference
-    data_dir: str = "data"     # where the race's data set lives
+    data_dir: PathName = "data"   # where the race's data set lives
 
 
 def bigram_guesses(ids, vocab_size):
