@@ -40,7 +40,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -442,11 +442,10 @@ def work(connection):
     # Its bars need no lock that other processes share
     tqdm.set_lock(threading.RLock())
     threading.Thread(target=end_with_race, daemon=True).start()
-    while True:
-        line = carry_out(*connection.recv())
-        if line is None:
-            return
-        connection.send(line)
+    # The race closes the connection at its end; a run that was stopped is saved
+    with suppress(EOFError):
+        while line := carry_out(*connection.recv()):
+            connection.send(line)
 
 
 def end_with_race():
@@ -520,10 +519,11 @@ def workers(count):
         yield connections[:]
     finally:
         # A worker in the middle of a run saves its state before it ends
-        for process in processes:
+        for process, connection in zip(processes, connections, strict=True):
             process.terminate()
+            connection.close()
         for process in processes:
-            process.join(60)
+            process.join()
 
 
 def announce(news, race, under_way, pace, deadline):
