@@ -719,9 +719,9 @@ def main(argv=None):
         if rules.tokens_per_parameter:
             plan["tokens"] = round(rules.tokens_per_parameter * models[0].num_params())
         deadline = began + 60 * rules.minutes if rules.minutes else math.inf
-        if not kept and rules.minutes:
+        if not race.timing and rules.minutes:
             fit_in_time(race, device, deadline - time.time())
-        elif not kept:
+        elif not race.timing:
             measure(race, settings, device, rules.rounds)
         if rules.jobs:
             run_all(race, device, stop, deadline)
