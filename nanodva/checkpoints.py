@@ -205,5 +205,5 @@ class RunFolder:
         self.save_s = self.saved_at - began
 
     def is_due(self, interval):
-        """Was the last save so many seconds ago, and long enough for saves to take 1 % at most?"""
-        return 0 < interval and time.monotonic() - self.saved_at > max(interval, 100 * self.save_s)
+        """Was the last save so many seconds ago, and long enough for saves to take 2 % at most?"""
+        return 0 < interval and time.monotonic() - self.saved_at > max(interval, 50 * self.save_s)
