@@ -501,7 +501,6 @@ def attend(q, k, v, dropout=0.0):
     The T queries are at the last T of the S positions.
 
         keys and values equally wide (CUDA: up to 256 channels)    torch's fused kernel
-        the same on a CPU, if 1 < T <= 256                         explicit softmax, faster there
         CUDA, one head, no dropout, D a divisor of M               the kernel, by attend_in_heads
         everything else                                            explicit softmax
     """
@@ -509,7 +508,7 @@ def attend(q, k, v, dropout=0.0):
         return explicit_attention(q, k, v, dropout)
     T, S, D, M, is_cpu = q.size(-2), k.size(-2), q.size(-1), v.size(-1), q.device.type == "cpu"
     # torch's causal mask begins at the first key, so queries after a cache need their own
-    if T in (1, S) and D == M and not (is_cpu and 1 < T <= 256) and (is_cpu or D <= 256):
+    if T in (1, S) and D == M and (is_cpu or D <= 256):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
     if T in (1, S) and q.device.type == "cuda" and q.size(1) == 1 and M % D == 0 and dropout == 0:
         return attend_in_heads(q, k, v)

@@ -75,9 +75,9 @@ def read_prompt(start, tokenizer):
     if start == "-":
         return decode_text(sys.stdin.buffer.read(), "the prompt standard input")
     if start.startswith("FILE:"):
-        path = os.path.expanduser(start.removeprefix("FILE:"))
+        path = Path(os.path.expanduser(start.removeprefix("FILE:")))
         with naming_file("read the prompt", path, "name a text, as in --start=FILE:prompt.txt"):
-            return decode_text(Path(path).read_bytes(), f"the prompt {path}")
+            return decode_text(path.read_bytes(), f"the prompt {path}")
     return line_ends(start)
 
 

@@ -16,16 +16,15 @@ from operator import add, mul
 
 # C numbers in the residual stream, D in queries and keys, M in values and gates
 C, D, M, LAYERS, STEPS, LEARNING_RATE = 24, 12, 24, 2, 2000, 0.005
-
 NAMES = """
-aemilia aeneas alice alonso angelo antonio ariel audrey autolycus balthasar banquo baptista bardolph
-bassanio beatrice benedick benvolio bertram bianca brabantio brutus caliban camillo cassandra
-cassius celia claudio cleopatra constance cordelia coriolanus cressida cymbeline demetrius desdemona
-diana dogberry duncan edgar edmund emilia falstaff ferdinand francisco gertrude goneril gonzalo
-hamlet helena hermia hermione hippolyta horatio imogen isabella jessica juliet laertes lavinia
-lorenzo lucentio macbeth malcolm malvolio marcellus mariana mercutio miranda nerissa octavia olivia
-ophelia orlando orsino othello paulina perdita pericles petruchio portia posthumus prospero roderigo
-romeo rosalind sebastian silvia stephano tamora theseus titania troilus ulysses valentine viola"""
+aemilia alonso angelo antonio ariel audrey autolycus balthasar banquo baptista bardolph bassanio
+beatrice benedick benvolio bertram bianca brabantio brutus caliban camillo cassandra cassius claudio
+cleopatra constance cordelia coriolanus cressida cymbeline demetrius desdemona diana dogberry duncan
+edgar edmund emilia falstaff ferdinand francisco gertrude goneril gonzalo hamlet helena hermia
+hermione hippolyta horatio imogen isabella jessica juliet laertes lavinia lorenzo lucentio macbeth
+malcolm malvolio marcellus mariana mercutio miranda nerissa octavia olivia ophelia orlando orsino
+othello paulina perdita pericles petruchio portia posthumus prospero roderigo romeo rosalind
+sebastian silvia stephano tamora theseus troilus ulysses valentine viola"""
 
 
 # ---- 1. Vectors that know their derivatives ------------------------------------------------------
@@ -45,6 +44,8 @@ class Vector:
         return mix(Vector([1.0, 1.0]), [self, other])
 
     def __mul__(self, other):
+        if len(other.data) == 1:                    # one number multiplies every channel
+            return mix(other, [self])
         def pass_back(d):
             self.receive(map(mul, d, other.data))
             other.receive(map(mul, d, self.data))
@@ -89,9 +90,8 @@ def one_over_size(x):
 
 def layer_norm(x, weight):
     """w * (x - mean of x) / size"""
-    minus_mean = linear([Vector([-1 / C] * C)], x)
-    x = x + mix(minus_mean, [Vector([1.0] * C)])
-    return weight * mix(one_over_size(x), [x])
+    x = x + Vector([1.0] * C) * linear([Vector([-1 / C] * C)], x)
+    return weight * x * one_over_size(x)
 
 def rotate(x, position):
     """Rotary positions: a product of rotated q_i and k_j depends on the distance i - j alone"""
@@ -114,13 +114,13 @@ def attention(x, w, build_pairs):
     u = [linear(w["c_v"], x_i) for x_i in x]                                   # W_v x_i
 
     # s_ij = softmax over j <= i of q_i . k_j / sqrt(D): how strongly i attends to j
-    s = [softmax(mix(Vector([D ** -0.5]), [linear(k[:i + 1], q_i)])) for i, q_i in enumerate(q)]
+    s = [softmax(linear(k[:i + 1], q_i) * Vector([D ** -0.5])) for i, q_i in enumerate(q)]
 
     # m_i = sum_j s_ij u_j: ordinary attention, in which u_j is the same for every i
     m = [mix(s_i, u[:i + 1]) for i, s_i in enumerate(s)]
 
     # a_i = w * g_i / size of m_i: the gate, after RMSNorm has divided by one number for each i
-    a = [mix(one_over_size(m_i), [w["norm"] * g_i]) for g_i, m_i in zip(g, m)]
+    a = [w["norm"] * g_i * one_over_size(m_i) for g_i, m_i in zip(g, m)]
 
     if build_pairs:
         # v_ij = a_i * u_j: a value of its own for every pair, a tensor (T, T, M)

@@ -135,8 +135,9 @@ def read_value(text, kind):
 
 def read_preset(path):
     """The assignments of a preset file as {name: value}. Raises UserError for anything else."""
-    presets = sorted(os.path.relpath(preset) for preset in PRESETS.glob("*.py"))
-    with naming_file("read", path, closest(path, presets) or f"choose from {', '.join(presets)}"):
+    folder, presets = os.path.relpath(PRESETS), sorted(p.name for p in PRESETS.glob("*.py"))
+    hint = closest(path, [os.path.join(folder, name) for name in presets])
+    with naming_file("read", path, hint or f"{folder} holds {', '.join(presets)}"):
         source = Path(path).read_bytes()
     settings, line = {}, 1
     try:
@@ -150,8 +151,9 @@ def read_preset(path):
                 case _:
                     raise ValueError("this is code")
     except NO_VALUE as error:
-        fail(f"{path}, line {getattr(error, 'lineno', line)}: {error}; a preset holds assignments "
-             f"like 'n_layer = 6' and nothing else")
+        line, reason = getattr(error, "lineno", line), getattr(error, "msg", error)
+        fail(f"{path}, line {line}: {reason}; a preset holds assignments like 'n_layer = 6' and "
+             f"nothing else")
     return settings
 
 

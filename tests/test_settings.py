@@ -5,6 +5,7 @@ import keyword
 import re
 import tempfile
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, ending_of, refused
@@ -19,9 +20,15 @@ from nanodva.errors import UserError
 from nanodva.settings import PathName, build, load_settings, read_settings
 from prepare_data import PrepareConfig
 from sample import SampleConfig
+from tools.convert import ConvertConfig
+from tools.explain import ExplainConfig
+from tools.race import RaceConfig
+from tools.report import ReportConfig
 from train import TrainConfig
 
 PRESETS = sorted(str(path) for path in ROOT.glob("config/*.py"))
+CLASSES = [TrainConfig, SampleConfig, PrepareConfig, RaceConfig, ReportConfig, ExplainConfig,
+           ConvertConfig]
 
 
 @pytest.fixture
@@ -38,9 +45,18 @@ def preset(tmp_path):
 
 @pytest.mark.parametrize("path", PRESETS)
 def test_every_preset_loads(path):
-    changed = read_settings(TrainConfig, [path])
-    cfg = asdict(load_settings(TrainConfig, [path]))
+    cls = RaceConfig if Path(path).name.startswith("race_") else TrainConfig
+    changed = read_settings(cls, [path])
+    cfg = asdict(load_settings(cls, [path]))
     assert changed and {name: cfg[name] for name in changed} == changed
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_setting_that_names_a_file_expands_the_tilde(cls):
+    for setting in fields(cls):
+        if re.search("dir$|dest|source|input|init_from|against$|picture|results|ladder|path|json",
+                     setting.name) and (cls, setting.name) != (RaceConfig, "against"):
+            assert setting.type is PathName, setting.name
 
 
 def test_the_later_one_wins_among_presets_and_arguments(preset):
@@ -131,13 +147,13 @@ WHOLE = "it must be a whole number"
     ("--dropout=1", "dropout=1.0: it must be below 1"), ("--batch_size=0", "batch_size=0: it must"),
     ("--dropout=-0.1", "dropout=-0.1: it must be at least 0"), ("--max_iters=-1", "max_iters=-1"),
     ("--bank_layers=13", "bank_layers=13: it must be at most n_layer=12"),
-    ("--beta2=1", "both must be below 1"), ("--bank_lr=-1", "bank_lr=-1.0"),
+    ("--beta2=1", "beta2=1.0: it must be below 1"), ("--bank_lr=-1", "bank_lr=-1.0"),
     ("--min_lr=1", "min_lr=1.0 is above learning_rate=0.0006"),
     ("--dtype=float8", "dtype='float8': choose from auto, float32"),
     ("--init_from=nowhere", "init_from='nowhere': choose from "),
     ("--backend=mpi", "backend='mpi'"),
     ("--optimizer=sgd", "optimizer='sgd': choose from adamw, muon"),
-    ("nowhere.py", "cannot read nowhere.py: No such file or directory; choose from "),
+    ("nowhere.py", "cannot read nowhere.py: No such file or directory; config holds demo.py"),
     ("config/demoo.py", "No such file or directory; did you mean 'config/demo.py'?"),
     ("config", "see --help"), ("out", "'out' is neither a preset"),
     ("config/.py", "No such file")], ids=lambda value: value[:40])

@@ -37,7 +37,7 @@ from torch.profiler import profile
 from tqdm import tqdm
 
 from model import Cache, ModelConfig, stream
-from nanodva.machine import DTYPES, autocast, pick_compile, pick_device, pick_dtype
+from nanodva.machine import DTYPES, autocast, naming_memory, pick_compile, pick_device, pick_dtype
 from nanodva.optimizers import build_optimizer
 from nanodva.settings import build, change, check, read_settings
 from nanodva.weights import build_model, outline
@@ -261,12 +261,12 @@ def bench_sampling(contenders, cfg, device):
         sample(model, 1, min(length, 8))                               # warms up
         one_ms = timed(device, sample, model, 1, length) / length
         many_ms = timed(device, sample, model, cfg.num_samples, length) / length
-        cache = Cache(2)
-        model(torch.zeros(1, 2, dtype=torch.long, device=device), cache=cache)
+        cache = Cache(1)
+        model(torch.zeros(1, 1, dtype=torch.long, device=device), cache=cache)
         held = [*cache.keys.values(), *cache.values.values(), cache.ids]
         yield {"sampling": name, "dtype": entry.dtype, "tokens/s": 1e3 / one_ms,
                f"tokens/s of {cfg.num_samples} texts": cfg.num_samples * 1e3 / many_ms,
-               "cache bytes per token": sum(x.nbytes for x in held) // 2}
+               "cache bytes per token": sum(x.nbytes for x in held)}
 
 
 @torch.no_grad()
@@ -318,10 +318,12 @@ def main(argv=None):
           f"{torch.get_num_threads()} threads")
     for part in cfg.what.split(","):
         heading = True
-        for row in PARTS[part](contenders, cfg, device):
-            lines = markdown([{name: readable(value) for name, value in row.items()}]).splitlines()
-            print("\n".join(["", *lines] if heading else lines[2:]), flush=True)
-            heading = False
+        with naming_memory("choose a smaller shape, or a lower --batch_size or --num_samples"):
+            for row in PARTS[part](contenders, cfg, device):
+                row = {name: readable(value) for name, value in row.items()}
+                lines = markdown([row]).splitlines()
+                print("\n".join(["", *lines] if heading else lines[2:]), flush=True)
+                heading = False
 
 
 if __name__ == "__main__":

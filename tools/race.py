@@ -48,22 +48,25 @@ from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import wait
 from pathlib import Path
 
+# So that python tools/race.py finds the modules above this folder, too
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+# Imported first: it reports missing packages in one line
+from nanodva.errors import UserError, fail, only_writer, replacing, run_script
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-# So that python tools/race.py finds the modules above this folder, too
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import model
 import train
 from model import ModelConfig
 from nanodva.checkpoints import load_checkpoint
 from nanodva.dataset import open_data, table_rows
-from nanodva.errors import UserError, fail, only_writer, replacing, run_script
 from nanodva.machine import Stop, autocast, pick_compile, pick_device, pick_dtype
-from nanodva.settings import build, change, check, read_settings
+from nanodva.settings import PathName, build, change, check, read_settings
 from nanodva.weights import load_model, outline
 from tools.bench import WARM_UP, compile_or_fail, machine_name, training_step
 from tools.report import draw_race, table, write_json
@@ -108,7 +111,7 @@ class Contender(TrainConfig):
 @dataclass
 class RaceConfig(Contender):
     name: str = ""                           # of the race's folder; empty: DATASET-MATCH
-    results: str = "out/race"                # where that folder is
+    results: PathName = "out/race"           # where that folder is
     contenders: str = "gpt2:rotary=True,dva,dva+bank"   # the first is the reference
     against: str = ""                        # labels of further ones to compare all others with
     tokens_per_parameter: float = 0.0        # length of the reference's runs; 0: max_iters steps

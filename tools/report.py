@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nanodva.errors import check_new, fail, replacing, run_script
-from nanodva.settings import load_settings
+from nanodva.settings import PathName, load_settings
 
 # The 97.5 % quantile of Student's t for 1, 2 ... 10 degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -331,8 +331,8 @@ def draw_losses(runs, path):
 
 @dataclass
 class ReportConfig:
-    picture: str = ""        # the file to write; empty: loss.svg in the first run's folder
-    ladder: str = ""         # a folder with races, which gets ladder.svg, curves.svg and ladder.md
+    picture: PathName = ""   # the file to write; empty: loss.svg in the first run's folder
+    ladder: PathName = ""    # a folder with races, which gets ladder.svg, curves.svg and ladder.md
 
 
 def read_run(folder):
