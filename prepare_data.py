@@ -45,7 +45,7 @@ class PrepareConfig:
     name: str = ""             # a built-in data set, or a name of your own (the first argument)
     input: PathName = ""       # files, folders, globs, or hf:REPO[:CONFIGURATION][@REVISION]
     val_input: PathName = ""   # the same, for val; all of --input is for train then
-    tokenizer: PathName = ""   # char, gpt2, gpt2:N, or a folder: a run's, a data set's, a GPT-2's
+    tokenizer: PathName = ""   # gpt2, gpt2:N, char (default of *_char), or a folder: run, data set
     column: str = "text"       # the column with the text in .csv, .tsv, .json(l), .parquet
     separator: str = ""        # splits texts into documents; default: <|endoftext|> lines of a .txt
     encoding: str = ""         # of text files; by default UTF-8, or what a byte-order mark says

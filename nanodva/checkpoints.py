@@ -143,8 +143,8 @@ class RunFolder:
         """Leave in metrics.jsonl the records of what the checkpoint's state has been through."""
         if self.aside.exists():
             # Its first save may have been the last thing that the run did
-            header = json.loads(self.aside.read_text().partition("\n")[0] or "{}")
-            if header.get("started") == checkpoint["started"]:
+            header, newline, _ = self.aside.read_bytes().partition(b"\n")
+            if newline and json.loads(header)["started"] == checkpoint["started"]:
                 os.replace(self.aside, self.metrics)
         lines, kept = [], []
         if self.metrics.exists():
@@ -165,7 +165,7 @@ class RunFolder:
         """
         (lowest val loss, its step) of the checkpoint's run, as best.pt holds it. If that was
         measured on other data, other windows or in another dtype than the dict measured_on says,
-        it is copied to best-STEP.pt, and the best starts again from infinity.
+        it is copied to best-stepSTEP-LOSS.pt, and the best starts again from infinity.
         """
         nothing, path = (math.inf, checkpoint["step"]), self.path / "best.pt"
         if not path.exists():
@@ -180,7 +180,7 @@ class RunFolder:
             return nothing
         if best["measured_on"] == measured_on:
             return best["best_val_loss"], best["step"]
-        kept = self.path / f"best-{best['step']}.pt"
+        kept = self.path / f"best-step{best['step']}-{best['best_val_loss']:.4f}.pt"
         with replacing(kept) as file:
             file.write(path.read_bytes())
         say(f"the best loss so far, {best['best_val_loss']:.4f}, was measured on other data, "
@@ -205,5 +205,5 @@ class RunFolder:
         self.save_s = self.saved_at - began
 
     def is_due(self, interval):
-        """Was the last save so many seconds ago, and long enough for saves to take 1 % at most?"""
-        return 0 < interval and time.monotonic() - self.saved_at > max(interval, 100 * self.save_s)
+        """Was the last save so many seconds ago, and long enough for saves to take 2 % at most?"""
+        return 0 < interval and time.monotonic() - self.saved_at > max(interval, 50 * self.save_s)

@@ -8,6 +8,7 @@ import select
 import shutil
 import subprocess
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -86,7 +87,8 @@ class Browser:
         """Wait until a JavaScript expression is true."""
         began = time.perf_counter()
         while not self.value(condition):
-            assert time.perf_counter() - began < 60, self.value("document.body.innerText")
+            assert time.perf_counter() - began < 60, (
+                condition, self.value("document.body.innerText")[:3000])
             time.sleep(0.02)
 
     def open(self, path):
@@ -131,6 +133,18 @@ class Browser:
             self.value(f"$('{name}').value = {json.dumps(value)};"
                        f"$('{name}').dispatchEvent(new Event('{kind}', {{ bubbles: true }}));")
         self.until(QUIET)
+
+    @contextmanager
+    def another_tab(self):
+        """A with block in which another tab is in front."""
+        ours, self.session = self.session, {}
+        tab = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.call("Target.activateTarget", targetId=tab)
+        self.session = ours
+        yield
+        self.session = {}
+        self.call("Target.closeTarget", targetId=tab)
+        self.session = ours
 
     def close(self):
         self.process.terminate()

@@ -35,14 +35,8 @@ from nanodva.errors import UserError, only_writer
 
 # ---- nothing is lost by overwriting --------------------------------------------------------------
 
-def test_a_run_is_never_overwritten_silently(run, finished, tmp_path):
-    with refused("last.pt and best.pt", "--init_from=resume", "--overwrite=True", "--out_dir"):
-        run()
-    assert contents(tmp_path / "out") == finished
-
-
 MINE = ["notes.txt", "best.pt.old", "last.pt.old", "metrics.jsonl.old", "best-before-tuning.pt",
-        "best-.pt", "last (copy).pt", "best.pt.bak", "old/last.pt.old"]
+        "best-13.pt", "last (copy).pt", "best.pt.bak", "old/last.pt.old"]
 
 
 def test_what_a_run_did_not_write_is_not_its_to_touch(run, finished, tmp_path):
@@ -50,14 +44,17 @@ def test_what_a_run_did_not_write_is_not_its_to_touch(run, finished, tmp_path):
     (tmp_path / "out" / "old").mkdir()
     for name in MINE:
         (tmp_path / "out" / name).write_text("mine")
-    with refused("holds a run"):
+    before = contents(tmp_path / "out")
+    with refused("last.pt and best.pt", "--init_from=resume", "--overwrite=True", "--out_dir"):
         run()
+    assert contents(tmp_path / "out") == before
     run(init_from="resume", max_iters=13)
     run(init_from="resume", max_iters=14, eval_iters=1)
     run(max_iters=1, eval_interval=50, overwrite=True)
     after = contents(tmp_path / "out")
     assert {after.pop(name) for name in MINE} == {b"mine"} and after.pop("old") is None
-    assert set(after) == {"last.pt", "best.pt", "metrics.jsonl", "best-13.pt"}
+    [kept] = set(after) - {"last.pt", "best.pt", "metrics.jsonl"}
+    assert kept.startswith("best-step13-")
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 1
     assert [record["step"] for record in records(tmp_path / "out")] == [0, 0, 0, 1]
 
@@ -367,18 +364,13 @@ def test_a_run_is_saved_by_the_clock_without_an_evaluation(run, tmp_path, at_ste
     at_step(7, lambda: seen.append((tmp_path / "other" / "last.pt").exists()))
     run("other", eval_interval=650, save_interval_s=0)
     assert seen == [2, 7, False]
-
-
-def test_a_clocks_saves_change_nothing(run, tmp_path, always_due):
-    run("straight")
-    run("parts", save_interval_s=0)
-    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
+    assert runs_differ(tmp_path / "out", tmp_path / "other") == 0
 
 
 @pytest.mark.parametrize("since, took, interval, due", [
-    (16, 0.1, 15, True), (14, 0.1, 15, False), (16, 0.2, 15, False), (21, 0.2, 15, True),
+    (16, 0.1, 15, True), (14, 0.1, 15, False), (16, 0.4, 15, False), (21, 0.4, 15, True),
     (1e6, 0.1, 0, False)])
-def test_saves_by_the_clock_take_one_percent_of_the_time_at_most(run, tmp_path, since, took,
+def test_saves_by_the_clock_take_two_percent_of_the_time_at_most(run, tmp_path, since, took,
                                                                  interval, due):
     (tmp_path / "out").mkdir()
     folder = checkpoints.RunFolder(train.TrainConfig(out_dir=str(tmp_path / "out")), None)

@@ -43,7 +43,12 @@ def test_a_script_ends_with_one_line_and_the_right_status(capsys, error, status,
     assert end.value.code == status and capsys.readouterr().err == err
 
 
+def fill_the_disk():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "another/file")
+
+
 @pytest.mark.parametrize("mistake", [
+    fill_the_disk,
     lambda: 1 / 0, lambda: open("no/such/file"), lambda: os.listdir("no/such/folder"),
     lambda: subprocess.run(["no-such-command"]), lambda: int("six")])
 def test_a_mistake_in_the_code_keeps_its_traceback(mistake):

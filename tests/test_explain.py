@@ -469,16 +469,161 @@ def test_what_is_typed_lies_on_its_coloured_copy(browser, write):
     browser.call("Emulation.clearDeviceMetricsOverride")
 
 
+def test_continue_writes_at_the_cursor(browser, write, runs, characters):
+    browser.open(write("dva", "the cat sat on")[0])
+    browser.choose("temperature", "0")
+    browser.value("$('text').focus(); $('text').setSelectionRange(7, 7); 0")
+    browser.click("#go")
+    ids = torch.tensor([characters.encode("the cat")])
+    written = generate(load(runs["dva"]), ids, 200, temperature=0)[0].tolist()
+    expected = characters.decode(written).decode()
+    assert browser.value("$('text').value") == expected + " sat on"
+    assert browser.value("$('text').selectionStart") == len(expected)
+
+
+def test_a_long_text_is_cut_with_a_line_and_stays_quick(browser, write):
+    """Painting all of it for each letter took 59 s for 200 letters after 20,000."""
+    browser.open(write("dva", "the cat")[0])
+    browser.value("""(() => {
+      const clipboardData = new DataTransfer();
+      clipboardData.setData("text", "the cat sat\\n".repeat(200000));
+      $("text").dispatchEvent(new ClipboardEvent("paste", { clipboardData, cancelable: true }));
+    })()""")
+    browser.until(QUIET)
+    assert browser.value("$('text').value.length") == 20000
+    assert "The text is cut: it holds 20,000 characters." in browser.text("#remark")[0]
+    painted = browser.value("""(() => {
+      let count = 0;
+      const seen = new MutationObserver(list => { for (const { addedNodes } of list)
+        for (const node of addedNodes) count += node.textContent.length; });
+      seen.observe($("text").previousElementSibling, { childList: true });
+      proceed(20);
+      return new Promise(resolve => setTimeout(() => resolve(count), 3000));
+    })()""")
+    # The first letter takes the last colours away
+    assert 20 < painted < 40 * 60
+    browser.until(QUIET)
+
+
+def test_what_the_model_does_not_know_is_said(browser, write):
+    browser.open(write("dva", "the cat")[0])
+    browser.choose("text", "世界")
+    assert browser.text("#question") == [
+        "The model knows none of the characters before the cursor."]
+    browser.choose("passage", "the 世cat")
+    assert "It does not know “世”, so it leaves that out." in browser.text("#origin")[0]
+
+
+def test_bars_of_a_list_share_one_scale(browser, write):
+    """Whatever the width of the name before them; a number twice as large has twice the length."""
+    browser.open(write("bpe", "the cat sat on the mat")[0])
+    browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800,
+                 deviceScaleFactor=1, mobile=False)
+    sizes = browser.value("[...document.querySelectorAll('#givers li')].map(row => ["
+                          "row.querySelector('.bar').getBoundingClientRect().width,"
+                          "row.querySelector('b').textContent])")
+    browser.call("Emulation.clearDeviceMetricsOverride")
+    widths, parts = zip(*((width, abs(number(text))) for width, text in sizes), strict=True)
+    assert [width / widths[0] for width in widths] == pytest.approx(
+        [part / parts[0] for part in parts], abs=0.02)
+
+
+def test_the_guessing_game(browser, write, data_dir, tmp_path):
+    meta = json.loads((data_dir / "tiny_char" / "meta.json").read_text())
+    model = build(block="dva", vocab_size=meta["vocab_size"])
+    run = save_run(tmp_path / "ours", model, meta["tokenizer"], "tiny_char")
+    browser.open(write(run, "abc", data_dir=data_dir)[0])
+    for tries, right in ((1, True), (2, False)):
+        browser.click("#play")
+        assert browser.text("#question") == ["What comes next? Guess."]
+        # Nothing shows how probable a choice is: no number, no bar, no order, no colours
+        choices = browser.text("#expected bdi")
+        in_order = sorted(choices, key=lambda name: name.replace("·", " "))
+        assert choices == in_order and browser.text("#expected b") == []
+        assert not browser.value("$('contributions').checkVisibility()")
+        place, came = browser.value("[state.place, label(game.answer)]")
+        assert browser.value("data.passage.slice(0, state.place) === $('text').value")
+        other = next(name for name in choices if (name == came) == right)
+        browser.value(f"[...document.querySelectorAll('#expected label')].find(row =>"
+                      f" row.textContent === {json.dumps(other)}).click()")
+        browser.until(QUIET)
+        score, = browser.text("#score")
+        assert score.startswith(f"“{came}” came: {'right' if right else 'not your guess'}.")
+        assert "you 1," in score and score.endswith(f"of {tries}.")
+        assert browser.text("#expected b") and browser.value("state.place") == place
+
+
+@pytest.mark.parametrize("block", ["dva", "gpt2"])
+def test_what_a_bank_raised_is_what_its_layer_wrote(browser, write, tmp_path, characters, block):
+    """The last layer's output at all positions, from one token's row alone, read by the head."""
+    model = build(block=block, bank_layers=1, n_head=2)
+    folder = save_run(tmp_path / "run", model, characters.spec)
+    browser.open(write(folder, "the cat sat")[0])
+    browser.choose("key", "1")                                           # the letter h
+    model, ids = load(folder), characters.encode("the cat sat")
+    attn, idx = model.transformer.h[1].attn, torch.tensor([ids])
+    own, seen = idx[0] == ids[1], []
+    whole = attn.mix
+
+    def mix(q, k, u, *rest):
+        # What is put in front of W_o stays as it is, but for the values of other tokens
+        seen.append(whole(q, k, u * own[:, None], *rest) / whole(q, k, u, *rest))
+        return whole(q, k, u, *rest)
+
+    attn.mix = mix
+    attn.c_proj.register_forward_pre_hook(lambda module, given: (given[0] * seen[-1],))
+    wrote = []
+    attn.c_proj.register_forward_hook(lambda module, given, out: wrote.append(out[0].sum(dim=0)))
+    with torch.no_grad():
+        model(idx)
+        weight = model.transformer.ln_f.weight
+        raised = model.lm_head.weight @ ((wrote[0] - wrote[0].mean()) * weight)
+    best = raised[:characters.vocab_size].topk(8).indices.tolist()
+    expected = browser.value(f"{best}.map(label)")
+    assert browser.text("#bank-rows p:last-child bdi") == expected
+
+
 def test_a_block_that_was_changed_in_python_is_not_shown(browser, write, monkeypatch):
+    """Even where the change is seen by the last of the window's positions alone."""
     class Changed(BLOCKS["dva"]):
         def forward(self, x, idx, rotary, cache=None):
-            return x + 1.01 * self.attn(self.ln_1(x), idx, rotary, cache)
+            far = torch.arange(x.size(1))[:, None] > 40
+            return x + (1 + 0.1 * far) * self.attn(self.ln_1(x), idx, rotary, cache)
 
     monkeypatch.setitem(BLOCKS, "dva", Changed)
     browser.open(write("dva")[0])
     note, = browser.text("#note")
     assert "dva blocks in another way" in note and "class Model of tools/read.js" in note
     assert browser.value("document.getElementById('main').hidden")
+
+
+@pytest.mark.parametrize("block", ["mean", "sigmoid"])
+def test_a_block_that_the_page_does_not_know(browser, write, tmp_path, characters, block):
+    """What Python can say of it: probabilities, gradient times input, attention if there is any."""
+    model = build(block=block, n_head=2)
+    folder = save_run(tmp_path / "run", model, characters.spec)
+    page, out = write(folder, TEXT[:40])
+    assert "gradient times input" in out
+    browser.open(page)
+    assert browser.text("#note") == [""] and f"“{block}”" in browser.text("#model")[0]
+    ids = characters.encode(TEXT[:40])
+    best = chances(load(folder), ids).topk(10)
+    shown = browser.text("#expected b")
+    assert list(map(number, shown)) == pytest.approx(best.values.tolist(), abs=0.06)
+    embedding = []
+    model = load(folder)
+    model.transformer.wte.register_forward_hook(
+        lambda module, given, out: embedding.append(out.detach().requires_grad_()) or embedding[0])
+    logit = model(torch.tensor([ids]))[0, -1, best.indices[1]]
+    gradient, = torch.autograd.grad(logit, embedding)
+    parts = (gradient * embedding[0])[0].sum(dim=-1)
+    browser.click("#expected label:nth-child(2) input", until="true")
+    given = dict(zip(browser.text("#givers small"), browser.text("#givers b"), strict=True))
+    assert [number(given[str(j + 1)]) for j in range(40)] == pytest.approx(parts.tolist(), abs=6e-4)
+    sums = [number(text) for text in browser.text("#sum td")]
+    assert sums[1:] == pytest.approx([logit.item(), logit.item() - parts.sum().item()], abs=1e-4)
+    assert browser.value("$('weights').checkVisibility()") == (block == "sigmoid")
+    assert not browser.value("$('go').checkVisibility() || $('teach').checkVisibility()")
 
 
 def test_without_javascript_the_page_says_so_and_nothing_else(browser, write):
@@ -495,6 +640,6 @@ def test_without_javascript_the_page_says_so_and_nothing_else(browser, write):
 
 def test_the_page_in_docs_still_works(browser):
     page = ROOT / "docs" / "try.html"
-    assert page.stat().st_size < 600_000
+    assert page.stat().st_size < 1_500_000
     browser.open(page)
     assert browser.text("#note") == [""] and len(browser.text("#expected b")) == 10

@@ -14,6 +14,7 @@ from conftest import (
     error_of,
     ids_of,
     needs_shakespeare,
+    oracle,
     prepare,
     python,
     refused,
@@ -108,8 +109,9 @@ def test_one_text_is_cut_at_max_tokens_and_then_split(make, bpe, tokenizer):
     # And in the middle of no character
     text = "漢字仮名" * 20
     inside = [n for n in range(20, 40) if "\ufffd" in bpe.decode(bpe.encode(text)[:n])]
-    _, train, val = make({"a.txt": text}, f"--max_tokens={inside[0]}", f"--tokenizer={tokenizer}")
-    assert text.startswith(train + val) and len(train + val) > 5
+    meta, *texts = make({"a.txt": text}, f"--max_tokens={inside[0]}", f"--tokenizer={tokenizer}")
+    assert text.startswith("".join(texts)) and len("".join(texts)) > 5
+    assert sum(meta["tokens"].values()) <= inside[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory in /proc")
@@ -275,6 +277,11 @@ def test_a_data_sets_tokens_may_be_words(make, tmp_path):
     (tmp_path / "empty").mkdir()
     with refused("empty"):
         make(PLAY, f"--tokenizer={tmp_path / 'empty'}")
+    # What can only be assumed of weights is not taken
+    shape = dict(n_layer=1, n_head=1, n_embd=8, vocab_size=50257)
+    oracle(**shape).save_pretrained(tmp_path / "theirs")
+    with refused("does not say what its tokens are: name its data set, as data/NAME, or gpt2"):
+        make(PLAY, f"--tokenizer={tmp_path / 'theirs'}")
 
 
 @pytest.mark.parametrize("name, text, count, in_characters", [

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import (
@@ -175,15 +176,6 @@ def test_resume_with_a_setting_that_only_fits_its_own(run):
     assert run(init_from="resume", min_lr=0.02, max_iters=13)[0] == 0
 
 
-def test_a_resumed_run_keeps_the_precision_that_was_chosen_for_it(run, tmp_path):
-    """dtype=auto might choose another one on the machine where it goes on."""
-    run(dtype="auto", max_iters=2)
-    chosen = load_checkpoint(tmp_path / "out" / "last.pt")["config"]["dtype"]
-    assert chosen == "float32"
-    out = run(init_from="resume", max_iters=3)[1]
-    assert "cpu, float32" in out and "dtype=" not in out
-
-
 def test_resume_in_another_place_with_a_preset(run, trained, tmp_path):
     """out_dir counts wherever it is given, and the folder may have been moved."""
     shutil.copytree(trained, tmp_path / "moved")
@@ -218,8 +210,8 @@ def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, finished, data_d
     on_b = [line["val_loss"] for line in lines[resumed:] if "val_loss" in line]
     assert best["best_val_loss"] == min(on_b) > before["best_val_loss"]
     assert f"best val loss {min(on_b):.4f}" in out
-    kept = load_checkpoint(tmp_path / "out" / f"best-{before['step']}.pt")
-    assert kept["best_val_loss"] == before["best_val_loss"]
+    [kept] = (tmp_path / "out").glob("best-step12-*.pt")
+    assert load_checkpoint(kept)["best_val_loss"] == before["best_val_loss"]
 
 
 @pytest.mark.parametrize("change", [dict(eval_iters=3), dict(dtype="bfloat16")])
@@ -249,17 +241,18 @@ def test_a_run_in_float16_can_leave_it_and_come_back(run, tmp_path):
     assert len(lines) == 12 and lines[-1]["train_loss"] < lines[0]["train_loss"]
 
 
-def test_what_a_run_chose_it_keeps(run, tmp_path, monkeypatch):
-    """Whether to compile depends on the steps that are left, which are fewer after a resume."""
+def test_what_a_run_chose_it_keeps(run, monkeypatch):
+    """On another machine, or with fewer steps to go, it might choose otherwise."""
     chosen = []
 
-    def pick_compile(setting, device, flops):
+    def choose(setting, *rest, first):
         chosen.append(setting)
-        return False if setting == "auto" else setting
-    monkeypatch.setattr(train.machine, "pick_compile", pick_compile)
-    run(compile="auto", max_iters=4)
-    run(init_from="resume", max_iters=6)
-    assert chosen == ["auto", False]
+        return first if setting == "auto" else setting
+    monkeypatch.setattr(train.machine, "pick_dtype", partial(choose, first="bfloat16"))
+    monkeypatch.setattr(train.machine, "pick_compile", partial(choose, first=False))
+    run(dtype="auto", compile="auto", max_iters=4)
+    assert "dtype=" not in run(init_from="resume", max_iters=6)[1]
+    assert chosen == ["auto", "auto", "bfloat16", False]
 
 
 def test_auto_starts_where_there_is_no_run_and_goes_on_where_there_is_one(run, arguments, tmp_path,
@@ -321,10 +314,18 @@ def test_resume_names_the_settings_of_another_version(run, finished, tmp_path):
         run(init_from="resume")
 
 
-def test_a_damaged_best_does_not_block_resume(run, finished, tmp_path):
-    (tmp_path / "out" / "best.pt").write_bytes(finished["best.pt"][:5000])
+@pytest.mark.parametrize("kind", ["damaged", "of another run"])
+def test_a_best_that_is_not_the_runs_own_does_not_count(run, finished, tmp_path, kind):
+    """A run that was to overwrite this one may have been killed between its first two saves."""
+    best = tmp_path / "out" / "best.pt"
+    if kind == "damaged":
+        best.write_bytes(finished["best.pt"][:5000])
+    else:
+        save(load_checkpoint(best) | {"started": 1.0, "best_val_loss": 0.5}, best)
     status, out = run(init_from="resume", max_iters=13)
-    assert status == 0 and "going on without best.pt" in out
+    assert status == 0 and ("going on without best.pt" in out) == (kind == "damaged")
+    loss = records(tmp_path / "out")[-1]["val_loss"]
+    assert load_checkpoint(best)["best_val_loss"] == loss and f"best val loss {loss:.4f}" in out
 
 
 def test_a_cut_last_line_of_the_metrics_is_dropped_and_other_damage_is_named(run, finished,

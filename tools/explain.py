@@ -260,7 +260,8 @@ def main(argv=None):
     data = {"models": [] if unknown else [
                 stored(name, model, of, tokenizer.vocab_size)
                 for name, (model, _, of) in zip(names, runs.values(), strict=True)],
-            "recorded": unknown and recorded(cfg.out_dir, model, ids[-size:], tokenizer, cfg),
+            "recorded": recorded(cfg.out_dir, model, ids[-size:], tokenizer, cfg) if unknown
+            else None,
             "kind": tokenizer.spec["kind"], "tokens": list(tokens), "size": tokenizer.vocab_size,
             "start": start, "write": added, "temperature": cfg.temperature, "seed": cfg.seed,
             "foot": cfg.note, "passage": passage, "title": TITLES.get(dataset, dataset),

@@ -67,7 +67,7 @@ class Plain {
     this.rows(rows, width, [s, ds], (n, row, to) => {
       let mean = 0;
       for (let c = 0; c < seen + n * more; c++) mean += row[c] * to[c];
-      for (let c = 0; c < width; c++) to[c] = c < seen + n * more ? row[c] * (to[c] - mean) * factor : 0;
+      to.forEach((d, c) => { to[c] = c < seen + n * more ? row[c] * (d - mean) * factor : 0; });
     });
   }
   // y = a x + b y
@@ -77,7 +77,8 @@ class Plain {
   }
   // y = a b, element by element
   times(a, b, y, count) {
-    for (let n = 0; n < count; n++) this.heap[y / 4 + n] = this.heap[a / 4 + n] * this.heap[b / 4 + n];
+    const first = this.list(a, count), second = this.list(b, count);
+    for (let n = 0; n < count; n++) this.heap[y / 4 + n] = first[n] * second[n];
   }
   // Rotate the pairs (c, c + D / 2) of rows that are `skip` apart; row r is at position r mod T.
   // way = -1 rotates them back.
@@ -148,7 +149,8 @@ class Room {
 const roundUp = (x, to) => Math.ceil(x / to) * to;
 // The shape of each parameter, by its name in Python; one of one dimension has rows = 1
 function shapesOf({ block, n_layer, n_embd: C, vocab_size: V, block_size, ...config }) {
-  const isDVA = block === "dva", D = isDVA ? config.qk_dim : C, M = isDVA ? config.value_dim || C : C;
+  const isDVA = block === "dva", D = isDVA ? config.qk_dim : C;
+  const M = isDVA ? config.value_dim || C : C;
   const shapes = { "transformer.wte.weight": [V, C] };
   if (config.rotary !== "only") shapes["transformer.wpe.weight"] = [block_size, C];
   for (let l = 0; l < n_layer; l++) {
@@ -184,8 +186,8 @@ class Learner {
         if (part === "weight") this.params[name] = Object.assign(tensor, { name });
         else this.params[name][part] = tensor;
       }
-      // Travels with the gradients
-      if (part === "grad") this.loss = room.tensor(1);
+      // The loss and the last step travel with the gradients
+      if (part === "grad") this.note = room.tensor(1, 2);
     }
     const N = windows * T, wide = this.isDVA ? Math.max(C, this.M) : 4 * C, V8 = roundUp(V, 8);
     const rows = width => room.tensor(N, width);
@@ -203,12 +205,13 @@ class Learner {
       dx: rows(C), dn: rows(C), dq: rows(this.D * this.heads), dk: rows(this.D * this.heads),
       du: rows(this.M), dm: rows(this.M), dz: rows(wide), dr: rows(wide), ds: room.tensor(T, T),
       turned: room.tensor(Math.max(wide, V8, T), Math.max(wide, T)),
-      gram: room.tensor(wide, wide), square: room.tensor(wide, wide), ahead: room.tensor(wide, wide),
-      cos: room.tensor(T, this.D / 2), sin: room.tensor(T, this.D / 2) });
+      gram: room.tensor(wide, wide), square: room.tensor(wide, wide),
+      ahead: room.tensor(wide, wide), cos: room.tensor(T, this.D / 2),
+      sin: room.tensor(T, this.D / 2) });
     this.kernel = room.open(modules);
     const all = Object.values(this.params), from = all[0], to = all.at(-1);
     const span = (a, b) => new Float32Array(a.data.buffer, a.at, (b.at - a.at) / 4 + b.count);
-    Object.assign(this, { weights: span(from, to), grads: span(from.grad, this.loss) });
+    Object.assign(this, { weights: span(from, to), grads: span(from.grad, this.note) });
     for (let t = 0; t < T; t++)
       for (let c = 0; c < this.D / 2; c++) {
         const angle = t * 10000 ** (-c / (this.D / 2));
@@ -255,13 +258,13 @@ class Learner {
     this.kernel.normalize(x.at, w.at, out.at, scale.at, rows, x.width, centred);
   }
   normalizeBack(dy, x, w, { scale }, dx, rows, centred = 1) {
-    this.kernel.normalizeBack(dy.at, x.at, w.at, scale.at, dx.at, w.grad.at, rows, x.width, centred);
+    this.kernel.normalizeBack(dy.at, x.at, w.at, scale.at, dx.at, w.grad.at, rows, x.width,
+                              centred);
   }
   rotate(x, rows, T, way) {
-    if (this.config.rotary)
-      for (let h = 0; h < this.heads; h++)
-        this.kernel.rotate(x.at + 4 * h * this.D, x.width, this.cos.at, this.sin.at, rows, T, this.D,
-                           way);
+    const { cos, sin, D } = this;
+    for (let h = 0; h < this.heads && this.config.rotary; h++)
+      this.kernel.rotate(x.at + 4 * h * D, x.width, cos.at, sin.at, rows, T, D, way);
   }
 
   // Calls action(addressOf, s) for each window and head: addressOf(x, i) is that of its part of x,
@@ -320,8 +323,8 @@ class Learner {
     const { kernel, isDVA, layers, stream, logits, wte, wpe, config } = this, rows = ids.length;
     const C = config.n_embd, x0 = layers[0].x.data;
     ids.forEach((id, i) => x0.set(wte.data.subarray(id * C, (id + 1) * C), i * C));
-    if (wpe)
-      for (let i = 0; i < rows; i += T) kernel.blend(1, wpe.at, 1, layers[0].x.at + 4 * i * C, T * C);
+    for (let i = 0; i < rows && wpe; i += T)
+      kernel.blend(1, wpe.at, 1, layers[0].x.at + 4 * i * C, T * C);
     layers.forEach((layer, l) => {
       const { W, x, q, k, u, g, mixed, norm, gated, norm1, x2, norm2, z, bent } = layer;
       const next = layers[l + 1]?.x ?? stream, n = norm1.out;
@@ -399,8 +402,8 @@ class Learner {
       this.normalizeBack(dn, x, W.ln_1, norm1, dx, rows);
     }
     ids.forEach((id, i) => kernel.blend(1, dx.at + 4 * i * C, 1, wte.grad.at + 4 * id * C, C));
-    if (wpe)
-      for (let i = 0; i < rows; i += T) kernel.blend(1, dx.at + 4 * i * C, 1, wpe.grad.at, T * C);
+    for (let i = 0; i < rows && wpe; i += T)
+      kernel.blend(1, dx.at + 4 * i * C, 1, wpe.grad.at, T * C);
   }
   // A bank's values, u_p = gamma * E[token_p]
   lookUp(W, ids, u) {
@@ -429,9 +432,10 @@ class Learner {
       for (let n = 0; n < real; n++) p.data[n] = p.rows === 1 ? 1 : std * normal();
     }
     // A bank's table starts as the values that a new W_v would give each token's embedding
-    const { normF, turned, kernel } = this, ones = this.ln_f;
+    const { normF, kernel } = this, ones = this.ln_f;
     for (const { W } of this.layers.filter(({ W }) => W["bank.table"])) {
-      const table = W["bank.table"], w = turned.data.subarray(0, C * this.M).map(() => 0.02 * normal());
+      const table = W["bank.table"], w = Float32Array.from({ length: C * this.M }, () =>
+        0.02 * normal());
       for (let id = 0; id < V; id++) {
         kernel.normalize(this.wte.at + 4 * id * C, ones.at, normF.out.at, normF.scale.at, 1, C, 1);
         for (let m = 0; m < this.M; m++) {
@@ -526,7 +530,8 @@ function randomOf(seed) {
 }
 // Windows of T tokens, one after another, and the token after each
 function windowsAt(ids, starts, T) {
-  const batch = { ids: new Uint16Array(starts.length * T), targets: new Uint16Array(starts.length * T) };
+  const count = starts.length * T;
+  const batch = { ids: new Uint16Array(count), targets: new Uint16Array(count) };
   starts.forEach((at, n) => {
     batch.ids.set(ids.subarray(at, at + T), n * T);
     batch.targets.set(ids.subarray(at + 1, at + 1 + T), n * T);
@@ -573,8 +578,8 @@ function sharesOf(params, count) {
 
 // Worker `rank` of ports.length + 1 trains from the page's first message on. The page's orders are
 // how far to go, and whether to pause; say() sends to the page, from rank 0 alone.
-async function trainTogether({ rank, config, settings, train, val, modules, weights }, ports, orders,
-                             say) {
+async function trainTogether(job, ports, orders, say) {
+  const { rank, config, settings, train, val, modules, weights } = job;
   const learner = new Learner(config, modules), exchange = exchangeOf(rank, ports);
   const { batch_size: B, seed, moments } = settings, T = config.block_size;
   const count = ports.length + 1, params = Object.values(learner.params);
@@ -584,7 +589,7 @@ async function trainTogether({ rank, config, settings, train, val, modules, weig
   const passOn = step => {
     const batch = windowsAt(train, part(startsOf(train, T, B, seed, step)), T);
     learner.grads.fill(0);
-    learner.loss.data[0] = learner.pass(batch.ids, batch.targets, T, 1 / (B * T)) / (B * T);
+    learner.note.data[0] = learner.pass(batch.ids, batch.targets, T, 1 / (B * T)) / (B * T);
   };
   // The mean loss of so many windows of the validation split, spread evenly, or of all
   async function evaluate(most) {
@@ -605,23 +610,26 @@ async function trainTogether({ rank, config, settings, train, val, modules, weig
     return say({ seconds: Math.min(...times) });
   }
   if (weights) learner.load(weights);
-  for (let first = 0, step = 0;;) {
-    const isLast = step === orders.until, every = Math.ceil((orders.until - first) / moments);
+  let first = 0, step = 0, { until } = orders;
+  for (;;) {
+    const isLast = step >= until, every = Math.ceil((until - first) / moments);
     if (isLast || (step - first) % every === 0)
       say({ step, isLast, val: await evaluate(isLast ? Infinity : 32),
             weights: learner.save() });
     if (orders.isPaused) say({ step, isPaused: true, weights: learner.save() });
-    while (orders.isPaused || step === orders.until) {
-      if (step === orders.until) first = step;
+    while (orders.isPaused || step >= orders.until)
       await new Promise(resolve => { orders.wake = resolve; });
-    }
+    if (isLast) first = step;
 
     passOn(step);
+    learner.note.data[1] = orders.until;
     const [grads, ...others] = await exchange(learner.grads.slice());
+    // The first worker's orders count for all, so that they stay in step
+    until = grads.at(-1);
     learner.grads.set(grads);
     for (const other of others)
       for (let n = 0; n < other.length; n++) learner.grads[n] += other[n];
-    learner.update(rateAt(step - first, orders.until - first, settings), settings, shares[rank]);
+    learner.update(rateAt(step - first, until - first, settings), settings, shares[rank]);
     if (count > 1)
       (await exchange(learner.weights.slice())).forEach((theirs, r) => {
         for (const n of r === rank ? [] : shares[r]) {
@@ -629,15 +637,15 @@ async function trainTogether({ rank, config, settings, train, val, modules, weig
           data.set(theirs.subarray(from, from + data.length));
         }
       });
-    say({ step: ++step, loss: learner.loss.data[0] });
+    say({ step: ++step, loss: learner.note.data[0] });
   }
 }
 if (globalThis.WorkerGlobalScope) {
   const orders = { until: 0, isPaused: false, wake() {} };
   onmessage = ({ data, ports }) => {
     Object.assign(orders, data.orders);
-    if (data.job)
-      trainTogether(data.job, ports, orders, message => data.job.rank === 0 && postMessage(message));
+    const say = message => { if (data.job.rank === 0) postMessage(message); };
+    if (data.job) trainTogether(data.job, ports, orders, say);
     orders.wake();
   };
 }
@@ -701,8 +709,9 @@ class Lesson {
           if (data.isLast || data.seconds) resolve(data);
           hear?.(data);
         };
-        worker.postMessage({ orders: { until: all.steps }, job: { rank, config: this.config, weights,
-          settings: all, train, val, modules: modules ?? kernelsOfThePage() } }, ports[rank]);
+        const job = { rank, config: this.config, settings: all, train, val, weights,
+                      modules: modules ?? kernelsOfThePage() };
+        worker.postMessage({ orders: { until: all.steps }, job }, ports[rank]);
       });
     });
   }
@@ -713,8 +722,9 @@ class Lesson {
       if (idOf[code] < 0) unknown.add(String.fromCodePoint(code));
       return idOf[code];
     });
-    if (unknown.size) throw Error(`this model does not know “${[...unknown].slice(0, 20).join("")}”:`
-      + ` take these characters out of the text, or train a new model`);
+    if (unknown.size)
+      throw Error(`this model does not know “${[...unknown].slice(0, 20).join("")}”: take these `
+        + "characters out of the text, or train a new model");
     return ids;
   }
   check(train, val) {
@@ -727,10 +737,11 @@ class Lesson {
       throw Error(`the text has ${train.length + val.length} characters, and needs more than `
         + `${10 * T + 10}: a tenth is kept for validation, and a window has ${T}`);
   }
+  // {isPaused}, or {until}: the step at which to end
   order(orders) {
-    // The others wait for the first one
-    const isPause = "isPaused" in orders;
-    for (const worker of this.workers.slice(0, isPause ? 1 : undefined)) worker.postMessage({ orders });
+    // When the first worker pauses, the others wait for it
+    const those = "isPaused" in orders ? this.workers.slice(0, 1) : this.workers;
+    for (const worker of those) worker.postMessage({ orders });
   }
   end() { for (const worker of this.workers) worker.terminate(); }
 }

@@ -1,5 +1,5 @@
-// Reading: what a trained model expects, and which tokens gave it. The model computes here one token
-// at a time, in 64 bits, and keeps all that its explanation needs.
+// Reading: what a trained model expects, and which tokens contributed to it. The model reads one
+// token at a time here, in 64 bits, and keeps all that its explanation needs.
 "use strict";
 const $ = id => document.getElementById(id);
 const stopped = error => { $("note").textContent = `The page has stopped: ${error.message}`; };
@@ -227,7 +227,8 @@ class Model {
     return { parts, positions, biases };
   }
 
-  // What layer by layer i's attention to each j gave directly, as the final norm and the head read it
+  // What each layer's look from i at each j contributed directly, as the final norm and the head
+  // read it
   looks({ away, layers, stream }, i, head) {
     const readout = normBack(this.transformer.ln_f, head, scaleOf(stream[i]));
     return this.blocks.map(({ attn }, l) => {
@@ -426,9 +427,17 @@ function putText(list, cursor = Infinity) {
   $("text").setSelectionRange(end, end);
   placeCursor();
 }
+// The field itself would take minutes to take in a book
+function pasted(event) {
+  const field = $("text"), { selectionStart: from, selectionEnd: to, value } = field;
+  const given = event.clipboardData.getData("text"), room = MOST_TEXT - value.length + to - from;
+  if (given.length < room) return;
+  event.preventDefault();
+  field.setRangeText(given.slice(0, room), from, to, "end");
+  typed();
+}
 function typed() {
   game.answer = null;
-  if ($("text").value.length > MOST_TEXT) $("text").value = $("text").value.slice(0, MOST_TEXT);
   setPieces(encode($("text").value));
   look();
 }
@@ -481,8 +490,9 @@ const look = (target, other = "") => work("text", async job => {
   if (game.answer !== null) return showGuesses(likely);
   $("question").textContent = place === ids.length ? `It expects “${label(best)}” next.`
     : `It expected “${label(best)}” here, and “${label(came)}” came.`;
-  if (place < ids.length && !likely.includes(came)) likely.push(came);
   target ??= came ?? best;
+  for (const id of [came, target])
+    if (id !== undefined && !likely.includes(id)) likely.push(id);
   const hadFocus = $("expected").contains(document.activeElement);
   $("expected").replaceChildren(...likely.map(id => {
     const radio = Object.assign(element("input"), { type: "radio", name: "target",
@@ -529,7 +539,8 @@ async function explain(target, other, job) {
 const game = { answer: null, tries: 0, yours: 0, models: 0 };
 // Show the text up to a random place. The probabilities are hidden until somebody has guessed.
 function nextGuess() {
-  const list = encode(data.passage).filter(({ id }) => id >= 0), least = Math.min(20, list.length - 1);
+  const list = encode(data.passage).filter(({ id }) => id >= 0);
+  const least = Math.min(20, list.length - 1);
   const place = least + Math.floor(Math.random() * (list.length - least));
   game.answer = list[place].id;
   putText(list.slice(0, place));
@@ -545,8 +556,9 @@ function showGuesses(likely) {
       game.tries++;
       game.yours += id === answer;
       game.models += best === answer;
-      $("score").textContent = `“${label(answer)}” came: ${id === answer ? "right" : "not your guess"
-        }. You ${game.yours}, the model ${game.models}, of ${game.tries}.`;
+      const verdict = id === answer ? "right" : "not your guess";
+      $("score").textContent = `“${label(answer)}” came: ${verdict}. Score: you ${game.yours}, the `
+        + `model ${game.models}, of ${game.tries}.`;
       look(answer);
     } });
     return element("label", "", radio, element("bdi", "", label(id)));
@@ -637,7 +649,8 @@ const test = () => work("test", async job => {
   const { model, memory: { away } } = state, runs = [{ model, away: {}, name: model.name }];
   if (nameAway(away)) runs.push({ model, away, name: `${model.name} without ${nameAway(away)}` });
   for (const other of models)
-    if (other !== model && other.vocab === vocab) runs.push({ model: other, away: {}, name: other.name });
+    if (other !== model && other.vocab === vocab)
+      runs.push({ model: other, away: {}, name: other.name });
   const text = $("passage").value, list = encode(text);
   const size = Math.min(...runs.map(({ model }) => model.config.block_size));
   const ids = idsIn(list).slice(0, size), count = ids.length - 1;
@@ -686,8 +699,8 @@ function chooseModel(model) {
   const isOther = vocab !== model.vocab;
   vocab = model.vocab;
   $("model").textContent = `${name}: ${config.n_layer} ${config.block} layers, ${
-    count.toLocaleString("en")} parameters${dataset && `, trained on ${dataset}`}. It reads and writes ${
-    vocab.isBytePair ? "pieces of words" : "characters"}, here in your browser.`;
+    count.toLocaleString("en")} parameters${dataset && `, trained on ${dataset}`}. It reads and `
+    + `writes ${vocab.isBytePair ? "pieces of words" : "characters"}, here in your browser.`;
   for (const kind of ["dva", "gpt2"])
     for (const other of document.querySelectorAll(`.${kind}`)) other.hidden = kind !== config.block;
   fill($("without"), [["no layer", ""], ...blocks.map((_, l) => [`layer ${l + 1}`, l])], "");
@@ -743,8 +756,44 @@ const proceed = count => work("text", async job => {
   look();
 });
 
+// A block that the page does not know: it shows what Python has computed for one text
+function showRecorded({ block, ids, likely, weights }) {
+  $("main").classList.add("recorded");
+  $("model").textContent = `This page does not know the block “${block}”. It shows what Python `
+    + "computed for this text; run tools.explain again for another one.";
+  Object.assign(state, { model: { config: { block_size: ids.length } }, key: -1 });
+  $("text").readOnly = true;
+  putText(pieces(ids));
+  const names = ids.slice(-32).map(label), choose = ({ id, logit, parts }) => {
+    const order = largestOf(parts.map(Math.abs)), sum = total(parts);
+    paintPieces(parts);
+    $("wanted").textContent = label(id);
+    $("givers").replaceChildren(...order.map(j => row("li", element("small", "", j + 1),
+      element("bdi", "", label(ids[j])), parts[j], Math.abs(parts[order[0]]), signed(parts[j]))));
+    tabulate($("sum"), [["sum of the parts", signed(sum, 6)],
+      ["the model's logit", signed(logit, 6)], ["not in the parts", signed(logit - sum, 6)]]);
+  };
+  $("question").textContent = `It expects “${label(likely[0].id)}” next.`;
+  $("expected").replaceChildren(...likely.map((token, n) => {
+    const radio = Object.assign(element("input"), { type: "radio", name: "target", checked: n === 0,
+      onchange: () => choose(token) });
+    return row("label", radio, element("bdi", "", label(token.id)), token.prob, likely[0].prob,
+               `${(100 * token.prob).toFixed(1)} %`);
+  }));
+  $("shown").textContent = `the newest ${names.length} of ${ids.length}`;
+  $("weights").closest("section").hidden = !weights.length;
+  paint($("weights"), weights.flatMap((heads, layer) => heads.map((s, head) =>
+    [head ? "" : `layer ${layer + 1}`, s.slice(-32)])));
+  $("weights").append(element("div", "", element("span", "name"),
+                              ...names.map(name => element("span", "token", name))));
+  choose(likely[0]);
+  $("main").hidden = false;
+}
+
 // The page computes what model.py does, for a whole window, or it does not open
 const start = () => work("check", async job => {
+  $("foot").value = data.foot;
+  if (data.recorded) return showRecorded(data.recorded);
   models.push(...data.models.map(stored => new Model(stored)));
   for (const [n, model] of models.entries()) {
     const memory = model.memory(), { ids, logits } = data.models[n].check;
@@ -754,7 +803,7 @@ const start = () => work("check", async job => {
       throw Error(`model.py computes ${model.name}'s ${model.config.block} blocks in another way `
         + `than this page: what you changed there, change in class Model of tools/read.js`);
   }
-  for (const id of ["temperature", "seed", "passage", "foot"]) $(id).value = data[id];
+  for (const id of ["temperature", "seed", "passage"]) $(id).value = data[id];
   $("main").hidden = false;
   $("warmth").value = data.temperature;
   $("play").hidden = !data.passage;

@@ -1,5 +1,5 @@
-// Teaching: the panel that trains a model on a text, shows how it learns, and saves it. The learning
-// itself is in learn.js.
+// Teaching: the panel that trains a model on a text, shows how it learns, and saves it. What
+// learns is in learn.js.
 "use strict";
 // The page as it came, to be saved again with another model in it
 const pristine = document.documentElement.cloneNode(true);
@@ -9,7 +9,7 @@ const MOST_LESSON = 3e6;
 const bytesOfBase64 = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
 const kernelsOfThePage = () => data.kernels.map(bytesOfBase64);
 const elapsed = () => (performance.now() - lesson.began - lesson.rested) / 1000;
-const complain = error => { $("progress").textContent = error.message; };
+const complain = ({ message }) => { $("trouble").textContent = message; };
 
 // ---- the text and the settings -----------------------------------------------------------------
 
@@ -28,7 +28,7 @@ async function setLesson(text, name) {
   // A field of a few thousand characters stays quick
   $("lesson").readOnly = text.length > 3000;
   if (!text || text.length > 3000) $("lesson").value = text.slice(0, 3000);
-  suggest();
+  if ($("teach").firstElementChild.open) await suggest();
 }
 const readFile = async file => file && setLesson(await file.text(), file.name);
 $("teach").ondragover = event => event.preventDefault();
@@ -45,19 +45,19 @@ $("lesson").onpaste = event => {
 
 function settingsOf(block = $("block").value) {
   const own = { block, n_layer: +$("layers").value, n_embd: +$("width").value,
-                steps: +$("steps").value, seed: +$("seed").value, text: lesson.text };
+                steps: +$("steps").value, text: lesson.text };
   if (block !== "page") return own;
   const { config, vocab } = models[0];
   if (vocab.isBytePair || config.bias)
     throw Error("This page's model has biases or tokens of several letters: such a model goes on "
       + "learning in Python alone, with train.py --init_from");
-  return { ...own, ...config, vocab: vocab.tokens, weights: weightsOf(models[0]), learning_rate: 3e-3 };
+  return { ...own, ...config, vocab: vocab.tokens, weights: weightsOf(models[0]),
+           learning_rate: 3e-3 };
 }
-// Seconds that a step will take here: three are tried
-async function measure(settings) {
-  const count = workersFor(settings), probe = { ...settings, probe: count,
-    batch_size: Math.ceil((settings.batch_size ?? DEFAULTS.batch_size) / count) };
-  const trial = new Lesson(probe);
+// Seconds that a step of so many workers will take here: three are tried
+async function measure(settings, workers = workersFor(settings)) {
+  const trial = new Lesson({ ...settings, probe: workers,
+    batch_size: Math.ceil((settings.batch_size ?? DEFAULTS.batch_size) / workers) });
   try {
     return (await trial.done).seconds;
   } finally {
@@ -67,9 +67,11 @@ async function measure(settings) {
 // With `isNew`, as many steps as take about 40 seconds, or read the text 30 times
 const suggest = (isNew = true) => work("suggest", async job => {
   const { text, name } = lesson;
-  $("about").textContent = text ? `${name}: ${text.length.toLocaleString("en")} characters, of ${
-    alphabetOf(codesOf(text)).length} kinds. A tenth is kept back for validation.` : "Paste a text first.";
+  $("about").textContent = !text ? "Paste a text first." : `${name}: ${
+    text.length.toLocaleString("en")} characters, of ${alphabetOf(codesOf(text)).length} kinds. `
+    + "A tenth is kept back for validation.";
   $("plan").textContent = "";
+  for (const id of ["layers", "width"]) $(id).disabled = $("block").value === "page";
   if (!text) return;
   try {
     const seconds = await measure(settingsOf());
@@ -89,19 +91,25 @@ const suggest = (isNew = true) => work("suggest", async job => {
 
 const blockNames = { dva: "dva", gpt2: "gpt2 with rotary positions", page: "this page's model" };
 function begin(blocks, stepsOf = () => +$("steps").value) {
-  stopAll();
-  Object.assign(lesson, { moments: [], isPaused: false, began: performance.now(), rested: 0 });
+  for (const run of lesson.runs) run.lesson.end();
+  lesson.runs = [];
+  Object.assign(lesson, { moments: [], isPaused: false, isTimed: false, rested: 0,
+                          began: performance.now() });
   const workers = Math.max(1, Math.floor(workersFor({}) / blocks.length));
-  lesson.runs = blocks.map(block => {
-    const run = { block, name: blockNames[block], losses: [], vals: [], at: 0 };
-    run.lesson = new Lesson({ ...settingsOf(block), steps: stepsOf(block), workers },
-                            message => hear(run, message));
-    run.lesson.done.catch(complain);
-    return run;
-  });
-  $("moment").value = 0;
-  $("written").textContent = "";
-  showProgress();
+  $("moment").value = $("moment").max = 0;
+  for (const id of ["written", "slept", "trouble"]) $(id).textContent = "";
+  try {
+    for (const block of blocks) {
+      const run = { block, name: blockNames[block], losses: [], vals: [], at: 0 };
+      run.lesson = new Lesson({ ...settingsOf(block), steps: stepsOf(block), workers },
+                              message => hear(run, message));
+      run.lesson.done.catch(complain);
+      lesson.runs.push(run);
+    }
+    showProgress();
+  } catch (error) {
+    complain(error);
+  }
 }
 function hear(run, message) {
   const { step, loss, val, weights, isLast } = message, at = elapsed();
@@ -115,6 +123,12 @@ function hear(run, message) {
   if (loss) run.losses.push([run.at, loss]);
   if (val) run.vals.push([run.at, val]);
   if (isLast) run.isOver = true;
+  // Soon both have shown their speed, and the race can end for both at the same time
+  const [{ lesson: { settings: { steps } } }, other] = lesson.runs;
+  if (!lesson.isTimed && step >= steps / 5 && run !== other && other?.step >= 3) {
+    lesson.isTimed = true;
+    goTo(other, Math.round(other.step / step * steps));
+  }
   if (weights) addMoment(run, step, val, weights);
   showProgress();
 }
@@ -133,46 +147,48 @@ function goOn() {
   lesson.rested += 1000 * (elapsed() - Math.max(...lesson.runs.map(({ at }) => at)));
   for (const run of lesson.runs) {
     run.isOver = false;
-    run.lesson.settings.steps = run.step + +$("steps").value;
-    run.lesson.order({ until: run.lesson.settings.steps });
+    goTo(run, run.step + +$("steps").value);
   }
   showProgress();
 }
-function stopAll() {
-  for (const run of lesson.runs) run.lesson.end();
-  lesson.runs = [];
+function goTo(run, until) {
+  run.lesson.settings.steps = until;
+  run.lesson.order({ until });
 }
 // Both blocks, with the same batches and as many seconds: the same widths, and steps by their speed
-const race = () => work("race", async () => {
-  stopAll();
-  complain({ message: "Timing both …" });
-  const seconds = {};
-  for (const block of ["dva", "gpt2"]) seconds[block] = await measure(settingsOf(block));
-  const time = +$("steps").value * seconds.dva;
-  begin(["dva", "gpt2"], block => Math.round(time / seconds[block]));
-}).catch(complain);
+async function race() {
+  $("progress").textContent = "Timing both …";
+  try {
+    const blocks = ["dva", "gpt2"], workers = Math.max(1, workersFor({}) >> 1);
+    const [dva, gpt2] = await Promise.all(blocks.map(block => measure(settingsOf(block), workers)));
+    begin(blocks, block => Math.round($("steps").value * (block === "dva" ? 1 : dva / gpt2)));
+  } catch (error) {
+    complain(error);
+  }
+}
 
 function showProgress() {
-  const { runs, isPaused } = lesson, isOver = runs.every(run => run.isOver);
-  $("pause").disabled = !runs.length || isOver;
-  $("more").disabled = !runs.length || !isOver || runs.length > 1;
-  $("pause").textContent = isPaused ? "Go on" : "Pause";
-  if (lesson.frame || !runs.length) return;
+  if (lesson.frame || !lesson.runs.length) return;
   lesson.frame = setTimeout(() => {
+    const { runs, isPaused } = lesson, isOver = isAllOver(), last = list => list.at(-1)?.[1];
     lesson.frame = 0;
-    complain({ message: runs.map(run => {
-      const { step = 0, losses, vals, lesson: { settings } } = run, last = list => list.at(-1)?.[1];
-      return `${run.name}: ${step} of ${settings.steps} steps, ${(step / run.at || 0).toFixed(1)} a `
-        + `second; loss ${last(losses)?.toFixed(3) ?? "…"}, validation ${
-          last(vals)?.toFixed(3) ?? "…"}${run.isOver ? " on all of it." : "."}`;
-    }).join(" ") + (isPaused ? " Paused." : "") });
+    $("pause").disabled = isOver;
+    $("pause").textContent = isPaused ? "Go on" : "Pause";
+    $("more").disabled = !isOver || runs.length > 1;
     $("verdict").hidden = runs.length < 2 || !isOver;
+    const lines = runs.map(({ name, step = 0, at, losses, vals, lesson: { settings }, ...run }) =>
+      `${name}: ${step} of ${settings.steps} steps, ${(step / at || 0).toFixed(1)} a second; loss ${
+        last(losses)?.toFixed(3) ?? "…"}, validation ${last(vals)?.toFixed(3) ?? "…"}${
+        run.isOver ? " on all of it." : "."}`);
+    $("progress").textContent = lines.join(" ") + (isPaused ? " Paused." : "");
     drawCurves(runs);
   }, 100);
 }
+const isAllOver = () => lesson.runs.every(run => run.isOver);
 document.addEventListener("visibilitychange", () => {
-  if (lesson.runs.some(run => !run.isOver))
-    $("slept").textContent = document.hidden ? "" : "It went on while this tab was in the background.";
+  if (document.hidden) lesson.wasBusy = !isAllOver();
+  else if (lesson.wasBusy)
+    $("slept").textContent = "It went on while this tab was in the background.";
 });
 
 // The losses over the seconds: thin for the batches, smoothed, thick for the validation split
@@ -187,7 +203,7 @@ function drawCurves(runs) {
   });
   const all = lines.flatMap(([, , list]) => list), right = Math.max(1, ...all.map(([x]) => x));
   const ys = all.map(([, y]) => y), low = Math.min(...ys), high = Math.max(low + 0.1, ...ys);
-  const place = ([x, y]) => `${(x / right * W).toFixed(1)},${((high - y) / (high - low) * H).toFixed(1)}`;
+  const place = ([x, y]) => [x / right * W, (high - y) / (high - low) * H].map(Math.round).join();
   const made = (kind, attributes, text = "") => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", kind);
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -211,9 +227,11 @@ function weightsOf({ config, parameters, numbers }) {
   for (const [path, count] of parameters) found[path] = numbers.subarray(at, at += count);
   return Float32Array.from(Object.keys(shapesOf(config)).flatMap(path => [...found[path]]));
 }
-const modelOf = ({ lesson: { config, tokens } }, name, numbers) => new Model({ name, config, numbers,
-  dataset: lesson.name, vocab: vocabOf({ tokens, kind: "char", size: tokens.length }),
-  parameters: Object.entries(shapesOf(config)).map(([path, [rows, width]]) => [path, rows * width]) });
+const modelOf = ({ lesson: { config, tokens } }, name, numbers) => new Model({
+  name, config, numbers, dataset: lesson.name,
+  vocab: vocabOf({ tokens, kind: "char", size: tokens.length }),
+  parameters: Object.entries(shapesOf(config)).map(([path, [rows, width]]) => [path, rows * width])
+});
 function addMoment(run, step, val, weights) {
   const name = lesson.runs.length > 1 ? `your ${run.block}` : "your model";
   lesson.moments.push({ run, step, val, weights, name });
@@ -229,8 +247,9 @@ const showMoment = () => work("moment", async job => {
   const moment = lesson.moments[$("moment").value], { run, step, name } = moment;
   $("when").textContent = `${lesson.runs.length > 1 ? `${run.block}, ` : ""}step ${step}`;
   if (!moment.written) {
-    const model = modelOf(run, name, moment.weights), ids = [Math.max(0, run.lesson.tokens.indexOf("\n"))];
-    const next = writeOn(model, model.memory(), ids, 0.8, randomOf(7), job), written = [];
+    const model = modelOf(run, name, moment.weights), written = [];
+    const ids = [Math.max(0, run.lesson.tokens.indexOf("\n"))];
+    const next = writeOn(model, model.memory(), ids, 0.8, randomOf(7), job);
     while (written.length < 160) written.push(model.vocab.spelling[(await next.next()).value]);
     moment.written = written.join("");
   }
@@ -280,8 +299,8 @@ function pageOf(model) {
   const ids = idsOf(model, lesson.text || data.passage).slice(0, config.block_size);
   for (const id of ids) read.read(memory, id);
   stored.check = { ids, logits: [...read.logits(memory, ids.length - 1)].slice(0, 64) };
-  const copy = { ...data, models: [stored], kind: vocab.kind, tokens: vocab.tokens, size: vocab.size,
-                 start: "\n", write: 120, foot: `Trained in a browser on ${dataset}.` };
+  const { kind, tokens, size } = vocab, copy = { ...data, models: [stored], kind, tokens, size,
+    start: "\n", write: 120, foot: `Trained in a browser on ${dataset}.` };
   const page = pristine.cloneNode(true);
   // No text in the data can end the script element that holds it
   page.querySelector("#data").textContent = JSON.stringify(copy).replaceAll("<", "\\u003c");
@@ -304,8 +323,9 @@ function folderOf(model) {
   new DataView(bytes.buffer).setUint32(0, length, true);
   bytes.set(head, 8);
   bytes.set(new Uint8Array(numbers.buffer, numbers.byteOffset, 4 * at), 8 + length);
-  return { "model.safetensors": bytes, "config.json": new TextEncoder().encode(JSON.stringify({
-    model_config: config, tokenizer: { kind: "char", alphabet: vocab.tokens.join("") } }, null, 1)) };
+  const tokenizer = { kind: "char", alphabet: vocab.tokens.join("") };
+  const settings = JSON.stringify({ model_config: config, tokenizer }, null, 1);
+  return { "model.safetensors": bytes, "config.json": new TextEncoder().encode(settings) };
 }
 // A zip of files that are not compressed
 function zipOf(files) {
@@ -320,8 +340,8 @@ function zipOf(files) {
     let crc = -1;
     for (const byte of bytes) crc = crc >>> 8 ^ table[(crc ^ byte) & 255];
     const letters = [...new TextEncoder().encode(name)];
-    const shared = little([2, 20], [2, 0], [2, 0], [4, 0x210000], [4, ~crc >>> 0], [4, bytes.length],
-                          [4, bytes.length], [2, letters.length], [2, 0]);
+    const shared = little([2, 20], [2, 0], [2, 0], [4, 0x210000], [4, ~crc >>> 0],
+                          [4, bytes.length], [4, bytes.length], [2, letters.length], [2, 0]);
     const head = [...little([4, 0x04034b50]), ...shared, ...letters];
     local.push(Uint8Array.from(head), bytes);
     central.push(Uint8Array.from([...little([4, 0x02014b50], [2, 20]), ...shared,
@@ -338,4 +358,4 @@ const saveAsZip = () => download("my-model.zip", ...zipOf(Object.fromEntries(
   Object.entries(folderOf(chosenModel())).map(([name, bytes]) => [`my-model/${name}`, bytes]))));
 
 start();
-setLesson("").catch(complain);
+if (!data.recorded) setLesson("").catch(complain);
