@@ -90,14 +90,11 @@ def finish(entry, run, loss, broken=None):
     entry.finished[race.key_of(line["settings"], line["seed"])] = line
 
 
-def settle(entry, loss, times=None):
-    """Make all runs that a Race needs, with loss(run), and time its shapes with times(settings)."""
+def settle(entry, loss):
+    """Make all runs that a Race needs, with loss(run)."""
     for _ in range(100):
         found, missing = entry.survey()
-        for other in found.values():
-            if other["to_time"]:
-                entry.timing[race.shape_of(other["settings"])] = times(other["settings"])
-        if not missing and not any(other["to_time"] for other in found.values()):
+        if not missing:
             return found
         for _, run in missing[:1]:
             finish(entry, run, loss(run))
@@ -196,7 +193,7 @@ def test_what_is_still_to_do_is_told_first_and_never_grows_unannounced(argv, her
 def test_a_sweep_goes_on_until_its_best_has_worse_on_both_sides(entered, best, rates):
     entry = entered(contenders="dva+bank")
     found = settle(entry, lambda run: abs(math.log(run.learning_rate / best))
-                   + abs(math.log(run.bank_lr / 8)), lambda settings: 1.0)["dva+bank"]
+                   + abs(math.log(run.bank_lr / 8)))["dva+bank"]
     assert sorted({run.learning_rate for run in found["trials"]}) == pytest.approx(rates)
     assert found["settings"]["learning_rate"] == best and found["settings"]["bank_lr"] == 8
     assert {run.seed for run in found["trials"]} == {1337}
@@ -212,7 +209,7 @@ def test_choices_are_made_one_after_the_other_and_taken_over(entered):
                 - (run.qk_dim == 4) - (run.warmup_iters == 4) + 5 * (run.block == "gpt2"))
 
     text = "gpt2,dva=dva:weight_decay=0.1|0.3|0.5:qk_dim=8|4:warmup=0.1|0.33,wide=dva:n_embd=32"
-    found = settle(entered(contenders=text), loss, lambda settings: 1.0)
+    found = settle(entered(contenders=text), loss)
     chosen = found["dva"]["settings"]
     assert [chosen[name] for name in ("weight_decay", "qk_dim", "warmup", "learning_rate")] == [
         0.3, 4, 0.33, 0.015]
@@ -226,20 +223,23 @@ def test_choices_are_made_one_after_the_other_and_taken_over(entered):
     assert found["gpt2"]["settings"]["weight_decay"] == 0.1
 
 
-def test_equal_time_waits_for_the_reference_and_its_own_settings(entered):
+def test_equal_time_waits_for_the_reference_and_its_own_settings(entered, monkeypatch):
     text = "gpt2=gpt2:n_head=1|2,dva=dva:qk_dim=8|4,time=dva:match=time"
     entry = entered(contenders=text)
     found, missing = entry.survey()
     assert found["time"]["open"] and found["time"]["later"] == 2 + 2
     assert {label for label, _ in missing} == {"gpt2", "dva"}
 
-    def times(settings):
+    def measure(entry, settings):
         # qk_dim 4 halves the time of dva; two heads take twice the time of one
-        return settings["n_head"] if settings["block"] == "gpt2" else settings["qk_dim"] / 10
+        [one] = settings
+        time = one["n_head"] if one["block"] == "gpt2" else one["qk_dim"] / 10
+        entry.timing[race.shape_of(one)] = time
 
+    monkeypatch.setattr(race, "measure", measure)
     # Two heads and short queries win
     found = settle(entry, lambda run: abs(math.log(run.learning_rate / 0.03)) - 2 * (
-        run.n_head == 2 and run.block == "gpt2") - (run.qk_dim == 4), times)
+        run.n_head == 2 and run.block == "gpt2") - (run.qk_dim == 4))
     assert found["dva"]["runs"][0].max_iters == 12
     assert found["time"]["runs"][0].max_iters == 12 * 2 / 0.4
     assert [run.lr_decay_iters for run in found["time"]["trials"]] == [60] * 3
@@ -341,7 +341,7 @@ def timed(argv, here, monkeypatch, capsys):
     def timed(minutes, seconds, slower=1.0, **changes):
         clock = Clock()
 
-        def measure(entry, settings, device, rounds):
+        def measure(entry, settings):
             for other in settings:
                 size = other["n_layer"] * other["n_embd"] / 32
                 entry.timing[race.shape_of(other)] = size * (1 if other["block"] == "gpt2" else 0.5)

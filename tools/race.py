@@ -23,11 +23,11 @@ by seed, since equal seeds see equal batches, with the 95 % interval of Student'
 With --minutes the race takes two steps of each contender first and says what fits: fewer seeds,
 then shorter runs, then smaller models. It tries only the rates and choices that are given.
 
-Seconds are a run's steps times the median time of its step, measured with one thread and all
-contenders in turn; on a CPU the time of other programs does not count. A folder in --results gets
-runs.jsonl (a line for each finished run), results.json, table.md and race.svg. A run in runs.jsonl
-is never made again, whatever has changed in the code: its line names the commit. The same command
-goes on where it was stopped.
+Seconds are a run's steps times the median time of its step, measured with one thread and in turn
+with the first contender's; on a CPU the time of other programs does not count. A folder in
+--results gets runs.jsonl (a line for each finished run), results.json, table.md and race.svg. A run
+in runs.jsonl is never made again, whatever has changed in the code: its line names the commit. The
+same command goes on where it was stopped.
 """
 import hashlib
 import json
@@ -191,19 +191,17 @@ class Race:
 
     def __init__(self, rules, shared, plan, timing, folder, command):
         self.rules, self.shared, self.plan, self.timing = rules, shared, plan, timing
-        self.folder, self.command = folder, command
+        self.folder, self.command, self.rounds = folder, command, rules.rounds
         self.contenders = read_contenders(rules)
         self.finished = {key_of(line["settings"], line["seed"]): line
                          for line in read_lines(folder / "runs.jsonl")}
-        # A token of the reference's training in tokens of the yardstick's, which was timed first
-        self.reference_ratio = 1.0
 
     def settle(self, label, known):
         """
-        {"settings", "trials", "missing", "later", "open", "to_time", "runs"} of a contender: its
-        settings so far, the runs that tried them, the runs that are not finished, how many will
-        follow at least, whether settings are still to be chosen, whether the race waits for its
-        step's time, and the runs to report. `known` has this of the contenders before it.
+        {"settings", "trials", "missing", "later", "open", "runs"} of a contender: its settings so
+        far, the runs that tried them, the runs that are not finished, how many will follow at
+        least, whether settings are still to be chosen, and the runs to report. `known` has this of
+        the contenders before it.
         """
         base, choices = self.contenders[label]
         block, plus, _ = base.partition("+")
@@ -224,24 +222,21 @@ class Race:
             sweeps.append(("learning_rate", None))
 
         # It waits for the settings that it takes over, and for the reference's time
-        in_time = settings["match"] == "time"
-        needed = [inherited] * bool(inherited) + list(known.values())[:in_time]
+        needed = [inherited] if inherited else []
+        needed += list(known.values())[:settings["match"] == "time"]
         waits = any(other["open"] for other in needed)
-        to_time = in_time and not waits and shape_of(settings) not in self.timing
         found = {"settings": settings, "trials": [], "missing": [], "later": 0}
         for name, values in sweeps:
-            if found["missing"] or waits or to_time:
+            if found["missing"] or waits:
                 found["later"] += len(values) - 1 if values else 2
             else:
                 self.sweep(found, name, values)
-        is_open = bool(found["missing"]) or waits or to_time
+        is_open = bool(found["missing"]) or waits
         seeds = [self.rules.seed + 1 + i for i in range(self.rules.seeds)]
         runs = [] if is_open else [self.run_of(settings, seed) for seed in seeds]
         found["later"] += len(seeds) * is_open
         found["missing"] += [run for run in runs if not self.result_of(run)]
-        return found | {"open": is_open, "runs": runs,
-                        "to_time": to_time or not is_open
-                        and shape_of(settings) not in self.timing}
+        return found | {"open": is_open, "runs": runs}
 
     def sweep(self, found, name, values):
         """Try a setting's values with the settings found so far: keep the best one, or say which
@@ -274,8 +269,7 @@ class Race:
         found, missing = {}, {}
         for label in self.contenders:
             found[label] = self.settle(label, found)
-            if len(found) == 1:
-                self.reference_ratio = self.ratio_of(found[label]["settings"])
+            self.reference = next(iter(found.values()))["settings"]
             for run in found[label]["missing"]:
                 missing.setdefault(run.out_dir, (label, run))
         missing = list(missing.values())
@@ -285,15 +279,17 @@ class Race:
         return found, missing
 
     def ratio_of(self, settings):
-        """A token's time in tokens of the yardstick; 1 while it is not known."""
-        return self.timing.get(shape_of(settings), 1.0)
+        """A token's time in tokens of the yardstick, measured when it is first asked for."""
+        if shape_of(settings) not in self.timing:
+            measure(self, [settings])
+        return self.timing[shape_of(settings)]
 
     def run_of(self, settings, seed):
         """The TrainConfig of one run with the settings of a contender."""
         cfg = build(Contender, settings)
         tokens = self.plan["tokens"]
         if cfg.match == "time":
-            tokens *= self.reference_ratio / self.ratio_of(settings)
+            tokens *= self.ratio_of(self.reference) / self.ratio_of(settings)
         steps = max(1, round(tokens / batch_tokens(cfg)))
         known = self.plan["data"]["tokens"]["train"]
         if self.rules.tokens_per_parameter and steps * batch_tokens(cfg) > known:
@@ -312,7 +308,8 @@ class Race:
         """The time to expect of a run that has a core for itself."""
         evaluation = EVALUATION * 2 * self.plan["evaluated"]
         tokens = run.max_iters * batch_tokens(run) + evaluation
-        return tokens * self.plan["seconds_per_token"] * self.ratio_of(asdict(run))
+        ratio = self.timing.get(shape_of(asdict(run)), 1.0)
+        return tokens * self.plan["seconds_per_token"] * ratio
 
     def seconds_left(self):
         """(the seconds to expect of all runs that are missing, their number)"""
@@ -454,7 +451,7 @@ def end_with_race():
     os._exit(1)
 
 
-def run_all(race, device, stop, deadline):
+def run_all(race, stop, deadline):
     """
     Make the missing runs, rules.jobs at a time, until none is needed or a stop is asked for, and
     add each to runs.jsonl when it is finished. If they would end after the deadline,
@@ -469,15 +466,9 @@ def run_all(race, device, stop, deadline):
              f"{plan['tokens']:,} tokens", race, under_way, taken / expected, deadline)
     with workers(rules.jobs) as idle:
         while not stop.signal:
-            found, missing = race.survey()
-            to_time = [entry["settings"] for entry in found.values() if entry["to_time"]]
-            if to_time and not under_way:
-                measure(race, to_time, device, rules.rounds)
-                continue
             running = [run.out_dir for _, run, _ in under_way.values()]
-            waiting = [item for item in missing if item[1].out_dir not in running]
-            # Steps are timed while no run is under way
-            while waiting and idle and not to_time:
+            waiting = [item for item in race.survey()[1] if item[1].out_dir not in running]
+            while waiting and idle:
                 (label, run), connection = waiting.pop(0), idle.pop()
                 connection.send((run, plan["evaluated"], run.seed != rules.seed))
                 under_way[connection] = label, run, time.time()
@@ -548,44 +539,39 @@ def announce(news, race, under_way, pace, deadline):
 
 # ---- lengths and times -------------------------------------------------------------------------
 
-def measure(race, settings, device, rounds):
+def measure(race, settings):
     """
-    Time a step of each of these settings, in turn with the yardstick, with one thread. Returns the
-    seconds that passed as a multiple of those that were measured.
+    Time a step of each of these settings with one thread, in turn with the yardstick, the one that
+    was timed first. Returns the seconds that passed as a multiple of those that were measured.
     """
-    plan, timing = race.plan, race.timing
-    shapes = list(map(shape_of, settings))
-    yardstick = next(iter(timing), shapes[0])
-    cfgs = {shape: build(TrainConfig, race.shared | json.loads(shape))
-            for shape in [yardstick, *shapes]}
-    threads, clock = torch.get_num_threads(), time.process_time
-    if device.type != "cpu":
-        clock = time.perf_counter
+    plan, timing, device = race.plan, race.timing, pick_device(race.rules.device)
+    shapes = dict.fromkeys([*list(timing)[:1], *map(shape_of, settings)])
+    cfgs = {shape: build(TrainConfig, race.shared | json.loads(shape)) for shape in shapes}
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # On a CPU the time of other programs does not count
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     steps = {shape: training_step(cfg, device) for shape, cfg in cfgs.items()}
-    times, began = {shape: [] for shape in steps}, time.perf_counter()
-    for _ in tqdm(range(WARM_UP + rounds), "timing", leave=False, delay=2, disable=None):
+    times, began = {shape: [] for shape in shapes}, time.perf_counter()
+    for _ in tqdm(range(WARM_UP + race.rounds), "timing", leave=False, delay=2, disable=None):
         for shape, step in steps.items():
             start = clock()
             step()
-            times[shape].append(clock() - start)
-    passed = time.perf_counter() - began
+            times[shape].append((clock() - start) / batch_tokens(cfgs[shape]))
+    pace = (time.perf_counter() - began) / sum(
+        sum(times[shape]) * batch_tokens(cfgs[shape]) for shape in shapes)
     torch.set_num_threads(threads)
-    # By token, turn by turn, so that a drift of the machine cancels
-    tokens = {shape: batch_tokens(cfg) for shape, cfg in cfgs.items()}
-    if not timing:
-        step = statistics.median(times[yardstick][WARM_UP:])
-        plan["seconds_per_token"] = step / tokens[yardstick]
+    first, *_ = times = {shape: found[WARM_UP:] for shape, found in times.items()}
+    plan.setdefault("seconds_per_token", statistics.median(times[first]))
     for shape in shapes:
-        ratio = statistics.median(ours / theirs for ours, theirs in
-                                  zip(times[shape][WARM_UP:], times[yardstick][WARM_UP:],
-                                      strict=True))
-        timing[shape] = round(ratio * tokens[yardstick] / tokens[shape], 4)
+        # Turn by turn, so that a drift of the machine cancels
+        ratios = [ours / theirs for ours, theirs in zip(times[shape], times[first], strict=True)]
+        timing.setdefault(shape, round(statistics.median(ratios), 4))
     save(race)
-    return passed / sum(map(sum, times.values()))
+    return pace
 
 
-def fit_in_time(race, device, seconds):
+def fit_in_time(race, seconds):
     """
     Shrink a race to so many seconds, of which it plans to use 0.8, since machines get slower as
     they get warm: fewer seeds, then fewer steps, then smaller models, then still fewer steps.
@@ -601,15 +587,14 @@ def fit_in_time(race, device, seconds):
 
     for smaller, least in ({}, LEAST_STEPS), (SMALLER, 1):
         race.shared |= smaller
-        race.timing.clear()
-        settings = [entry["settings"] for entry in race.survey()[0].values()]
-        pace = measure(race, settings, device, rounds=2)
-        turn = pace * sum(race.timing.values()) * step_tokens * plan["seconds_per_token"]
-        if turn < 0.4 * rules.minutes:
-            # A fiftieth of the time for better figures
-            rounds = min(rules.rounds, int(1.2 * rules.minutes / turn))
+        for race.rounds in (2, min(rules.rounds, 20)):
             race.timing.clear()
-            pace = measure(race, settings, device, rounds)
+            plan.pop("seconds_per_token", None)
+            pace = measure(race, [entry["settings"] for entry in race.survey()[0].values()])
+            turn = pace * sum(race.timing.values()) * step_tokens * plan["seconds_per_token"]
+            # Better figures if they take a thirtieth of the time
+            if turn > 0.1 * rules.minutes:
+                break
         while not fits(least) and rules.seeds > 2:
             rules.seeds -= 1
         steps = rules.max_iters
@@ -634,19 +619,20 @@ def facts_of(race):
         cfg, line = entry["runs"][0], lines[0]
         best = race.run_of(entry["settings"], race.rules.seed)
         names = ["learning_rate", "bank_lr", "warmup_iters", *race.contenders[label][1]]
-        trials = [{name: getattr(run, name) for name in names if hasattr(run, name)}
+        names = [name for name in names if hasattr(best, name)]
+        trials = [{name: getattr(run, name) for name in names}
                   | {"loss": race.result_of(run).get("val"), "best": run == best}
                   for run in entry["trials"]]
         curves = zip(*(line["curve"] for line in lines if not line["broken"]), strict=False)
+        rate = race.plan["seconds_per_token"] * race.ratio_of(asdict(cfg))
         facts[label] = {
             "settings": settings_of(cfg), "trials": trials, "tokens": line["tokens"],
             "parameters": line["parameters"], "flops": line["tokens"] * line["flops_per_token"],
-            "seconds": line["tokens"] * race.plan["seconds_per_token"]
-            * race.ratio_of(asdict(cfg)),
+            "seconds": line["tokens"] * rate,
             "losses": {line["seed"]: None if line["broken"] else [line["val"], line["test"]]
                        for line in lines},
-            "curve": [[row[0][0] * batch_tokens(cfg),
-                       round(statistics.fmean(loss for _, loss in row), 4)] for row in curves]}
+            "curve": [[points[0][0] * batch_tokens(cfg), round(statistics.fmean(
+                loss for _, loss in points), 4)] for points in curves]}
     return facts
 
 
@@ -660,11 +646,8 @@ def save(race):
     return results
 
 
-def publish(race):
-    """Write results.json, table.md and race.svg from the runs that are finished."""
-    results, folder = save(race), race.folder
-    if not results["contenders"]:
-        return
+def publish(results, folder):
+    """Write table.md and race.svg of what is finished."""
     text = table(results)
     with replacing(folder / "table.md") as file:
         file.write(text.encode())
@@ -705,9 +688,7 @@ def main(argv=None):
         kept = json.loads(path.read_bytes()) if path.exists() else {}
         plan = kept.get("plan") or conditions | {
             "machine": f"{machine_name(device)}, torch {torch.__version__}",
-            "tokens": rules.max_iters * batch_tokens(rules)}
-        if rules.tokens_per_parameter:
-            plan["tokens"] = 0
+            "tokens": 0 if rules.tokens_per_parameter else rules.max_iters * batch_tokens(rules)}
         other = [name for name, value in conditions.items() if plan[name] != value]
         if other:
             fail(f"{folder} holds a race of other {', '.join(other)}: give another --name")
@@ -720,12 +701,14 @@ def main(argv=None):
             plan["tokens"] = round(rules.tokens_per_parameter * models[0].num_params())
         deadline = began + 60 * rules.minutes if rules.minutes else math.inf
         if not race.timing and rules.minutes:
-            fit_in_time(race, device, deadline - time.time())
+            fit_in_time(race, deadline - time.time())
         elif not race.timing:
-            measure(race, settings, device, rules.rounds)
+            measure(race, settings)
         if rules.jobs:
-            run_all(race, device, stop, deadline)
-        publish(race)
+            run_all(race, stop, deadline)
+        results = save(race)
+        if results["contenders"]:
+            publish(results, folder)
     if stop.signal:
         print("stopped; the same command goes on, and finished runs are not made again",
               file=sys.stderr)
