@@ -80,7 +80,7 @@ clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis .ipynb_checkpoints __pycache__ */__pycache__
 
 # What train.py and prepare_data.py write. A text of yours beside prepared data stays.
-WRITTEN = out out-* data/*/train.bin data/*/val.bin data/*/meta.json
+WRITTEN = out out-* data/*/train.bin data/*/val.bin data/*/meta.json data/*/lock
 
 distclean: clean
 	@found=$$(ls -d $(WRITTEN) 2>/dev/null); test -n "$$found" || exit 0; echo "$$found"; \

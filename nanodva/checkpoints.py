@@ -54,7 +54,7 @@ def load_file(path):
             fail(f"{path} is refused: it calls for {code[1]}, and only tensors, numbers and text "
                  f"are read")
         fail(f"{path} is not a checkpoint, or a damaged one: name another, such as best.pt or "
-             f"last.pt in the run's folder, or train anew")
+             f"last.pt in the run's folder, or train again")
 
 
 def load_checkpoint(path):
@@ -74,9 +74,9 @@ def load_checkpoint(path):
 
 def resume(cls, given):
     """
-    (cfg, checkpoint, changes) of the run in the out_dir that is given. cfg is of the dataclass
-    cls, with the run's own settings except those given anew; changes lists these in words.
-    Raises UserError for another architecture or optimizer.
+    (cfg, checkpoint, changes) of the run in the given out_dir. cfg, of the dataclass cls, has the
+    run's settings except for the given ones; changes lists those that differ, in words. Raises
+    UserError for another architecture or optimizer.
     """
     out_dir = Path(given.get("out_dir", cls.out_dir))
     checkpoint = load_checkpoint(out_dir / "last.pt")
@@ -115,12 +115,12 @@ def restore(checkpoint, model, optimizer, scaler):
 
 class RunFolder:
     """
-    What a run writes in its out_dir, whose lock the caller holds: metrics.jsonl, append only, and
-    checkpoints. A new run leaves another run's files alone until its own first save replaces them;
-    until then its metrics are in metrics.jsonl.new.
+    A run's out_dir, whose lock the caller holds: checkpoints and metrics.jsonl, append only. A new
+    run leaves the files of another one alone until its own first save replaces them; until then
+    its metrics are in metrics.jsonl.new.
 
-    Raises UserError if the folder holds a run, unless that goes on from its `checkpoint` or
-    cfg.overwrite is set.
+    Raises UserError if the folder holds a run, unless this one continues it from its `checkpoint`
+    or cfg.overwrite is set.
     """
 
     def __init__(self, cfg, checkpoint):
@@ -133,7 +133,7 @@ class RunFolder:
             how = "continue it with --init_from=resume"
             if "last.pt" not in saved:
                 how = f"start from its weights with --init_from={self.path} and another --out_dir"
-            fail(f"{self.path} holds a run, {' and '.join(saved)}: {how}, start anew with "
+            fail(f"{self.path} holds a run, {' and '.join(saved)}: {how}, replace it with "
                  f"--overwrite=True, or give another --out_dir")
         self.is_new = saved and not checkpoint
         self.file = open(self.aside if self.is_new else self.metrics, "a" if checkpoint else "w",

@@ -24,7 +24,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Ctrl-C, a scheduler's end, a terminal that was closed, and Slurm's warning; Windows lacks two
+# Ctrl-C, a scheduler's end, a closed terminal, and Slurm's warning; Windows lacks two of them
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
             if hasattr(signal, name)]
 
@@ -33,8 +33,8 @@ CPUINFO = Path("/proc/cpuinfo")
 
 def say(text):
     """
-    Print a line, once for all processes, above the bars if there are any. If nobody can read it
-    any more, the program goes on without a word.
+    Print a line, once for all processes, above the bars if there are any. A program whose output
+    nobody can read any more goes on silently.
     """
     if RANK > 0:
         return
@@ -198,10 +198,9 @@ def naming_memory(hint):
 @contextlib.contextmanager
 def process_group(device, backend="auto"):
     """
-    Belong to torchrun's group of processes during a with block; a process alone has nothing to do.
-
-    A failing process prints the reason and exits immediately: an orderly shutdown would wait for
-    the others, which wait for it. torchrun terminates them.
+    A with block in torchrun's group of processes; a process alone has nothing to do. A failing
+    process prints the reason and exits immediately: an orderly shutdown would wait for the others,
+    which wait for it, and which torchrun terminates.
     """
     if WORLD == 1:
         yield
@@ -215,7 +214,7 @@ def process_group(device, backend="auto"):
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     except KeyboardInterrupt:
-        # torchrun has told it to end, since another process failed
+        # torchrun ends this process, since another one failed
         os._exit(130)
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -254,9 +253,9 @@ def check_replicas(model):
 
 class Stop:
     """
-    A with block in which the first of the STOPPING signals is kept in `signal`, for the run to end
-    in good order. After it Ctrl-C raises KeyboardInterrupt. What a program's parent has told it to
-    ignore, as nohup does, stays ignored.
+    A with block that keeps the first of the STOPPING signals in `signal`, for the run to end in
+    good order; Ctrl-C after it raises KeyboardInterrupt. A signal that the program's parent has
+    set to be ignored, as nohup does, stays ignored.
     """
 
     def __init__(self):
@@ -282,8 +281,8 @@ class Stop:
 
     def agreed(self, step):
         """
-        Whether a process has got a signal: the same answer in all, which have to ask at the same
-        step. The question makes a GPU wait, so there it is asked at every tenth step only.
+        Whether any process has got a signal. All have to ask at the same step and get the same
+        answer. Asking makes a GPU wait, so it happens there at every tenth step only.
         """
         if WORLD == 1:
             return self.signal > 0

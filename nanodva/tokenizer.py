@@ -220,6 +220,7 @@ def write_tokenizer(folder, tokenizer, block_size):
     special = ("bos_token", "eos_token", "pad_token")
     # Left: generation continues each row after its last column
     settings = {"model_max_length": block_size, "padding_side": "left",
+                "clean_up_tokenization_spaces": False,
                 "model_input_names": ["input_ids", "attention_mask"]}
     if tokenizer.bpe is None:
         alphabet = tokenizer.spec["alphabet"]

@@ -296,8 +296,8 @@ def read_folder(folder):
         is_conv1d = name.startswith("transformer.h.") and p.dim() == 2
         weights[name] = p.T if is_conv1d else p
     rows = theirs.get("vocab_size")
-    spec = theirs.get("nanodva_tokenizer") or read_tokenizer(folder, rows)
-    if rows == PADDED and spec in (None, {"kind": "gpt2"}):
+    spec = read_tokenizer(folder, rows)
+    if rows == PADDED and (spec is None or spec["kind"] == "gpt2"):
         # Padded rows are no tokens, and would take part in the softmax
         rows = TOKENS
         for name in ("transformer.wte.weight", "lm_head.weight"):

@@ -33,7 +33,7 @@ SETTINGS = TINY | dict(block="dva", bank_layers=1, n_embd=48, optimizer="muon", 
 
 
 def start(out_dir, data_dir):
-    """The id of a forked process that trains: anew, or on from the last.pt that is there."""
+    """The id of a forked process that trains: from scratch, or on from last.pt if it exists."""
     argv = [f"--out_dir={out_dir}"]
     if (out_dir / "last.pt").exists():
         argv.append("--init_from=resume")

@@ -417,10 +417,7 @@ def test_a_stop_that_cannot_save_says_so(run, tmp_path, at_step, number, limit, 
 @pytest.mark.parametrize("limit, full", [(3000, "metrics.jsonl"), (10_000, "best.pt"),
                                          (200_000, "last.pt")])
 def test_a_full_disk_leaves_the_checkpoints_whole(run, tmp_path, at_step, limit, full):
-    """
-    A limit on the size of a file stands for the full disk: metrics.jsonl takes more than 3 kB
-    here, best.pt about 110 and last.pt about 330.
-    """
+    """metrics.jsonl takes more than 3 kB here, best.pt about 110 and last.pt about 330."""
     run("straight", n_embd=32)
     at_step(3, send(signal.SIGTERM))
     run(n_embd=32)
@@ -466,7 +463,7 @@ def a_zip_file(path):
 
 
 NO_CHECKPOINT = "is not a checkpoint, or a damaged one: name another, such as best.pt"
-# What stands in the place of last.pt: (how to make it, from the bytes of a good one; the error)
+# What is there instead of last.pt: (how to make it, from the bytes of a good one; the error)
 DAMAGED = {
     "code": (lambda path, whole: torch.save({"format": FORMAT, "model": Harm(path.parent / "harm")},
                                             path), "is refused: it calls for"),

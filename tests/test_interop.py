@@ -13,7 +13,8 @@ from tools import convert
 
 pytestmark = pytest.mark.usefixtures("code_folder")
 
-ALPHABET = "\n" + "".join(map(chr, range(32, 96)))
+# Tiny Shakespeare's
+ALPHABET = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 # All that plain GPT-2 cannot express: each way to know positions, with a bank and without
 OWN = [dict(block="dva", rotary="only"), dict(block="dva", rotary=False, bank_layers=1),
        dict(block="gpt2", rotary="only", bank_layers=1), dict(block="gpt2", rotary=True)]
@@ -31,6 +32,10 @@ def exported(folder, tokenizer=None, **settings):
 def loaded(folder, kind="AutoModelForCausalLM"):
     import transformers
     return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True).eval()
+
+each_block = pytest.mark.parametrize("settings", [dict(block="dva"), dict(block="gpt2")], ids=str)
+each_tokenizer = pytest.mark.parametrize("tokenizer", [None, {"kind": "gpt2:300"}],
+                                         ids=["characters", "words"])
 
 
 @pytest.fixture(scope="module", params=OWN, ids=str)
@@ -78,8 +83,8 @@ def test_texts_of_unlike_lengths_are_continued_together(own):
         theirs.generate(idx, attention_mask=mask.flip(1), max_new_tokens=2)
 
 
-@pytest.mark.parametrize("settings", [dict(block="dva"), dict(block="gpt2")], ids=str)
-@pytest.mark.parametrize("tokenizer", [None, {"kind": "gpt2:300"}], ids=["characters", "words"])
+@each_block
+@each_tokenizer
 def test_a_pipeline_writes_texts_in_batches(tmp_path, settings, tokenizer):
     from transformers import pipeline
     _, folder = exported(tmp_path, tokenizer, **settings, vocab_size=320 if tokenizer else 65)
@@ -163,12 +168,16 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
             theirs(**given)
     with pytest.raises(ValueError, match="mask of the shape"):
         theirs(idx, attention_mask=torch.zeros(2, 1, 20, 20))
+    for options in (dict(prompt_lookup_num_tokens=3), dict(output_attentions=True,
+                                                           return_dict_in_generate=True)):
+        with pytest.raises(ValueError, match="stateful|output_attentions is not supported"):
+            theirs.generate(idx[:1], max_new_tokens=5, **options)
     with pytest.raises(ValueError, match="65 positions do not fit into the window of 64"):
         theirs(tokens(1, 65))
 
 
-@pytest.mark.parametrize("settings", [dict(block="dva"), dict(block="gpt2")], ids=str)
-@pytest.mark.parametrize("tokenizer", [None, {"kind": "gpt2:300"}], ids=["characters", "words"])
+@each_block
+@each_tokenizer
 def test_an_export_says_its_window_and_its_special_tokens(tmp_path, settings, tokenizer):
     from transformers import AutoConfig, AutoTokenizer
     _, folder = exported(tmp_path, tokenizer, **settings, vocab_size=320 if tokenizer else 65)
@@ -216,3 +225,91 @@ def test_dynamic_quantisation_changes_every_product(block):
     exact = cross_entropy(model(idx).flatten(0, 1), idx.flatten())
     assert 0 < abs(loss - exact) < 0.05 * exact
     assert len(generate(quantised, "\n", 5)) == 6
+
+
+def test_peft_trains_saves_loads_and_merges(own, tmp_path):
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    model, folder = own
+    idx = tokens(4, 20, V=65)
+    theirs = peft.get_peft_model(loaded(folder), peft.LoraConfig(target_modules="all-linear", r=4,
+                                                                 task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW((p for p in theirs.parameters() if p.requires_grad), lr=1e-2)
+    theirs(input_ids=idx, labels=idx).loss.backward()
+    optimizer.step()
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(loaded(folder), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        logits = theirs(idx).logits
+        assert (logits - model(idx)).abs().max() > 0.1
+        assert torch.equal(again(idx).logits, logits)
+        again.merge_and_unload().save_pretrained(tmp_path / "merged")
+        assert (load_model(tmp_path / "merged")(idx) - logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@each_block
+@each_tokenizer
+def test_lm_eval_measures_likelihoods_and_continues_texts(tmp_path, settings, tokenizer):
+    pytest.importorskip("lm_eval", reason="pip install lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    _, folder = exported(tmp_path, tokenizer, **settings, vocab_size=320 if tokenizer else 65)
+    model = load_model(folder)
+    harness = HFLM(str(folder), trust_remote_code=True, device="cpu", batch_size=2,
+                   dtype="float32")
+    assert harness.max_length == 64
+
+    def ask(kind, *requests):
+        method = getattr(harness, kind)
+        return method([Instance(kind, {}, request, 0) for request in requests], disable_tqdm=True)
+
+    pairs = [("O", "H! ROMEO"), ("TO BE, OR NOT", " TO BE"), ("", "A")]
+    for (start, end), (found, _) in zip(pairs, ask("loglikelihood", *pairs), strict=True):
+        start = model.tokenizer.encode(start) or [harness.prefix_token_id]
+        ids = torch.tensor([start + model.tokenizer.encode(end)])
+        logprobs = model(ids)[0].log_softmax(-1)
+        expected = sum(logprobs[i - 1, ids[0, i]] for i in range(len(start), len(ids[0])))
+        assert found == pytest.approx(expected.item(), abs=1e-3)
+    options = {"until": ["E"], "max_gen_toks": 12, "do_sample": False}
+    starts = ["O", "TO BE, OR NOT"]
+    for start, found in zip(starts, ask("generate_until", *((s, options) for s in starts)),
+                            strict=True):
+        text = generate(model, start, 12, temperature=0).removeprefix(start)
+        # A line ends a text of characters
+        assert found == re.split("E" if tokenizer else "[E\n]", text)[0]
+
+
+@torch.no_grad()
+@each_tokenizer
+def test_transformer_lens_takes_plain_gpt2(tmp_path, tokenizer):
+    lens = pytest.importorskip("transformer_lens.model_bridge", reason="pip install "
+                                                                       "transformer_lens")
+    _, folder = exported(tmp_path, tokenizer, vocab_size=320 if tokenizer else 65)
+    bridge, model = lens.TransformerBridge.boot_transformers(str(folder), device="cpu"), \
+        load_model(folder)
+    idx = bridge.to_tokens("OH! ROMEO")
+    assert idx[0].tolist() == [299 if tokenizer else 0] + model.tokenizer.encode("OH! ROMEO")
+    assert (bridge(idx).log_softmax(-1) - model(idx).log_softmax(-1)).abs().max() < 1e-4
+
+
+@each_block
+def test_captums_attributions_add_up(tmp_path, settings):
+    captum = pytest.importorskip("captum.attr", reason="pip install captum")
+    theirs, idx = loaded(exported(tmp_path, **settings)[1]), tokens(1, 20, V=65)
+    method = captum.LayerIntegratedGradients(lambda idx: theirs(idx).logits[:, -1],
+                                             theirs.get_input_embeddings())
+    _, missing = method.attribute(idx, torch.zeros_like(idx), target=7, n_steps=300,
+                                  return_convergence_delta=True)
+    assert missing.abs() < 0.01
+
+
+@torch.no_grad()
+def test_torchao_quantises_every_product_of_a_dva_export(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization", reason="pip install torchao")
+    theirs, idx = loaded(exported(tmp_path, block="dva", n_embd=64)[1]), tokens(4, 64, V=65)
+    products = [m for m in theirs.modules() if isinstance(m, torch.nn.Linear)]
+    exact = theirs(idx, labels=idx).loss
+    torchao.quantize_(theirs, torchao.Int8WeightOnlyConfig())
+    assert len(products) == 2 * 5 + 1
+    assert all("Int8" in type(product.weight).__name__ for product in products)
+    assert 0 < abs(theirs(idx, labels=idx).loss - exact) < 0.02 * exact

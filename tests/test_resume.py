@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or continued ends bit for bit as one that nobody disturbed."""
+"""A run that is stopped, killed or continued ends bit for bit like an undisturbed one."""
 import json
 import os
 import random
@@ -186,7 +186,7 @@ def test_resume_in_another_place_with_a_preset(run, trained, tmp_path):
     assert contents(trained) == before
 
 
-def test_data_that_was_prepared_anew_is_remarked_on(run, finished, data_dir, tmp_path):
+def test_data_that_was_prepared_again_is_remarked_on(run, finished, data_dir, tmp_path):
     text = (data_dir / "tiny.txt").read_text()
     (tmp_path / "text.txt").write_text(text[1000:] + text[:1000])
     prepare_data.main(["tiny_char", f"--input={tmp_path / 'text.txt'}", f"--data_dir={tmp_path}"])

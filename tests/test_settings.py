@@ -205,16 +205,19 @@ def test_help_lists_every_setting_with_its_meaning(cls, main, capsys):
         assert kind == getattr(setting.type, "__name__", "text")
 
 
-def test_a_tool_inherits_settings_but_for_those_that_it_decides_itself(capsys):
-    @dataclass
-    class Inner:
-        size: int = 1       # a size
-        seed: int = 2       # a seed
+@dataclass
+class Inner:
+    size: int = 1       # a size
+    seed: int = 2       # a seed
 
-    @dataclass
-    class Outer(Inner):
-        size: int = 3       # another size
-        name: str = "x"     # a name
+
+@dataclass
+class Outer(Inner):
+    size: int = 3       # another size
+    name: str = "x"     # a name
+
+
+def test_a_tool_inherits_settings_but_for_those_that_it_decides_itself(capsys):
     cfg = load_settings(Outer, ["--name=y", "--seed=5"])
     assert asdict(cfg) == {"size": 3, "seed": 5, "name": "y"}
     with refused("seed on the command line: this tool decides it"):

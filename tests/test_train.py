@@ -70,11 +70,11 @@ def test_batches_reach_every_window():
 
 
 def test_dropout_follows_from_seed_step_and_micro_batch():
-    drawn = []
+    found = []
     for seed, step, micro in [(1, 7, 0), (1, 7, 1), (1, 8, 0), (2, 7, 0), (1, 7, 0)]:
         seed_dropout(settings(seed=seed), step, micro)
-        drawn.append(torch.rand(4).tolist())
-    assert drawn[0] == drawn[4] and len({tuple(each) for each in drawn}) == 4
+        found.append(torch.rand(4).tolist())
+    assert found[0] == found[4] and len({tuple(each) for each in found}) == 4
 
 
 def test_gpt2s_table_is_padded_to_a_multiple_of_64():
@@ -199,7 +199,7 @@ def test_intervals_never_change_the_training(run, tmp_path):
 
 
 def test_accumulated_steps_are_those_of_one_large_batch(run, tmp_path):
-    """Without dropout, and with the same windows: a step's are drawn at once, and then cut."""
+    """Without dropout, and with the same windows: a step's are sampled at once, and then cut."""
     shape = dict(dropout=0, max_iters=3)
     run("whole", batch_size=8, gradient_accumulation_steps=1, eval_iters=1, **shape)
     run("parts", batch_size=2, gradient_accumulation_steps=4, eval_iters=4, **shape)

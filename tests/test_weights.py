@@ -550,7 +550,8 @@ def test_a_run_starts_from_another_ones_weights_at_step_0(run, trained, tmp_path
     lines = comparable(tmp_path / "tuned")
     best = load_checkpoint(trained / "best.pt")["best_val_loss"]
     assert f"starting from the weights of {trained}" in out
-    assert [line["step"] for line in lines] == [0, 1, 2]
+    # An evaluation has a line of its own
+    assert [line["step"] for line in lines] == [0, 0, 1, 2]
     assert lines[0]["val_loss"] == pytest.approx(best, abs=1e-6)
 
 

@@ -67,6 +67,8 @@ def to_gpt2(model, state, spec):
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": model.block_size,
         "n_embd": model.n_embd, "n_layer": model.n_layer, "n_head": model.n_head,
         "layer_norm_epsilon": 1e-5, "nanodva_tokenizer": spec,
+        # As in our own class: transformers would train it with 0.1
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         "activation_function": "gelu_new" if model.gelu == "tanh" else "gelu"}, state
 
 

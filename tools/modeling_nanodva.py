@@ -139,14 +139,20 @@ class NanoDVAForCausalLM(NanoDVAModel, GenerationMixin):
     from its last block_size tokens.
     """
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
+    # Speculative decoding needs a cache that can be cut: this makes generate() refuse it
+    _is_stateful = True
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, output_attentions=None,
+                                      output_hidden_states=None, **unused):
         if attention_mask is not None:
             if not attention_mask[:, -1].all():
                 raise ValueError("generate() continues each row after its last column: pad before "
                                  "the texts, padding_side='left'")
             attention_mask = attention_mask[:, -self.gpt.config.block_size:]
         return {"input_ids": input_ids[:, -self.gpt.config.block_size:],
-                "attention_mask": attention_mask, "logits_to_keep": 1}
+                "attention_mask": attention_mask, "logits_to_keep": 1,
+                "output_attentions": output_attentions,
+                "output_hidden_states": output_hidden_states}
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None,

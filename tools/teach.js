@@ -45,7 +45,7 @@ $("lesson").onpaste = event => {
 
 function settingsOf(block = $("block").value) {
   const own = { block, n_layer: +$("layers").value, n_embd: +$("width").value,
-                steps: +$("steps").value, text: lesson.text };
+                steps: +$("steps").value, seed: +$("lesson-seed").value, text: lesson.text };
   if (block !== "page") return own;
   const { config, vocab } = models[0];
   if (vocab.isBytePair || config.bias)
@@ -215,7 +215,7 @@ function drawCurves(runs) {
     made("polyline", { points: list.map(place).join(" "), class: `${kind} of-${block}` })),
     ...[0, 1, 2].map(n => made("text", { x: -6, y: n * H / 2 + 4, "text-anchor": "end" },
                                (high - n * (high - low) / 2).toFixed(2))),
-    made("text", { x: W, y: H + 16, "text-anchor": "end" }, `${right.toFixed(0)} s`));
+    made("text", { x: W, y: H + 24, "text-anchor": "end" }, `${right.toFixed(0)} s`));
 }
 
 // ---- moments: the weights of then, for all panels ----------------------------------------------

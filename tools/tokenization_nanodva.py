@@ -18,8 +18,9 @@ class CharacterTokenizer(PreTrainedTokenizerFast):
             raise ValueError(f"characters that are not in the model's alphabet: "
                              f"{''.join(unknown)[:40]!r}") from error
 
-    def _decode(self, token_ids, skip_special_tokens=False, **options):
-        return super()._decode(token_ids, skip_special_tokens=False, **options)
+    def _decode(self, token_ids, *arguments, **options):
+        return super()._decode(token_ids, skip_special_tokens=False,
+                               clean_up_tokenization_spaces=False)
 
 
 CharacterTokenizer.register_for_auto_class("AutoTokenizer")
