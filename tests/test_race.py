@@ -390,7 +390,7 @@ def test_a_race_is_shrunk_to_its_minutes(timed):
     # Then smaller models, with fewer than a hundred steps if it must be
     results, passed, printed = timed(2, 0.5, max_iters=2000, n_embd=256)
     assert results["seeds"] == 2 and passed < 120 and "of smaller models" in printed
-    assert results["contenders"]["dva"]["settings"]["n_embd"] == 64
+    assert results["contenders"]["dva"]["n_embd"] == 64
 
 
 @pytest.mark.parametrize("slower, seeds", [(1.0, 5), (1.35, 4), (9.0, 2)])

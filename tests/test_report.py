@@ -52,18 +52,19 @@ def fact(block="gpt2", losses=((1.0, 2.1), (1.0, 1.9)), flops=1e12, seconds=10.0
     """What a contender's runs came to, with (loss that chooses, reported loss) for each seed."""
     trials = [{"learning_rate": rate, "weight_decay": 0.1, "loss": loss, "best": rate == 0.02}
               for rate, loss in ((0.01, 2.0), (0.02, 1.5), (0.04, None))]
-    return {"settings": dict(block=block, n_layer=2, n_embd=16, learning_rate=0.02,
-                             optimizer="muon") | settings,
+    return dict(block=block, n_layer=2, n_embd=16, learning_rate=0.02, optimizer="muon",
+                bank_layers=0) | settings | {
             "parameters": 12345, "tokens": 1000, "flops": flops, "seconds": seconds,
             "trials": trials, "losses": seeds([pair and list(pair) for pair in losses]),
             "curve": [[500, 3.0], [1000, 2.0]]}
 
 
 def results_of(name="2x16", against=(), **facts):
-    plan = {"settings": {"dataset": "tiny", "dtype": "float32"}, "machine": "abacus, torch 2",
+    plan = {"machine": "abacus, torch 2",
             "data": {"tokens": {"train": 9}, "sha256": {"train": "0123456789abcdef"}},
             "evaluated": 64}
-    return {"name": name, "command": "python -m tools.race", "plan": plan, "seeds": 2,
+    return {"name": name, "command": "python -m tools.race", "dataset": "tiny",
+            "dtype": "float32", "plan": plan, "seeds": 2,
             "against": list(against), "contenders": facts}
 
 

@@ -626,7 +626,9 @@ def facts_of(race):
         curves = zip(*(line["curve"] for line in lines if not line["broken"]), strict=False)
         rate = race.plan["seconds_per_token"] * race.ratio_of(asdict(cfg))
         facts[label] = {
-            "settings": settings_of(cfg), "trials": trials, "tokens": line["tokens"],
+            "settings": settings_of(cfg), "block": cfg.block, "n_layer": cfg.n_layer,
+            "n_embd": cfg.n_embd, "optimizer": cfg.optimizer, "bank_layers": cfg.bank_layers,
+            "learning_rate": cfg.learning_rate, "trials": trials, "tokens": line["tokens"],
             "parameters": line["parameters"], "flops": line["tokens"] * line["flops_per_token"],
             "seconds": line["tokens"] * rate,
             "losses": {line["seed"]: None if line["broken"] else [line["val"], line["test"]]
@@ -638,7 +640,8 @@ def facts_of(race):
 
 def save(race):
     """Write what is known to results.json, and return it."""
-    results = {"name": race.rules.name, "command": race.command, "plan": race.plan,
+    results = {"name": race.rules.name, "command": race.command, "dataset": race.rules.dataset,
+               "dtype": race.shared["dtype"], "plan": race.plan,
                "timing": race.timing, "seeds": race.rules.seeds,
                "against": list(filter(None, race.rules.against.split(","))),
                "contenders": facts_of(race)}

@@ -84,13 +84,12 @@ def write_json(value, path):
 def table(results):
     """The text of table.md."""
     facts, plan = results["contenders"], results["plan"]
-    settings = plan["settings"]
     rows = [table_row(label, results) for label in facts]
     lines = [
         f"# {results['name']}\n", f"```sh\n{results['command']}\n```\n",
-        f"Data set {settings['dataset']}, {plan['data']['tokens']['train']:,} tokens, sha256 of "
+        f"Data set {results['dataset']}, {plan['data']['tokens']['train']:,} tokens, sha256 of "
         f"train.bin {plan['data']['sha256']['train'][:12]}. {plan['machine']}, "
-        f"{settings['dtype']}. One seed chose the settings by its loss on {plan['evaluated']:,} "
+        f"{results['dtype']}. One seed chose the settings by its loss on {plan['evaluated']:,} "
         f"tokens, every second window of the validation split. Losses, in nats per token, are "
         f"those of other seeds on as many tokens between these: mean ± standard deviation. "
         f"Differences are taken seed by seed; brackets give the 95 % confidence interval of their "
@@ -116,13 +115,11 @@ def table_row(label, results):
     """{heading: text} of a contender."""
     facts = results["contenders"]
     fact, first = facts[label], next(iter(facts))
-    settings = fact["settings"]
-    row = {"contender": label,
-           "layers x width": f"{settings['n_layer']} x {settings['n_embd']}",
+    row = {"contender": label, "layers x width": f"{fact['n_layer']} x {fact['n_embd']}",
            "parameters": f"{fact['parameters'] / 1e6:.3f} M", "tokens": f"{fact['tokens']:,}",
            "TFLOP": f"{fact['flops'] / 1e12:.3g}", "seconds": f"{fact['seconds']:.1f}",
            f"/ {first}": f"{fact['seconds'] / facts[first]['seconds']:.3f}",
-           "rate": f"{settings['learning_rate']:g}",
+           "rate": f"{fact['learning_rate']:g}",
            "loss": plus_minus(spread(losses_of(fact).values())), "n": str(len(fact["losses"]))}
     for other in dict.fromkeys([first, *results["against"]]):
         if other in facts:
@@ -230,9 +227,8 @@ def best_of(results, block):
     most = 1.05 * next(iter(facts.values()))["seconds"]
     losses = {label: spread(losses_of(fact, half=0).values())["mean"]
               for label, fact in facts.items()
-              if fact["settings"].get("block", "gpt2") == block and fact["seconds"] <= most
-              and fact["settings"].get("optimizer") == "muon"
-              and not fact["settings"].get("bank_layers")}
+              if fact["block"] == block and fact["seconds"] <= most
+              and fact["optimizer"] == "muon" and not fact["bank_layers"]}
     return min(losses, key=losses.get, default=None)
 
 
@@ -293,7 +289,7 @@ def draw_ladder(races, path):
         for axes, axis in zip(panels, ("flops", "seconds"), strict=True):
             for i, block in enumerate(("gpt2", "dva")):
                 facts = [fact for results in races for fact in results["contenders"].values()
-                         if fact["settings"].get("block", "gpt2") == block]
+                         if fact["block"] == block]
                 axes.scatter([fact[axis] for fact in facts],
                              [spread(losses_of(fact).values())["mean"] for fact in facts],
                              marker="so"[i], alpha=0.4, color=COLOURS[i])
