@@ -336,6 +336,7 @@ def timed(argv, here, monkeypatch, capsys):
     """
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(race, "EVALUATED", 64)
+    monkeypatch.setattr(race, "STARTING", 0)
     monkeypatch.setattr(race, "outline", lambda cfg: None)
 
     def timed(minutes, seconds, slower=1.0, **changes):

@@ -93,6 +93,8 @@ LEAST_STEPS = 100
 SMALLER = dict(n_layer=2, n_head=2, n_embd=64, qk_dim=32)
 EVALUATED = 2**14
 EVALUATION = 0.4
+# Seconds of a race in which its own start, a worker's and the picture's pass
+STARTING = 15
 
 
 @dataclass
@@ -702,7 +704,7 @@ def main(argv=None):
         models = [outline(build(TrainConfig, one)) for one in settings]
         if rules.tokens_per_parameter:
             plan["tokens"] = round(rules.tokens_per_parameter * models[0].num_params())
-        deadline = began + 60 * rules.minutes if rules.minutes else math.inf
+        deadline = began + 60 * rules.minutes - STARTING if rules.minutes else math.inf
         if not race.timing and rules.minutes:
             fit_in_time(race, deadline - time.time())
         elif not race.timing:
