@@ -18,6 +18,7 @@ contenders = (
     + "dva of 3 x 40 in equal time=dva:n_layer=3:n_embd=40:match=time,"
     + "gpt2 of 1 layer in equal time=gpt2:n_layer=1:match=time,"
     + "dva of as many parameters 42 wide=dva:n_embd=42,"
+    + "dva at the rate of dva in equal time=dva:learning_rate=0.012,"
     + "dva of as many parameters 6 layers=dva:n_layer=6,"
     + "gpt2 AdamW=gpt2:optimizer=adamw:learning_rate=3e-3|6e-3|1.2e-2,"
     + "dva AdamW=dva:optimizer=adamw:learning_rate=3e-3|6e-3|1.2e-2,"

@@ -194,10 +194,10 @@ def test_a_sweep_goes_on_until_its_best_has_worse_on_both_sides(entered, best, r
     entry = entered(contenders="dva+bank")
     found = settle(entry, lambda run: abs(math.log(run.learning_rate / best))
                    + abs(math.log(run.bank_lr / 8)))["dva+bank"]
-    assert sorted({run.learning_rate for run in found["trials"]}) == pytest.approx(rates)
+    assert sorted({run.learning_rate for [run] in found["trials"]}) == pytest.approx(rates)
     assert found["settings"]["learning_rate"] == best and found["settings"]["bank_lr"] == 8
-    assert {run.seed for run in found["trials"]} == {1337}
-    banks = {run.bank_lr for run in found["trials"] if run.learning_rate == best}
+    assert {run.seed for [run] in found["trials"]} == {1337}
+    banks = {run.bank_lr for [run] in found["trials"] if run.learning_rate == best}
     assert min(banks) < 8 < max(banks)
 
 
@@ -217,10 +217,24 @@ def test_choices_are_made_one_after_the_other_and_taken_over(entered):
     assert len(found["dva"]["trials"]) == 3 + 2 + 1 + 1 + 3
     wide = found["wide"]
     assert wide["settings"] == chosen | {"n_embd": 32} and len(wide["trials"]) == 3
-    assert [run.learning_rate for run in wide["trials"]] == [0.0075, 0.015, 0.03]
+    assert [run.learning_rate for [run] in wide["trials"]] == [0.0075, 0.015, 0.03]
     assert [run.seed for run in wide["runs"]] == [1338, 1339]
     assert all(run.qk_dim == 4 and run.warmup_iters == 4 for run in wide["runs"])
     assert found["gpt2"]["settings"]["weight_decay"] == 0.1
+
+
+def test_several_seeds_choose_by_their_mean(entered):
+    def loss(run):
+        # The first seed is lucky with a rate that is bad for the others
+        lucky = run.seed == 1337 and run.learning_rate == 0.03
+        return abs(math.log(run.learning_rate / 0.1)) - 2 * lucky
+
+    for choosing, rate in ((1, 0.03), (3, 0.1)):
+        found = settle(entered(contenders="gpt2", choosing=choosing), loss)["gpt2"]
+        assert found["settings"]["learning_rate"] == rate
+        assert {run.seed for runs in found["trials"] for run in runs} == {
+            1337 - i for i in range(choosing)}
+        assert [run.seed for run in found["runs"]] == [1338, 1339]
 
 
 def test_equal_time_waits_for_the_reference_and_its_own_settings(entered, monkeypatch):
@@ -242,12 +256,12 @@ def test_equal_time_waits_for_the_reference_and_its_own_settings(entered, monkey
         run.n_head == 2 and run.block == "gpt2") - (run.qk_dim == 4))
     assert found["dva"]["runs"][0].max_iters == 12
     assert found["time"]["runs"][0].max_iters == 12 * 2 / 0.4
-    assert [run.lr_decay_iters for run in found["time"]["trials"]] == [60] * 3
+    assert [run.lr_decay_iters for [run] in found["time"]["trials"]] == [60] * 3
 
 
 def test_equal_tokens_count_the_batch(entered):
     found, _ = entered(contenders="gpt2,dva:batch_size=8").survey()
-    assert [found[label]["trials"][0].max_iters for label in found] == [12, 6]
+    assert [found[label]["trials"][0][0].max_iters for label in found] == [12, 6]
 
 
 def test_what_fixes_its_rates_is_not_swept(entered):

@@ -14,7 +14,7 @@ settings of train.py:  dva+bank:qk_dim=32.  The first contender is the reference
     dva:match=time              trains for the reference's seconds, not on as many tokens
     dva:warmup=0.05             the share of a run in which the learning rate rises
 
-Half of the validation windows choose, with one seed, by runs of the whole length. Each contender
+Half of the validation windows choose, with one seed or --choosing, by whole runs. Each contender
 tries the learning rates in --lrs, or those around the rate that it takes over, and further ones
 while the best is at an end; then its own choices; then the learning rates around the best again.
 Banks try --bank_lrs likewise. On the other windows --seeds other seeds are reported, compared seed
@@ -117,6 +117,7 @@ class RaceConfig(Contender):
     minutes: float = 0.0                     # shrink the race to end in time; 0: any time
     seeds: int = 5                           # runs that are reported, at the best settings
     seed: int = 1337                         # chooses the settings; the next ones are reported
+    choosing: int = 1                        # seeds that choose, by their mean: down from seed
     lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with
     bank_lrs: str = "16,32,64"               # rates of the banks to begin with, in learning rates
     evaluated: int = 262144                  # tokens of each half that are evaluated
@@ -135,7 +136,7 @@ class RaceConfig(Contender):
     def __post_init__(self):
         super().__post_init__()
         check(self, least=dict(max_iters=1, minutes=0, seeds=1, rounds=1, jobs=0, evaluated=1,
-                               tokens_per_parameter=0))
+                               choosing=1, tokens_per_parameter=0))
         read_rates("lrs", self.lrs)
         read_rates("bank_lrs", self.bank_lrs)
         self.name = self.name or f"{self.dataset}-{self.match}"
@@ -201,9 +202,9 @@ class Race:
     def settle(self, label, known):
         """
         {"settings", "trials", "missing", "later", "open", "runs"} of a contender: its settings so
-        far, the runs that tried them, the runs that are not finished, how many will follow at
-        least, whether settings are still to be chosen, and the runs to report. `known` has this of
-        the contenders before it.
+        far, lists of the runs that tried them, the runs that are not finished, how many will follow
+        at least, whether settings are still to be chosen, and the runs to report. `known` has this
+        of the contenders before it.
         """
         base, choices = self.contenders[label]
         block, plus, _ = base.partition("+")
@@ -230,7 +231,7 @@ class Race:
         found = {"settings": settings, "trials": [], "missing": [], "later": 0}
         for name, values in sweeps:
             if found["missing"] or waits:
-                found["later"] += len(values) - 1 if values else 2
+                found["later"] += self.rules.choosing * (len(values) - 1 if values else 2)
             else:
                 self.sweep(found, name, values)
         is_open = bool(found["missing"]) or waits
@@ -249,12 +250,13 @@ class Race:
             settings[name] = values[0]
             return
         while True:
-            runs = [self.run_of(settings | {name: value}, self.rules.seed) for value in values]
-            found["trials"] += [run for run in runs if run not in found["trials"]]
-            found["missing"] = [run for run in runs if not self.result_of(run)]
+            trials = [[self.run_of(settings | {name: value}, self.rules.seed - i)
+                       for i in range(self.rules.choosing)] for value in values]
+            found["trials"] += [runs for runs in trials if runs not in found["trials"]]
+            found["missing"] = [run for runs in trials for run in runs if not self.result_of(run)]
             if found["missing"]:
                 return
-            losses = [final_loss(self.result_of(run)) for run in runs]
+            losses = list(map(self.mean_loss, trials))
             best = losses.index(min(losses))
             settings[name] = values[best]
             inside = 0 < best < len(values) - 1
@@ -305,6 +307,10 @@ class Race:
     def result_of(self, run):
         """The line of a finished run, or None."""
         return self.finished.get(key_of(settings_of(run), run.seed))
+
+    def mean_loss(self, runs):
+        """The mean loss of finished runs on the half that chooses."""
+        return statistics.fmean(final_loss(self.result_of(run)) for run in runs)
 
     def seconds_of(self, run):
         """The time to expect of a run that has a core for itself."""
@@ -472,7 +478,7 @@ def run_all(race, stop, deadline):
             waiting = [item for item in race.survey()[1] if item[1].out_dir not in running]
             while waiting and idle:
                 (label, run), connection = waiting.pop(0), idle.pop()
-                connection.send((run, plan["evaluated"], run.seed != rules.seed))
+                connection.send((run, plan["evaluated"], run.seed > rules.seed))
                 under_way[connection] = label, run, time.time()
             if not under_way:
                 return
@@ -622,9 +628,11 @@ def facts_of(race):
         best = race.run_of(entry["settings"], race.rules.seed)
         names = ["learning_rate", "bank_lr", "warmup_iters", *race.contenders[label][1]]
         names = [name for name in names if hasattr(best, name)]
-        trials = [{name: getattr(run, name) for name in names}
-                  | {"loss": race.result_of(run).get("val"), "best": run == best}
-                  for run in entry["trials"]]
+        trials = []
+        for runs in entry["trials"]:
+            loss = race.mean_loss(runs)
+            trials.append({name: getattr(runs[0], name) for name in names} | {
+                "loss": loss if math.isfinite(loss) else None, "best": runs[0] == best})
         curves = zip(*(line["curve"] for line in lines if not line["broken"]), strict=False)
         rate = race.plan["seconds_per_token"] * race.ratio_of(asdict(cfg))
         facts[label] = {
