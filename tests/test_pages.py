@@ -59,7 +59,7 @@ def parse(command):
         assert arguments == [".venv"]                                  # as in the Makefile
     elif script == "pytest":
         assert all((ROOT / path).exists() for path in arguments if not path.startswith("-"))
-    elif script.startswith("data/"):
+    elif script.startswith(("data/", "docs/")):
         assert (ROOT / script).exists()
     else:
         if script in ("prepare_data.py", "tools.convert"):
