@@ -92,6 +92,15 @@ def test_each_link_and_picture_is_there():
     assert missing == []
 
 
+def test_a_lesson_names_panels_and_buttons_as_the_page_does():
+    rows = re.findall(r"^\|.*", TEXTS["class.md"], re.MULTILINE)
+    labels = {label for row in rows for label in re.findall(r"\*\*(.+?)\*\*", row)}
+    labels -= {"loss", "Loss"}
+    page = (ROOT / "docs" / "try.html").read_text()
+    assert len(labels) > 10
+    assert [label for label in labels if not re.search(rf">\s*{re.escape(label)}\b", page)] == []
+
+
 def test_the_front_page_is_short():
     assert (ROOT / "README.md").stat().st_size <= 9 * 1024
 
