@@ -98,6 +98,9 @@ def test_the_cache_gives_the_same_texts_from_one_position_per_token(own):
     first = theirs(idx[:, :7], use_cache=True)
     then = theirs(idx[:, 7:], past_key_values=first.past_key_values)
     assert (torch.cat((first.logits, then.logits), dim=1) - model(idx)).abs().max() < 1e-5
+    theirs.train().gradient_checkpointing_enable()
+    assert torch.equal(theirs.generate(idx, max_new_tokens=9, do_sample=False),
+                       theirs.generate(idx, max_new_tokens=9, do_sample=False, use_cache=False))
 
 
 @each_block
@@ -178,11 +181,13 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
         for model in (theirs, base):
             with pytest.raises(ValueError, match=f"{name} is not supported"):
                 model(idx, **{name: value})
+    with pytest.raises(ValueError, match="past_key_values of other models are not supported"):
+        theirs(idx, past_key_values=())
     with pytest.raises(ValueError, match="use_cache is not supported"):
         base(idx, use_cache=True)
     assert theirs(idx, output_attentions=False, use_cache=None).loss is None
     for given in (dict(), dict(input_ids=idx, inputs_embeds=torch.zeros(2, 20, 32))):
-        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             theirs(**given)
     with pytest.raises(ValueError, match="give one of .2, 20., and no cache"):
         theirs(idx, attention_mask=torch.zeros(2, 1, 20, 20))

@@ -29,9 +29,8 @@ class NanoDVAConfig(PretrainedConfig):
 
 class NanoDVAModel(PreTrainedModel):
     """
-    Token ids -> the stream after the final norm. Padding may be on either side of a text: the
-    attention mask moves it behind the text, where causal attention never looks, and positions are
-    counted without it.
+    Token ids -> the stream after the final norm. Padding may be on either side of a text: by the
+    attention mask it is moved after the text, which causal attention does not see, and back.
     """
     config_class = NanoDVAConfig
     base_model_prefix = "gpt"
@@ -46,8 +45,8 @@ class NanoDVAModel(PreTrainedModel):
 
     def _init_weights(self, module):
         """
-        GPT has done it. But from_pretrained leaves in every buffer that no file holds, such as the
-        tables of rotary positions, whatever was in memory: compute them again.
+        GPT initialises itself. But from_pretrained leaves buffers that are in no file, such as the
+        rotary table, uninitialised: compute them again.
         """
         buffers = dict(module.named_buffers(recurse=False))
         names = [name for name, own in self.gpt.named_modules() if own is module]
@@ -56,7 +55,7 @@ class NanoDVAModel(PreTrainedModel):
             for name, buffer in buffers.items():
                 buffer.copy_(fresh.get_buffer(name))
         elif isinstance(module, nn.Embedding) and not names:
-            # A new table, in resize_token_embeddings()
+            # The new table of resize_token_embeddings()
             nn.init.normal_(module.weight, std=0.02)
 
     def get_input_embeddings(self):
@@ -72,7 +71,7 @@ class NanoDVAModel(PreTrainedModel):
         self.gpt.lm_head = value
 
     def resize_token_embeddings(self, *arguments, **options):
-        """transformers' own, and a new token's row in a bank is the mean of the others."""
+        """transformers' method; a new token's row in a bank is the mean of the old rows."""
         embedding = super().resize_token_embeddings(*arguments, **options)
         rows = self.gpt.config.vocab_size = embedding.num_embeddings
         self.config.model_config = self.config.model_config | {"vocab_size": rows}
@@ -91,9 +90,9 @@ class NanoDVAModel(PreTrainedModel):
                 raise ValueError(f"{name} is not supported by nanoDVA's models: leave it out")
         gpt, given = self.gpt, input_ids if inputs_embeds is None else inputs_embeds
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, one of the two")
+            raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is not None and gpt.banks():
-            raise ValueError("a Bank of Values looks its values up by token id: give input_ids, "
+            raise ValueError("a Bank of Values looks up its values by token id: give input_ids, "
                              "not inputs_embeds")
         first, size, back = 0 if cache is None else cache.length, gpt.config.block_size, None
         end = first + given.size(1)
@@ -116,7 +115,7 @@ class NanoDVAModel(PreTrainedModel):
             given = cache.append_ids(given)
         for block in gpt.transformer.h:
             states.append(x)
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and cache is None:
                 x = self._gradient_checkpointing_func(block.__call__, x, given, rotary)
             else:
                 x = block(x, given, rotary, cache)
@@ -139,12 +138,12 @@ class NanoDVAModel(PreTrainedModel):
 
 class NanoDVAForCausalLM(NanoDVAModel, GenerationMixin):
     """
-    generate() uses the cache of model.py for texts of one length within the window. Otherwise it
-    computes all positions for each new token; a text that is longer than block_size is continued
-    from its last block_size tokens.
+    generate() uses the KV cache of model.py for texts of one length within the window. Otherwise
+    it computes all positions for each new token. A text that is longer than block_size is
+    continued from its last block_size tokens.
     """
 
-    # Speculative decoding needs a cache that can be cut: this makes generate() refuse it
+    # generate() then refuses speculative decoding, which needs a cache that can be shortened
     _is_stateful = True
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, past_key_values=None,
@@ -156,7 +155,7 @@ class NanoDVAForCausalLM(NanoDVAModel, GenerationMixin):
         if attention_mask is not None and attention_mask.all():
             attention_mask = None
         if use_cache and attention_mask is None and input_ids.size(1) <= size:
-            # transformers brings a cache of its own to the first step
+            # In the first step it is one of transformers' own
             is_ours = isinstance(past_key_values, GenerationCache)
             cache = past_key_values if is_ours else GenerationCache(size)
             return asked | {"input_ids": input_ids[:, cache.length:], "past_key_values": cache}
@@ -178,6 +177,9 @@ class NanoDVAForCausalLM(NanoDVAModel, GenerationMixin):
         """
         if use_cache and past_key_values is None:
             past_key_values = GenerationCache(self.gpt.config.block_size)
+        if past_key_values is not None and not isinstance(past_key_values, GenerationCache):
+            raise ValueError("past_key_values of other models are not supported: use_cache=True "
+                             "returns those of this one")
         found = self.run(input_ids, attention_mask, inputs_embeds, output_hidden_states,
                          unsupported, past_key_values)
         logits, loss = self.gpt.lm_head(found.last_hidden_state[:, -logits_to_keep:]), None
@@ -189,7 +191,7 @@ class NanoDVAForCausalLM(NanoDVAModel, GenerationMixin):
 
 
 class GenerationCache(Cache):
-    """The KV cache of model.py, whose rows beam search can put in another order."""
+    """The KV cache of model.py, with rows that beam search can reorder."""
 
     def reorder_cache(self, rows):
         self.ids = self.ids[rows]
