@@ -609,6 +609,6 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         if torch.is_grad_enabled():
             raise RuntimeError("this loss has no second derivatives (create_graph=True): take "
-                               "mean_loss(model(idx), targets), which keeps the logits")
+                               "mean_loss(model(idx), targets) under sdpa_kernel(SDPBackend.MATH)")
         dx, dw = ctx.saved_tensors
         return dx.mul_(upstream), dw.mul_(upstream), None, None, None, None

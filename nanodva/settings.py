@@ -3,9 +3,8 @@ Settings: from the defaults of a dataclass, from presets and from the command li
 
     python train.py config/demo.py --n_layer=8 --compile
 
-A dataclass declares each setting in one line: its name, type and default, and in the comment at
-the end of the line what --help prints. A preset is data: assignments of literals and of arithmetic
-on literals, which are read and never executed.
+A dataclass declares each setting in one line, with its help text as the comment. A preset is data:
+assignments of literals and of arithmetic on literals, which are read and never executed.
 """
 import ast
 import difflib
@@ -22,8 +21,8 @@ from typing import NewType
 
 from nanodva.errors import fail, naming_file
 
-# The type of a setting that names a file or folder, or several with commas between them. ~ is the
-# user's home in it: a shell expands that at the start of a word, but not in --out_dir=~/runs.
+# The type of a setting that names a file or folder, or several with commas between them. A shell
+# expands ~ at the start of a word, but not in --out_dir=~/runs.
 PathName = NewType("path", str)
 PRESETS = Path(__file__).parents[1] / "config"
 # A power as a float: 9**9**9 overflows at once, where a whole number would take forever
@@ -44,10 +43,9 @@ def load_settings(cls, argv=None):
 
 def read_settings(cls, argv=None, without=()):
     """
-    What presets and arguments set, in the order given (a later one wins), as a Given dict.
-
-    `without` names settings of cls that its tool decides itself. Raises UserError for those, for an
-    unknown setting and for a value of the wrong type. --help prints and exits.
+    What presets and arguments set, in the order given (a later one wins), as a Given dict. Raises
+    UserError for an unknown setting, a wrong value, and the names in `without`, which the tool
+    decides itself. --help prints and exits.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     kinds, given = {field.name: field.type for field in fields(cls)}, Given()
@@ -55,25 +53,25 @@ def read_settings(cls, argv=None, without=()):
     if "--help" in argv or "-h" in argv:
         print_help(cls, without)
         raise SystemExit(0)
-    for position, argument in enumerate(argv):
+    for argument in argv:
         where = "on the command line"
         if argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
             if not equals and kinds.get(name, bool) not in (bool, bool | str):
-                value = (*argv[position + 1:], "VALUE")[0]
-                fail(f"--{name} lacks its value: write --{name}={value} without spaces")
+                fail(f"--{name} lacks its value: write --{name}=VALUE without spaces")
             found = {name: read_value(text, kinds.get(name)) if equals else True}
         elif argument.endswith(".py"):
             where, found = f"in {argument}", read_preset(argument)
         else:
-            hint = f"did you mean --out_dir={argument}? " if Path(argument).is_dir() else ""
             fail(f"{argument!r} is neither a preset (config/NAME.py) nor a setting (--key=value): "
-                 f"{hint}see --help")
+                 f"see --help")
         for name, value in found.items():
             if name in without:
                 fail(f"{name} {where}: this tool decides it itself; --help lists what you can set")
             if name not in kinds:
-                fail(f"unknown setting {name!r} {where}: {closest(name, kinds)}see --help")
+                close = difflib.get_close_matches(name, kinds, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                fail(f"unknown setting {name!r} {where}: {hint}see --help")
             given[name] = coerce(name, value, kinds[name], where)
             given.origin[name] = where
     return given
@@ -123,21 +121,18 @@ def print_help(cls, without=()):
 # ---- reading values ------------------------------------------------------------------------------
 
 def read_value(text, kind):
-    """What `text` on the command line means for a setting of type `kind`: as it is, or a literal"""
-    if kind in (str, PathName):
-        return text
+    """`text` of the command line as a literal, unless it is none or the setting is a text."""
     try:
-        text = {"true": "True", "false": "False"}.get(text, text)
-        return literal(ast.parse(text.strip(), mode="eval").body)
+        code = {"true": "True", "false": "False"}.get(text, text.strip())
+        return text if kind in (str, PathName) else literal(ast.parse(code, mode="eval").body)
     except NO_VALUE:
         return text
 
 
 def read_preset(path):
     """The assignments of a preset file as {name: value}. Raises UserError for anything else."""
-    folder, presets = os.path.relpath(PRESETS), sorted(p.name for p in PRESETS.glob("*.py"))
-    hint = closest(path, [os.path.join(folder, name) for name in presets])
-    with naming_file("read", path, hint or f"{folder} holds {', '.join(presets)}"):
+    presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.py")))
+    with naming_file("read", path, f"{os.path.relpath(PRESETS)} holds {presets}"):
         source = Path(path).read_bytes()
     settings, line = {}, 1
     try:
@@ -200,9 +195,3 @@ def expand(name, paths):
         with naming_file("use", part, f"give another folder or file as --{name}"):
             Path(part).exists()
     return ",".join(parts)
-
-
-def closest(name, known):
-    """For a message: was one of the known names meant? Empty if none is close."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}? " if close else ""

@@ -40,6 +40,7 @@ def test_a_run_goes_to_transformers_and_comes_back(tmp_path, bias, gelu):
     idx = torch.randint(65, (2, 64))
     ours = model(idx)
     assert (theirs(idx).logits - ours).abs().max() < 1e-4
+    assert torch.equal(theirs.train()(idx).logits, theirs.eval()(idx).logits)
     assert (back(idx) - ours).abs().max() < 1e-4
     tokenizer = read_weights(str(tmp_path / "out"))["tokenizer"]
     assert read_weights(str(tmp_path / "hf"))["tokenizer"] == tokenizer

@@ -83,6 +83,26 @@ def test_texts_of_unlike_lengths_are_continued_together(own):
         theirs.generate(idx, attention_mask=mask.flip(1), max_new_tokens=2)
 
 
+@torch.no_grad()
+def test_the_cache_gives_the_same_texts_from_one_position_per_token(own):
+    model, theirs, idx = own[0], loaded(own[1]), tokens(2, 10, V=65)
+    widths = []
+    theirs.gpt.transformer.h[1].register_forward_pre_hook(
+        lambda _, arguments: widths.append(arguments[0].size(1)))
+    for options in (dict(), dict(num_beams=3), dict(num_return_sequences=2, num_beams=2)):
+        texts = [theirs.generate(idx, max_new_tokens=60, do_sample=False, use_cache=use_cache,
+                                 **options) for use_cache in (True, False)]
+        assert torch.equal(*texts)
+    # Up to the window one position for each token, and beyond it the whole window
+    assert widths[:60] == [10] + [1] * 54 + [64] * 5
+    first = theirs(idx[:, :7], use_cache=True)
+    then = theirs(idx[:, 7:], past_key_values=first.past_key_values)
+    assert (torch.cat((first.logits, then.logits), dim=1) - model(idx)).abs().max() < 1e-5
+    theirs.train().gradient_checkpointing_enable()
+    assert torch.equal(theirs.generate(idx, max_new_tokens=9, do_sample=False),
+                       theirs.generate(idx, max_new_tokens=9, do_sample=False, use_cache=False))
+
+
 @each_block
 @each_tokenizer
 def test_a_pipeline_writes_texts_in_batches(tmp_path, settings, tokenizer):
@@ -157,16 +177,19 @@ def test_states_embeddings_and_the_model_without_its_head(own, tmp_path):
 def test_what_is_not_supported_is_refused_by_name(tmp_path):
     _, folder = exported(tmp_path, block="dva")
     theirs, base, idx = loaded(folder), loaded(folder, "AutoModel"), tokens(2, 20, V=65)
-    for name, value in dict(output_attentions=True, position_ids=idx, use_cache=True,
-                            past_key_values=(), token_type_ids=idx).items():
+    for name, value in dict(output_attentions=True, position_ids=idx, token_type_ids=idx).items():
         for model in (theirs, base):
             with pytest.raises(ValueError, match=f"{name} is not supported"):
                 model(idx, **{name: value})
+    with pytest.raises(ValueError, match="past_key_values of other models are not supported"):
+        theirs(idx, past_key_values=())
+    with pytest.raises(ValueError, match="use_cache is not supported"):
+        base(idx, use_cache=True)
     assert theirs(idx, output_attentions=False, use_cache=None).loss is None
     for given in (dict(), dict(input_ids=idx, inputs_embeds=torch.zeros(2, 20, 32))):
-        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             theirs(**given)
-    with pytest.raises(ValueError, match="mask of the shape"):
+    with pytest.raises(ValueError, match="give one of .2, 20., and no cache"):
         theirs(idx, attention_mask=torch.zeros(2, 1, 20, 20))
     for options in (dict(prompt_lookup_num_tokens=3), dict(output_attentions=True,
                                                            return_dict_in_generate=True)):

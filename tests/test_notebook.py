@@ -24,14 +24,14 @@ def test_the_cells_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "main", lambda argv: learn([*argv, "--max_iters=4", "--batch_size=2",
                                                            "--eval_interval=2", "--eval_iters=1"]))
     monkeypatch.setattr(model, "BLOCKS", dict(model.BLOCKS))
-    # IPython is there in a notebook alone
+    # Only a notebook has IPython
     display = types.ModuleType("IPython.display")
     shown = []
     display.HTML = shown.append
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(tmp_path)
-    # As in Colab, where the project is a folder beside the notebook
+    # As in Colab: the project is a folder beside the notebook
     (tmp_path / "nanoDVA").mkdir()
     for name in ("config", "model.py"):
         (tmp_path / "nanoDVA" / name).symlink_to(ROOT / name)

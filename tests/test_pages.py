@@ -1,4 +1,4 @@
-"""The pages keep their word: commands parse, links and pictures are there, the README is short."""
+"""Of the pages, commands parse, links and pictures exist, and the README is short."""
 import ast
 import re
 import shlex
@@ -44,13 +44,13 @@ def links():
 
 
 def parse(command):
-    """Raise where the command's script, its settings or its target of make do not exist."""
+    """Raise if the command's script, its settings or its target of make do not exist."""
     words = shlex.split(command.replace("< prompt.txt", ""))
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     if words[0] == "torchrun":
-        # What stands before the script is torchrun's own
+        # The words before the script are torchrun's own
         words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")):]]
     script, *arguments = words[2:] if words[1] == "-m" else words[1:]
     if script == "-c":
@@ -59,7 +59,7 @@ def parse(command):
         assert arguments == [".venv"]                                  # as in the Makefile
     elif script == "pytest":
         assert all((ROOT / path).exists() for path in arguments if not path.startswith("-"))
-    elif script.startswith("data/"):
+    elif script.startswith(("data/", "docs/")):
         assert (ROOT / script).exists()
     else:
         if script in ("prepare_data.py", "tools.convert"):
@@ -92,6 +92,15 @@ def test_each_link_and_picture_is_there():
     assert missing == []
 
 
+def test_a_lesson_names_panels_and_buttons_as_the_page_does():
+    rows = re.findall(r"^\|.*", TEXTS["class.md"], re.MULTILINE)
+    labels = {label for row in rows for label in re.findall(r"\*\*(.+?)\*\*", row)}
+    labels -= {"loss", "Loss"}
+    page = (ROOT / "docs" / "try.html").read_text()
+    assert len(labels) > 10
+    assert [label for label in labels if not re.search(rf">\s*{re.escape(label)}\b", page)] == []
+
+
 def test_the_front_page_is_short():
     assert (ROOT / "README.md").stat().st_size <= 9 * 1024
 
@@ -108,7 +117,7 @@ def test_the_presets_comments_hold_no_figures_of_their_own():
 def test_python_on_the_pages_is_python():
     for text in TEXTS.values():
         for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-            # Lines of a method stand on the page without the method around them
+            # The page shows lines of a method without the method around them
             ast.parse("def method():\n" + re.sub("^", "    ", code, flags=re.MULTILINE))
 
 

@@ -78,7 +78,7 @@ def test_a_folder_without_texts_says_what_is_there(tmp_path):
 
 def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
     """test_readers.py has that of the other formats."""
-    shard = (speeches[0] / "parquet" / "0.parquet").read_bytes()
+    shard = (speeches[0] / "parquet" / "00.parquet").read_bytes()
 
     def refused(name, data, *arguments):
         (tmp_path / name).write_bytes(data)
@@ -180,9 +180,9 @@ configs:
 - config_name: all
   data_files: "*.parquet"
 - config_name: late
-  data_files: [{split: train, path: 1.parquet}]
+  data_files: [{split: train, path: 01.parquet}]
 - config_name: lines
-  data_files: 0.jsonl.gz
+  data_files: 00.jsonl.gz
 ---
 """
 # Each data set is prepared in a folder of its own, and how that ended is printed, as JSON
@@ -204,7 +204,7 @@ def test_a_hub_data_set_is_read_through_the_cache_and_its_configuration_named(tm
     Hub.folder = tmp_path / "hub"
     Hub.downloads.clear()
     shutil.copytree(speeches[0] / "parquet", Hub.folder)
-    shutil.copy(speeches[0] / "jsonl.gz" / "0.jsonl.gz", Hub.folder)
+    shutil.copy(speeches[0] / "jsonl.gz" / "00.jsonl.gz", Hub.folder)
     (Hub.folder / "README.md").write_text(CONFIGURATIONS)
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -221,10 +221,10 @@ def test_a_hub_data_set_is_read_through_the_cache_and_its_configuration_named(tm
     assert found == contents(tmp_path / "1" / "mine")
     # The second time both files were in the cache
     assert sorted(name for name in Hub.downloads if name != "README.md") == \
-        ["0.jsonl.gz", "0.parquet", "1.parquet"]
+        ["00.jsonl.gz", "00.parquet", "01.parquet"]
     local = prepare(tmp_path / "local", "mine", f"--input={speeches[0] / 'parquet'}")
     assert found["train.bin"] == (local / "train.bin").read_bytes()
-    shards = [f"hf://datasets/some/set@{Hub.commit}/{number}.parquet" for number in (0, 1)]
+    shards = [f"hf://datasets/some/set@{Hub.commit}/{number}.parquet" for number in ("00", "01")]
     files = [read_meta(tmp_path / number / "mine")["source"]["files"] for number in ("0", "4")]
     assert files == [shards, shards[1:]]
     assert read_meta(tmp_path / "5" / "mine")["source"]["documents"] == SHARD

@@ -297,6 +297,21 @@ def test_a_broken_gradient_stops_the_run_and_makes_no_step(run, tmp_path, monkey
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 5
 
 
+@pytest.mark.parametrize("by_the_clock", [True, False])
+def test_broken_weights_are_never_saved(run, tmp_path, at_step, monkeypatch, by_the_clock):
+    """By the clock or by a stop, between two logged steps, when nobody has seen the loss."""
+    def break_the_step():
+        monkeypatch.setattr(train, "clip_grad_norm_", lambda parameters, largest: [
+            p.grad.fill_(math.nan) for p in parameters])
+        monkeypatch.setattr(train.checkpoints.RunFolder, "is_due", lambda *_: by_the_clock)
+        if not by_the_clock:
+            signal.raise_signal(signal.SIGTERM)
+    at_step(6, break_the_step)
+    with pytest.raises(train.BrokenLoss, match="step 7 is broken: a weight is not finite"):
+        run(log_interval=100)
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 5
+
+
 def test_a_broken_evaluation_stops_the_run(run, trained, tmp_path):
     checkpoint = load_checkpoint(trained / "best.pt")
     # Finite, as weights must be to be read, and too large for what is computed with them

@@ -4,10 +4,9 @@ Weights out: a run of ours, or another folder that --init_from takes, for other 
     python -m tools.convert out-gpt2 --to=hf --dest=gpt2-hf                for transformers
     python -m tools.convert out-demo --to=safetensors --dest=demo-plain    weights alone
 
-The first writes a folder for AutoModelForCausalLM: plain GPT-2 where that says it all, and else
-with model.py in it, for trust_remote_code=True. AutoTokenizer finds its tokenizer there. The second
-holds the weights under their own names, and config.json. Either folder also goes back in:
---init_from=FOLDER.
+The first writes a folder for transformers, with the tokenizer: plain GPT-2 if the model is one,
+otherwise with model.py, for trust_remote_code=True. The second writes the weights under their own
+names, and config.json. --init_from=FOLDER reads both. ONNX takes three lines: docs/interop.md.
 """
 import json
 import shutil
@@ -60,7 +59,7 @@ def to_gpt2(model, state, spec):
         state[name] = p.T if is_conv1d else p
         is_embedding = name in ("transformer.wte.weight", "transformer.wpe.weight")
         if name.endswith(".weight") and not is_embedding:
-            # There everything has a bias. If ours has one, it comes later and takes this place.
+            # In transformers everything has a bias. If ours has one, it replaces this later.
             bias = name.removesuffix("weight") + "bias"
             state.setdefault(bias, torch.zeros(p.size(0)))
     return {
@@ -94,7 +93,7 @@ def main(argv=None):
     settings = {"model_config": model, "tokenizer": spec}
     if cfg.to == "hf":
         if tokenizer:
-            # Padded rows are no tokens, but transformers would take them for some
+            # Padded rows are no tokens, but transformers would sample them
             model["vocab_size"] = tokenizer.vocab_size
             state = {name: p[:tokenizer.vocab_size] if name.endswith((".wte.weight", ".bank.table"))
                      else p for name, p in state.items()}
@@ -102,7 +101,7 @@ def main(argv=None):
         if (config.block, config.bank_layers, config.is_rotary) == ("gpt2", 0, False):
             settings, state = to_gpt2(config, state, spec)
         else:
-            # transformers has no class for it: model.py goes along, and what calls it
+            # transformers has no class for it: the folder gets model.py and a class that calls it
             code = ["model.py", "tools/modeling_nanodva.py"]
             calls = "modeling_nanodva.NanoDVA"
             settings |= {

@@ -7,10 +7,10 @@ that tools/convert.py writes.
 import torch
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .model import GPT, ModelConfig
+from .model import GPT, Cache, ModelConfig
 
 
 class NanoDVAConfig(PretrainedConfig):
@@ -29,9 +29,8 @@ class NanoDVAConfig(PretrainedConfig):
 
 class NanoDVAModel(PreTrainedModel):
     """
-    Token ids -> the stream after the final norm. Padding may be on either side of a text: the
-    attention mask moves it behind the text, where causal attention never looks, and positions are
-    counted without it.
+    Token ids -> the stream after the final norm. Padding may be on either side of a text: by the
+    attention mask it is moved after the text, which causal attention does not see, and back.
     """
     config_class = NanoDVAConfig
     base_model_prefix = "gpt"
@@ -46,8 +45,8 @@ class NanoDVAModel(PreTrainedModel):
 
     def _init_weights(self, module):
         """
-        GPT has done it. But from_pretrained leaves in every buffer that no file holds, such as the
-        tables of rotary positions, whatever was in memory: compute them again.
+        GPT initialises itself. But from_pretrained leaves buffers that are in no file, such as the
+        rotary table, uninitialised: compute them again.
         """
         buffers = dict(module.named_buffers(recurse=False))
         names = [name for name, own in self.gpt.named_modules() if own is module]
@@ -56,7 +55,7 @@ class NanoDVAModel(PreTrainedModel):
             for name, buffer in buffers.items():
                 buffer.copy_(fresh.get_buffer(name))
         elif isinstance(module, nn.Embedding) and not names:
-            # A new table, in resize_token_embeddings()
+            # The new table of resize_token_embeddings()
             nn.init.normal_(module.weight, std=0.02)
 
     def get_input_embeddings(self):
@@ -72,7 +71,7 @@ class NanoDVAModel(PreTrainedModel):
         self.gpt.lm_head = value
 
     def resize_token_embeddings(self, *arguments, **options):
-        """transformers' own, and a new token's row in a bank is the mean of the others."""
+        """transformers' method; a new token's row in a bank is the mean of the old rows."""
         embedding = super().resize_token_embeddings(*arguments, **options)
         rows = self.gpt.config.vocab_size = embedding.num_embeddings
         self.config.model_config = self.config.model_config | {"vocab_size": rows}
@@ -82,7 +81,8 @@ class NanoDVAModel(PreTrainedModel):
             bank.table = nn.Parameter(torch.cat((bank.table.data, added))[:rows])
         return embedding
 
-    def run(self, input_ids, attention_mask, inputs_embeds, output_hidden_states, unsupported):
+    def run(self, input_ids, attention_mask, inputs_embeds, output_hidden_states, unsupported,
+            cache=None):
         """GPT.forward up to the final norm, with what transformers may ask for in addition."""
         unsupported.setdefault("output_attentions", self.config.output_attentions)
         for name, value in unsupported.items():
@@ -90,33 +90,37 @@ class NanoDVAModel(PreTrainedModel):
                 raise ValueError(f"{name} is not supported by nanoDVA's models: leave it out")
         gpt, given = self.gpt, input_ids if inputs_embeds is None else inputs_embeds
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, one of the two")
+            raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is not None and gpt.banks():
-            raise ValueError("a Bank of Values looks its values up by token id: give input_ids, "
+            raise ValueError("a Bank of Values looks up its values by token id: give input_ids, "
                              "not inputs_embeds")
-        T, size = given.size(1), gpt.config.block_size
-        if T > size:
-            raise ValueError(f"{T} positions do not fit into the window of {size}")
-        back = None
+        first, size, back = 0 if cache is None else cache.length, gpt.config.block_size, None
+        end = first + given.size(1)
+        if end > size:
+            raise ValueError(f"{end} positions do not fit into the window of {size}")
         if attention_mask is not None and not attention_mask.all():
-            if attention_mask.shape != given.shape[:2]:
-                raise ValueError(f"an attention mask of the shape {tuple(attention_mask.shape)} is "
-                                 f"not supported: give one of {tuple(given.shape[:2])}")
+            if attention_mask.shape != given.shape[:2] or cache is not None:
+                raise ValueError(f"an attention mask {tuple(attention_mask.shape)} is not "
+                                 f"supported: give one of {tuple(given.shape[:2])}, and no cache")
             order = (attention_mask == 0).int().argsort(dim=1, stable=True)
             given, back = rearrange(given, order), order.argsort(dim=1)
         x = gpt.transformer.wte(given) if inputs_embeds is None else given
         if gpt.transformer.wpe is not None:
-            x = x + gpt.transformer.wpe.weight[:T]
+            x = x + gpt.transformer.wpe.weight[first:end]
         x = gpt.transformer.drop(x)
         rotary, states = None, []
         if gpt.rotary is not None:
-            rotary = [part[:T] for part in gpt.rotary]
+            rotary = [part[first:end] for part in gpt.rotary]
+        if cache is not None:
+            given = cache.append_ids(given)
         for block in gpt.transformer.h:
             states.append(x)
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and cache is None:
                 x = self._gradient_checkpointing_func(block.__call__, x, given, rotary)
             else:
-                x = block(x, given, rotary)
+                x = block(x, given, rotary, cache)
+        if cache is not None:
+            cache.length = end
         states.append(gpt.transformer.ln_f(x))
         if back is not None:
             states = [rearrange(x, back) for x in states]
@@ -134,41 +138,66 @@ class NanoDVAModel(PreTrainedModel):
 
 class NanoDVAForCausalLM(NanoDVAModel, GenerationMixin):
     """
-    generate() runs the whole window for each new token, since transformers' caches know neither
-    DVA nor banks; sample.py has a cache of its own. A text that is longer than block_size goes on
-    from its last block_size tokens.
+    generate() uses the KV cache of model.py for texts of one length within the window. Otherwise
+    it computes all positions for each new token. A text that is longer than block_size is
+    continued from its last block_size tokens.
     """
 
-    # Speculative decoding needs a cache that can be cut: this makes generate() refuse it
+    # generate() then refuses speculative decoding, which needs a cache that can be shortened
     _is_stateful = True
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, output_attentions=None,
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, past_key_values=None,
+                                      use_cache=True, output_attentions=None,
                                       output_hidden_states=None, **unused):
+        size = self.gpt.config.block_size
+        asked = {"logits_to_keep": 1, "output_attentions": output_attentions,
+                 "output_hidden_states": output_hidden_states}
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None
+        if use_cache and attention_mask is None and input_ids.size(1) <= size:
+            # In the first step it is one of transformers' own
+            is_ours = isinstance(past_key_values, GenerationCache)
+            cache = past_key_values if is_ours else GenerationCache(size)
+            return asked | {"input_ids": input_ids[:, cache.length:], "past_key_values": cache}
         if attention_mask is not None:
             if not attention_mask[:, -1].all():
                 raise ValueError("generate() continues each row after its last column: pad before "
                                  "the texts, padding_side='left'")
-            attention_mask = attention_mask[:, -self.gpt.config.block_size:]
-        return {"input_ids": input_ids[:, -self.gpt.config.block_size:],
-                "attention_mask": attention_mask, "logits_to_keep": 1,
-                "output_attentions": output_attentions,
-                "output_hidden_states": output_hidden_states}
+            attention_mask = attention_mask[:, -size:]
+        return asked | {"input_ids": input_ids[:, -size:], "attention_mask": attention_mask}
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None,
                 logits_to_keep=0, output_hidden_states=None, num_items_in_batch=None,
-                **unsupported):
+                past_key_values=None, use_cache=False, **unsupported):
         """
         Token ids (B, T), or their embeddings (B, T, C) -> logits (B, T, V), of the last
         logits_to_keep positions alone if that is not 0. With labels (B, T) also their loss.
+        use_cache=True returns past_key_values, for the calls that continue these texts.
         """
+        if use_cache and past_key_values is None:
+            past_key_values = GenerationCache(self.gpt.config.block_size)
+        if past_key_values is not None and not isinstance(past_key_values, GenerationCache):
+            raise ValueError("past_key_values of other models are not supported: use_cache=True "
+                             "returns those of this one")
         found = self.run(input_ids, attention_mask, inputs_embeds, output_hidden_states,
-                         unsupported)
+                         unsupported, past_key_values)
         logits, loss = self.gpt.lm_head(found.last_hidden_state[:, -logits_to_keep:]), None
         if labels is not None:
             loss = self.loss_function(logits, labels, logits.size(-1),
                                       num_items_in_batch=num_items_in_batch)
-        return CausalLMOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values,
+                                      hidden_states=found.hidden_states)
+
+
+class GenerationCache(Cache):
+    """The KV cache of model.py, with rows that beam search can reorder."""
+
+    def reorder_cache(self, rows):
+        self.ids = self.ids[rows]
+        for store in (self.keys, self.values):
+            for layer in store:
+                store[layer] = store[layer][rows]
 
 
 def rearrange(x, order):

@@ -4,8 +4,8 @@ from transformers import PreTrainedTokenizerFast
 
 class CharacterTokenizer(PreTrainedTokenizerFast):
     """
-    The new line is the first, the end and the padding token, as programs expect them, but part of
-    the text: unlike special tokens it is not left out. An unknown character is named.
+    The new line is the first, the end and the padding token, since programs ask for such tokens,
+    but it is part of the text: decoding keeps it. An error about unknown characters names them.
     """
 
     def _encode_plus(self, text, *arguments, **options):
