@@ -17,6 +17,7 @@ contenders = (
     + "dva 64 wide in equal time=dva:n_embd=64:match=time,"
     + "gpt2 of 1 layer in equal time=gpt2:n_layer=1:match=time,"
     + "gpt2 of 1 x 48 in equal time=gpt2:n_layer=1:n_embd=48:match=time,"
+    + "gpt2 of 1 x 64 in equal time=gpt2:n_layer=1:n_embd=64:match=time,"
     + "dva of as many parameters 42 wide=dva:n_embd=42,"
     + "dva at the rate of dva in equal time=dva:learning_rate=0.012,"
     + "dva of 3 x 40 in equal time=dva:n_layer=3:n_embd=40:match=time,"
@@ -25,4 +26,4 @@ contenders = (
     + "dva AdamW=dva:optimizer=adamw:learning_rate=3e-3|6e-3|1.2e-2,"
     + "gpt2 bank=gpt2+bank,"
     + "dva bank=dva+bank")
-against = "gpt2 of 1 layer in equal time,gpt2 of 1 x 48 in equal time,gpt2 AdamW,gpt2 bank"
+against = "gpt2 of 1 x 48 in equal time,gpt2 of 1 x 64 in equal time,gpt2 AdamW,gpt2 bank"
