@@ -107,7 +107,7 @@ class Call:
     (pickle.dumps({"itos": {0: "ab", 1: "c"}}), "not single characters"),
     (pickle.dumps({"vocab_size": 5}), "KeyError"), (pickle.dumps([1]), "TypeError"),
     (pickle.dumps({"itos": {0: "a", 2: "c"}}), "KeyError"), (b"", "EOFError"),
-    (pickle.dumps({"itos": {0: "a", 1: "b"}}), "x holds ids that meta.pkl lacks (index 7 is out of bounds for axis 0 with size 2)")])
+    (pickle.dumps({"itos": {0: "a", 1: "b"}}), "ids that meta.pkl lacks (index 7 is out")])
 def test_another_meta_pkl_is_refused_and_runs_nothing(tmp_path, content, words):
     save_as_nanogpt(tmp_path / "x", PLAY.read_text(), None, lambda part: [7] * len(part))
     (tmp_path / "x" / "meta.pkl").write_bytes(content)
