@@ -712,8 +712,9 @@ function codesOf(text) {
 }
 function alphabetOf(codes) {
   const isThere = new Uint8Array(0x110000), found = [];
-  for (const code of codes) isThere[code] = 1;
-  isThere.forEach((there, code) => { if (there) found.push(String.fromCodePoint(code)); });
+  for (let n = 0; n < codes.length; n++) isThere[codes[n]] = 1;
+  for (let code = isThere.indexOf(1); code >= 0; code = isThere.indexOf(1, code + 1))
+    found.push(String.fromCodePoint(code));
   return found;
 }
 
@@ -758,10 +759,11 @@ class Lesson {
   encode(codes) {
     const idOf = new Int32Array(0x110000).fill(-1), unknown = new Set();
     this.tokens.forEach((letter, id) => { idOf[letter.codePointAt(0)] = id; });
-    const ids = Uint16Array.from(codes, code => {
-      if (idOf[code] < 0) unknown.add(String.fromCodePoint(code));
-      return idOf[code];
-    });
+    const ids = new Uint16Array(codes.length);
+    for (let n = 0; n < codes.length; n++) {
+      ids[n] = idOf[codes[n]];
+      if (idOf[codes[n]] < 0) unknown.add(String.fromCodePoint(codes[n]));
+    }
     if (unknown.size)
       throw Error(`this model does not know “${[...unknown].slice(0, 20).join("")}”: take these `
         + "characters out of the text, or train a new model");
