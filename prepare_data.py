@@ -232,26 +232,23 @@ def prepare(config, folder, partial):
     end = np.array([tokenizer.end_of_text] if has_end else [], dtype=np.uint32)
     encoded = dataset.encode_all(read("encoding"), tokenizer.spec, config.num_proc, end)
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-    written = dataset.write_ids(until(max_tokens, encoded, counted), partial, dtype)
-
-    count = written.documents
+    count, marks, first = dataset.write_ids(until(max_tokens, encoded, counted), partial, dtype)
     if config.separator and count <= len(sources) + len(val_sources):
         fail(f"--separator={config.separator!r} does not occur in {sources[0].path}")
-    if written.marks and END_OF_TEXT not in config.separator:
-        print(f"{END_OF_TEXT} is {written.marks:,} times inside the texts, as ordinary tokens: if "
-              f"it ends a document there, add --separator='{END_OF_TEXT}'")
-    if not (is_single or val_sources):
-        partial, written = dataset.balance(partial, written, dtype, config.val_fraction, tokenizer,
-                                           end)
-    tokens = written.tokens
+    if marks and END_OF_TEXT not in config.separator:
+        print(f"{END_OF_TEXT} is {marks:,} times inside the texts, as ordinary tokens: if it ends "
+              f"a document there, add --separator='{END_OF_TEXT}'")
+    source = describe(config.name, [*sources, *val_sources])
+    if not is_single:
+        source["documents"] = count
+        if not val_sources:
+            partial = dataset.balance(partial, first, dtype, config.val_fraction, end)
+    tokens = dataset.write_meta(partial, tokenizer, dtype, source)["tokens"]
     # A model learns from a token and the one after it
     if min(tokens.values()) < 2:
         fail(f"{config.name}: {tokens['train']:,} tokens for train and {tokens['val']:,} for val, "
              "and each needs at least 2: give more text" +
              ("" if val_sources else f", or another --val_fraction than {config.val_fraction}"))
-    source = describe(config.name, [*sources, *val_sources])
-    source |= {} if is_single else {"documents": count}
-    dataset.write_meta(partial, tokenizer, dtype, tokens, written.bytes, source)
     # meta.json is removed first and written last, so that a half-replaced set is never read.
     (folder / "meta.json").unlink(missing_ok=True)
     for name in ("train.bin", "val.bin", "meta.json"):

@@ -1,6 +1,6 @@
 """
-Sample text from a trained model. The first text is printed while it is sampled; the others, which
-the model samples at the same time, follow. A checkpoint is enough: its tokenizer is inside.
+Sample text from a checkpoint, which holds its tokenizer. The first text is printed while it is
+sampled; the others, which the model samples at the same time, follow.
 
     python sample.py --out_dir=out-demo --start="ROMEO:"
     python sample.py --out_dir=out-demo --interactive       prompt after prompt; Ctrl-D ends
@@ -66,8 +66,8 @@ class SampleConfig:
 
 def read_prompt(start, tokenizer):
     """
-    The prompt's text: start itself, what FILE:path holds, or with - standard input. If characters
-    are the tokens and none is a new line, which is the default, it is a space or the first one.
+    The prompt: start itself, the text of FILE:path, or standard input for -. If no token is a new
+    line, which is the default, a space or the first character.
     """
     if start == "\n" and tokenizer.bpe is None:
         alphabet = tokenizer.spec["alphabet"]
@@ -85,7 +85,8 @@ def read_lines(tokenizer):
     """Yield each line of standard input as a prompt. A terminal shows > before it."""
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal and importlib.util.find_spec("readline"):
-        importlib.import_module("readline")                            # arrow keys for input()
+        # Arrow keys for input()
+        importlib.import_module("readline")
     # A byte that is not UTF-8 becomes a character that no alphabet has
     sys.stdin.reconfigure(errors="surrogateescape")
     while True:
@@ -104,9 +105,9 @@ def line_ends(text):
 def find_tokenizer(weights, cfg):
     """The tokenizer of the weights or, if they do not name it, of --dataset or their data set."""
     spec, assumed = weights["tokenizer"], weights["assumed"]
-    if spec and not (assumed and cfg.dataset):
-        if cfg.dataset:
-            fail(f"dataset={cfg.dataset!r}: these weights bring their own tokens; leave it out")
+    if spec and cfg.dataset and not assumed:
+        fail(f"dataset={cfg.dataset!r}: these weights bring their own tokens; leave it out")
+    if spec and not cfg.dataset:
         if assumed:
             print(assumed, file=sys.stderr)
         return Tokenizer(spec)
@@ -125,8 +126,8 @@ def find_tokenizer(weights, cfg):
 
 def encode_prompt(prompt, tokenizer, block_size=None):
     """
-    The prompt's token ids, at least one; <|endoftext|> alone is GPT-2's token of that name. A line
-    says so if the model, whose window is block_size, reads only the newest of them.
+    The prompt's token ids, at least one; <|endoftext|> alone is GPT-2's token of that name. Says if
+    there are more than a window of block_size, of which the model reads the newest.
     """
     if prompt == "<|endoftext|>" and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
@@ -143,10 +144,7 @@ def encode_prompt(prompt, tokenizer, block_size=None):
 
 
 def write(model, tokenizer, prompt, ids, count, cfg):
-    """
-    Print the prompt, of which `ids` are the token ids, with `count` continuations, the first of
-    them token by token.
-    """
+    """Print the prompt with `count` continuations of its ids, the first of them token by token."""
     idx = torch.tensor([ids] * count, device=model.lm_head.weight.device)          # (count, T)
     # A token may end inside a character, whose rest comes with the next one
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(count)]
@@ -187,11 +185,8 @@ def main(argv=None):
     if cfg.compile is True:
         model.compile()
     tokenizer = find_tokenizer(weights, cfg)
-    if cfg.stop and tokenizer.bpe is None:
-        encode_prompt(line_ends(cfg.stop), tokenizer)                  # can the model write it?
     if cfg.stop_token >= tokenizer.vocab_size:
-        fail(f"stop_token={cfg.stop_token}: the ids of this model end at "
-             f"{tokenizer.vocab_size - 1}")
+        fail(f"stop_token={cfg.stop_token}: the last id is {tokenizer.vocab_size - 1}")
 
     torch.manual_seed(cfg.seed)
     for prompt in read_lines(tokenizer) if cfg.interactive else [read_prompt(cfg.start, tokenizer)]:

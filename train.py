@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 # Imported first: it reports missing packages in one line
@@ -83,11 +83,10 @@ class TrainConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, least=dict(batch_size=1, gradient_accumulation_steps=1, eval_interval=1,
-                               eval_iters=1, eval_tokens=0, log_interval=1, max_iters=0,
-                               warmup_iters=0, lr_decay_iters=0, min_lr=0, learning_rate=0,
-                               weight_decay=0, grad_clip=0, embedding_lr=0, bank_lr=0, momentum=0,
-                               beta1=0, beta2=0, seed=0, patience=0, save_interval_s=0),
+        numbers = [field.name for field in fields(self) if field.type in (int, float)]
+        at_least_1 = dict(batch_size=1, gradient_accumulation_steps=1, eval_interval=1,
+                          eval_iters=1, log_interval=1)
+        check(self, least=dict.fromkeys(numbers, 0) | at_least_1,
               choices=dict(optimizer=["adamw", "muon"], backend=["auto", "nccl", "gloo"],
                            dtype=["auto", *DTYPES], compile=[True, False, "auto"]))
         for name in ("out_dir", "dataset", "data_dir"):
@@ -146,10 +145,6 @@ def seed_dropout(cfg, step, micro):
 
 # ---- evaluation --------------------------------------------------------------------------------
 
-# What the loss on a split is called in metrics.jsonl
-NAMES = {"train": "train_eval_loss", "val": "val_loss", "test": "test_loss"}
-
-
 def count_windows(tokens, cfg):
     """How many windows an evaluation reads: eval_tokens, or else eval_iters batches, or all."""
     wanted = math.ceil(cfg.eval_tokens / cfg.block_size) or cfg.eval_iters * cfg.batch_size
@@ -159,7 +154,7 @@ def count_windows(tokens, cfg):
 @torch.no_grad()
 def evaluate(model, compiled, data, cfg, device, stop):
     """
-    {"train": mean loss, "val": mean loss} of the splits; {} if a stop was requested meanwhile.
+    {"val": mean loss}, or {"train": ..., "val": ...}; {} if a stop was requested meanwhile.
 
     The loss is taken over count_windows() windows that are evenly spaced and do not overlap: the
     same ones in every run. Each process takes its share of the batches. The last batch may be
@@ -167,9 +162,7 @@ def evaluate(model, compiled, data, cfg, device, stop):
     """
     T, losses = cfg.block_size, {}
     model.eval()
-    for split in NAMES:
-        if split not in data or split == "train" and not cfg.eval_train:
-            continue
+    for split in ("train", "val") if cfg.eval_train else ("val",):
         fit, count = (len(data[split]) - 1) // T, count_windows(data[split], cfg)
         starts = np.arange(count) * fit // count * T
         sums = torch.zeros(2, device=device)                           # of losses, of stops
@@ -186,23 +179,14 @@ def evaluate(model, compiled, data, cfg, device, stop):
         if WORLD > 1:
             dist.all_reduce(sums)
         total, stops = sums.tolist()
-        losses[split] = total / count
         if stops:
-            losses = {}
-            break
+            return {}
+        losses[split] = total / count
     model.train()
     return losses
 
 
 # ---- the run -----------------------------------------------------------------------------------
-
-def open_wandb(cfg):
-    """wandb's log function, or one that does nothing if wandb is off."""
-    if not cfg.wandb_log or cfg.eval_only or cfg.dry_run or RANK > 0:
-        return lambda record, step: None
-    wandb = importlib.import_module("wandb")
-    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg)).log
-
 
 def distribute(model, compiled, trial):
     """The compiled model for many processes. trial(model) is one forward and backward pass."""
@@ -220,10 +204,9 @@ def distribute(model, compiled, trial):
     return parallel
 
 
-def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
+def train(cfg, device, stop, checkpoint=None, weights=None):
     """
-    Train as cfg says: from scratch, from weights, or on from a checkpoint of cfg.out_dir. `data`
-    replaces open_data(cfg); a split "test" in it, as tools/race.py has one, is evaluated, too.
+    Train as cfg says: from scratch, from weights, or on from a checkpoint of cfg.out_dir.
 
     Returns {"step", "best_val_loss", "elapsed_s", "tokens_per_s", "stopped"}: the throughput of
     the steps that were last logged, and whether a signal ended the run early. Raises UserError if
@@ -235,7 +218,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
              f"{WORLD} processes: use a multiple of {WORLD}")
     step = checkpoint["step"] if checkpoint else 0
     machine.check_equal({"step": step, "seed": cfg.seed}, "out_dir must be on a disk they share")
-    data = data or open_data(cfg)
+    data = open_data(cfg)
     meta = data["meta"]
     known = checkpoint or weights or meta
     # If the weights' tokenizer is only a guess, the data set's is used. Padding adds up to 63 rows.
@@ -279,11 +262,11 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
         model = build_model(cfg, weights).to(device)
         optimizer = build_optimizer(model, cfg)
         scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
-        tokens, earlier_s, started, evaluated, best = 0, 0.0, time.time(), None, (math.inf, step)
+        state = checkpoint or {"tokens": 0, "elapsed_s": 0.0, "started": time.time()}
+        tokens, earlier_s, started = state["tokens"], state["elapsed_s"], state["started"]
+        evaluated, best = None, (math.inf, step)
         if checkpoint:
             checkpoints.restore(checkpoint, model, optimizer, scaler)
-            tokens, earlier_s = checkpoint["tokens"], checkpoint["elapsed_s"]
-            started = checkpoint["started"]
             if checkpoint["measured_on"] == measured_on and not cfg.eval_only:
                 evaluated = checkpoint["evaluated"]
             if folder:
@@ -305,15 +288,42 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
         if WORLD > 1 and not cfg.eval_only:
             parallel = distribute(model, compiled, trial)
         model.zero_grad()
-        wandb_log = open_wandb(cfg)
 
         # -- what is written
+        logs = [folder.log] if folder else []
+        if folder and cfg.wandb_log:
+            wandb = importlib.import_module("wandb").init(
+                project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
+            logs.append(lambda record: wandb.log(record, step=record["step"]))
+
         def log(record):
             record = {"step": step, "tokens": tokens} | record
             record["elapsed_s"] = round(time.perf_counter() - start, 3)
-            wandb_log(record, step=step)
-            if folder:
-                folder.log(record)
+            for each in logs:
+                each(record)
+
+        def report_losses(losses):
+            if not math.isfinite(sum(losses.values())):
+                broken(f"the losses are {losses}")
+            bits = losses["val"] / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
+            names = {"train": "train_eval_loss", "val": "val_loss"}
+            log({names[split]: losses[split] for split in losses} | {"val_bits_per_byte": bits})
+            text = ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
+            say(f"step {step}: {text}, {bits:.3f} bits per byte, after "
+                f"{tqdm.format_interval(time.perf_counter() - start)}")
+
+        def report_step(loss, norm, lr, rate):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                broken(f"loss {loss}, grad norm {norm}, lr {lr:g}")
+            memory = machine.peak_memory(device)
+            # JSON has no infinity, the norm of a skipped float16 step
+            log({"train_loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None,
+                 "tokens_per_s": round(rate, 1), "peak_gb": round(memory, 3)})
+            bar.set_postfix_str(f"loss {loss:.4f}")
+            if bar.disable or not sys.stdout.isatty():
+                left = tqdm.format_interval((last_step - step - 1) * batch_tokens / rate)
+                say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {norm:.2f}, "
+                    f"{rate:,.0f} tokens/s, {memory:.2f} GB, {left} left")
 
         def save(name, **state):
             if not folder:
@@ -339,7 +349,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
 
         # -- the loop
         is_tuned = weights is not None
-        checkpoint = weights = None                                    # frees their memory
+        # The caller holds them, too
+        (checkpoint or weights or {}).clear()
         micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
         bar = held.enter_context(machine.bar(total=last_step, initial=step, unit=" steps"))
         logged_at = time.perf_counter()
@@ -352,34 +363,29 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
 
             # -- evaluate
             paused, losses = time.perf_counter(), {}
-            is_due = finished or step % cfg.eval_interval == 0
-            if is_due and step != evaluated and not stopping and not cfg.dry_run:
+            is_due = (finished or step % cfg.eval_interval == 0) and step != evaluated
+            if is_due and not stopping and not cfg.dry_run:
                 losses = evaluate(model, compiled, data, cfg, device, stop)
                 stopping = not losses
             if losses:
                 evaluated = step
-                if not math.isfinite(sum(losses.values())):
-                    broken(f"the losses are {losses}")
-                bits = losses["val"] / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
-                log({NAMES[split]: losses[split] for split in losses} | {"val_bits_per_byte": bits})
-                text = ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items())
-                say(f"step {step}: {text}, {bits:.3f} bits per byte, after "
-                    f"{tqdm.format_interval(time.perf_counter() - start)}")
+                report_losses(losses)
 
             # -- save; random weights are not worth it, nor the name of the best
-            is_worth = step > 0 or finished or is_tuned and bool(losses)
-            improved = is_worth and losses.get("val", math.inf) < best_val_loss
-            if improved:
-                best_val_loss, best_step = losses["val"], step
-                save("best.pt")
-            finished = finished or 0 < cfg.patience * cfg.eval_interval <= step - best_step
-            if is_worth and (stopping or finished or improved
-                             or losses and cfg.always_save_checkpoint
-                             or folder and folder.is_due(cfg.save_interval_s)):
-                save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                     tokens=tokens, evaluated=evaluated, elapsed_s=time.perf_counter() - start)
+            if step > 0 or finished or is_tuned and losses:
+                improved = losses.get("val", math.inf) < best_val_loss
+                if improved:
+                    best_val_loss, best_step = losses["val"], step
+                    save("best.pt")
+                finished = finished or 0 < cfg.patience * cfg.eval_interval <= step - best_step
+                by_interval = losses and cfg.always_save_checkpoint
+                by_clock = folder and folder.is_due(cfg.save_interval_s)
+                if stopping or finished or improved or by_interval or by_clock:
+                    save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         tokens=tokens, evaluated=evaluated, elapsed_s=time.perf_counter() - start)
             if stopping or finished:
                 break
+            # The throughput is that of the steps alone
             logged_at += time.perf_counter() - paused
 
             # -- forward and backward
@@ -413,21 +419,10 @@ def train(cfg, device, stop, checkpoint=None, weights=None, data=None):
             if step % cfg.log_interval == 0:
                 if WORLD > 1:
                     dist.all_reduce(loss_sum)
-                loss, norm = loss_sum.item(), norm.item()
-                if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                    broken(f"loss {loss}, grad norm {norm}, lr {lr:g}")
-                now, memory = time.perf_counter(), machine.peak_memory(device)
+                loss, norm, now = loss_sum.item(), norm.item(), time.perf_counter()
                 rate = (step + 1 - logged_step) * batch_tokens / (now - logged_at)
                 logged_step, logged_at = step + 1, now
-                # JSON has no infinity, the norm of a skipped float16 step
-                log({"train_loss": loss, "lr": lr,
-                     "grad_norm": norm if math.isfinite(norm) else None,
-                     "tokens_per_s": round(rate, 1), "peak_gb": round(memory, 3)})
-                left = tqdm.format_interval((last_step - step - 1) * batch_tokens / rate)
-                bar.set_postfix_str(f"loss {loss:.4f}")
-                if bar.disable or not sys.stdout.isatty():
-                    say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {norm:.2f}, "
-                        f"{rate:,.0f} tokens/s, {memory:.2f} GB, {left} left")
+                report_step(loss, norm, lr, rate)
             step += 1
             tokens += batch_tokens
             bar.update()
@@ -460,6 +455,32 @@ def read_start(given):
     return cfg, None, weights
 
 
+def tell_end(cfg, device, done):
+    """Say how the run ended and what to do next."""
+    step, stopped, folder = done["step"], done["stopped"], shlex.quote(cfg.out_dir)
+    if cfg.dry_run and not stopped:
+        tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+        seconds = tokens / done["tokens_per_s"]
+        say(f"dry run: {seconds:.3g} s a step, {tqdm.format_interval(seconds * cfg.max_iters)} for "
+            f"{cfg.max_iters} steps without evaluations, {machine.peak_memory(device):.2f} GB; "
+            f"nothing was written")
+    elif stopped and step == 0:
+        say("stopped before the first step: nothing was saved")
+    elif not cfg.eval_only and not cfg.dry_run:
+        best = done["best_val_loss"]
+        say(f"{'stopped at' if stopped else 'done:'} step {step}, "
+            f"{'no best' if math.isinf(best) else f'best val loss {best:.4f}'}, after "
+            f"{tqdm.format_interval(done['elapsed_s'])}; all is in {folder}/")
+        # Whoever is in another folder needs the whole path
+        home = Path(__file__).resolve().parent
+        home = "" if home == Path.cwd() else f"{home}/"
+        if stopped:
+            say(f"continue:  python {home}train.py --init_from=resume --out_dir={folder}")
+        else:
+            say(f"sample:    python {home}sample.py --out_dir={folder}\n"
+                f"picture:   python {home}tools/report.py {folder}")
+
+
 def main(argv=None):
     given = read_settings(TrainConfig, argv)
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
@@ -472,38 +493,16 @@ def main(argv=None):
             held.enter_context(only_writer(out_dir, patience))
         cfg, checkpoint, weights = read_start(given)
         if cfg.decay_lr and not cfg.eval_only and cfg.max_iters != cfg.lr_decay_iters:
-            last = learning_rate(cfg.max_iters - 1, cfg)
             say(f"max_iters={cfg.max_iters} and lr_decay_iters={cfg.lr_decay_iters} differ, so the "
-                f"last step is at a rate of {last:.2g}; --lr_decay_iters={cfg.max_iters} ends the "
-                f"decay with the run")
+                f"last step's rate is {learning_rate(cfg.max_iters - 1, cfg):.2g}; "
+                f"--lr_decay_iters={cfg.max_iters} ends the decay with the run")
         device = machine.pick_device(cfg.device)
         hint = (f"lower --batch_size={cfg.batch_size} (and raise --gradient_accumulation_steps), "
                 f"--block_size={cfg.block_size} or the size of the model")
         group, memory = machine.process_group(device, cfg.backend), machine.naming_memory(hint)
         with group, memory, Stop() as stop:
             done = train(cfg, device, stop, checkpoint, weights)
-    step, folder = done["step"], shlex.quote(cfg.out_dir)
-    # Whoever is in another folder needs the whole path
-    home = Path(__file__).resolve().parent
-    home = "" if home == Path.cwd() else f"{home}/"
-    if cfg.dry_run and not done["stopped"]:
-        tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-        seconds = tokens / done["tokens_per_s"]
-        say(f"dry run: {seconds:.3g} s a step, {tqdm.format_interval(seconds * cfg.max_iters)} for "
-            f"{cfg.max_iters} steps without evaluations, {machine.peak_memory(device):.2f} GB; "
-            f"nothing was written")
-    elif done["stopped"] and step == 0:
-        say("stopped before the first step: nothing was saved")
-    elif not cfg.eval_only and not cfg.dry_run:
-        best = done["best_val_loss"]
-        say(f"{'stopped at' if done['stopped'] else 'done:'} step {step}, "
-            f"{'no best' if math.isinf(best) else f'best val loss {best:.4f}'}, after "
-            f"{tqdm.format_interval(done['elapsed_s'])}; all is in {folder}/")
-        if done["stopped"]:
-            say(f"continue:  python {home}train.py --init_from=resume --out_dir={folder}")
-        else:
-            say(f"sample:    python {home}sample.py --out_dir={folder}\n"
-                f"picture:   python {home}tools/report.py {folder}")
+    tell_end(cfg, device, done)
     if done["stopped"]:
         # Another process may have got the signal
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))

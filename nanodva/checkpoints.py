@@ -37,14 +37,9 @@ def load_file(path):
     """What torch.save wrote, on the CPU. Tensors, numbers and text only; code is never run."""
     try:
         # torch.load does not compare the checksums. Files older than torch 1.6 have none.
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                fail(f"{path} is damaged: the checksum of {damaged} in it is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        if not damaged:
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError) as error:
         fail(f"cannot read {path}: {error.strerror}; name another")
     except Exception as error:
@@ -55,6 +50,7 @@ def load_file(path):
                  f"are read")
         fail(f"{path} is not a checkpoint, or a damaged one: name another, such as best.pt or "
              f"last.pt in the run's folder, or train again")
+    fail(f"{path} is damaged: the checksum of {damaged} in it is wrong")
 
 
 def load_checkpoint(path):
@@ -64,12 +60,12 @@ def load_checkpoint(path):
         fail(f"no {path.absolute()}: train first, or give the run's folder as --out_dir")
     checkpoint = load_file(path)
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found == FORMAT:
+        return checkpoint
     if found == 3:
         fail(f"{path} is of nanoDVA 3, whose optimizer no longer exists: start from its weights "
              f"with --init_from={path.parent} and another --out_dir")
-    if found != FORMAT:
-        fail(f"{path} is not a nanoDVA checkpoint of format {FORMAT}")
-    return checkpoint
+    fail(f"{path} is not a nanoDVA checkpoint of format {FORMAT}")
 
 
 def resume(cls, given):
@@ -86,8 +82,7 @@ def resume(cls, given):
     # The run may have been moved: it goes on where it was found
     saved = checkpoint["config"] | {"overwrite": False, "eval_only": False, "init_from": "resume",
                                     "out_dir": str(out_dir)}
-    known = {field.name for field in fields(cls)}
-    removed = saved.keys() - known
+    removed = saved.keys() - {field.name for field in fields(cls)}
     if removed:
         fail(f"{out_dir}/last.pt is of another version of train.py, which had the settings "
              f"{', '.join(sorted(removed))}: resume it with that version")
@@ -146,13 +141,11 @@ class RunFolder:
             header, newline, _ = self.aside.read_bytes().partition(b"\n")
             if newline and json.loads(header)["started"] == checkpoint["started"]:
                 os.replace(self.aside, self.metrics)
-        lines, kept = [], []
-        if self.metrics.exists():
-            lines = self.metrics.read_bytes().splitlines(keepends=True)
+        kept, old = [], self.metrics.read_bytes() if self.metrics.exists() else b""
         try:
-            for line in lines:
-                # A kill may have cut the last line
-                record = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
+            # A kill may have cut the last line, after the last line's end
+            for line in old[:old.rfind(b"\n") + 1].splitlines(keepends=True):
+                record = json.loads(line)
                 was_evaluated = "val_loss" in record and record["step"] == checkpoint["evaluated"]
                 if record["step"] < checkpoint["step"] or was_evaluated:
                     kept.append(line)
@@ -168,15 +161,13 @@ class RunFolder:
         it is copied to best-stepSTEP-LOSS.pt, and the best starts again from infinity.
         """
         nothing, path = (math.inf, checkpoint["step"]), self.path / "best.pt"
-        if not path.exists():
-            return nothing
         try:
-            best = load_checkpoint(path)
+            best = load_checkpoint(path) if path.exists() else None
         except UserError as error:
             say(f"going on without best.pt: {error}")
             return nothing
-        if best["started"] != checkpoint["started"]:
-            # Of a run that was to overwrite this one and was killed between its first two saves
+        # A run that was to overwrite this one may have been killed between its first two saves
+        if not best or best["started"] != checkpoint["started"]:
             return nothing
         if best["measured_on"] == measured_on:
             return best["best_val_loss"], best["step"]

@@ -1,6 +1,7 @@
 """
 A prepared data set: a folder with train.bin, val.bin and meta.json, which says what they are.
 """
+import io
 import json
 import pickle
 import shlex
@@ -8,7 +9,6 @@ import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -26,9 +26,9 @@ FEW = 10_000
 
 def encode_all(documents, spec, num_proc, end):
     """
-    Yield (ids, split, number of bytes, number of <|endoftext|> in the text) for each (text, split),
-    in order; the array `end` follows the ids of each. Threads do the work: tiktoken runs outside
-    Python's global lock.
+    Yield (ids, split, number of <|endoftext|> in the text) for each (text, split), in order; the
+    array `end` follows the ids of each. Threads do the work: tiktoken runs outside Python's global
+    lock.
     """
     thread = threading.local()
 
@@ -38,105 +38,105 @@ def encode_all(documents, spec, num_proc, end):
         thread.tokenizer = Tokenizer(spec)
 
     def encode(batch):
-        return [(np.append(thread.tokenizer.encode_array(text), end), split, len(text.encode()),
+        return [(np.append(thread.tokenizer.encode_array(text), end), split,
                  text.count(END_OF_TEXT)) for text, split in batch]
 
     with ThreadPoolExecutor(num_proc, initializer=start_thread) as threads:
-        waiting = deque()
-        for batch in batches_of(documents):
-            waiting.append(threads.submit(encode, batch))
+        waiting, batch, size = deque(), [], 0
+        for document in documents:
+            batch.append(document)
+            size += len(document[0])
+            if size >= PIECE:
+                waiting.append(threads.submit(encode, batch))
+                batch, size = [], 0
             # Reading stays a little ahead of encoding and no more, which bounds the memory.
             if len(waiting) > 2 * num_proc:
                 yield from waiting.popleft().result()
+        waiting.append(threads.submit(encode, batch))
         while waiting:
             yield from waiting.popleft().result()
 
 
-def batches_of(documents):
-    """Lists of documents with about PIECE characters in all."""
-    batch, size = [], 0
-    for text, split in documents:
-        batch.append((text, split))
-        size += len(text)
-        if size >= PIECE:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
 def write_ids(encoded, folder, dtype):
     """
-    Write train.bin and val.bin from what encode_all() yields. Returns the counts: .tokens and
-    .bytes of each split, .documents, .marks, and .first, (split, tokens, bytes) of the first ones.
+    Write train.bin and val.bin from what encode_all() yields. Returns the number of documents, of
+    <|endoftext|> in them, and (split, number of tokens) for each of the first documents.
     """
-    written = SimpleNamespace(tokens=dict.fromkeys(SPLITS, 0), bytes=dict.fromkeys(SPLITS, 0),
-                              documents=0, marks=0, first=[])
+    documents, marks, first = 0, 0, []
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
-        for ids, split, size, marks in encoded:
+        for ids, split, found in encoded:
             (train if split == "train" else val).write(ids.astype(dtype))
-            written.tokens[split] += len(ids)
-            written.bytes[split] += size
-            written.documents += 1
-            written.marks += marks
-            if len(written.first) <= FEW:
-                written.first.append((split, len(ids), size))
-    return written
+            documents += 1
+            marks += found
+            if len(first) <= FEW:
+                first.append((split, len(ids)))
+    return documents, marks, first
 
 
-def balance(folder, written, dtype, val_fraction, tokenizer, end):
+def balance(folder, first, dtype, val_fraction, end):
     """
     Split a small set again if the documents' hashes have left val empty or far from its share.
 
-    `written` is what write_ids() has returned for the folder. The documents of the lowest hashes go
+    `first` is what write_ids() has returned for the folder. The documents of the lowest hashes go
     to val, and of the next one only its last part; equal documents are treated alike. Returns the
-    folder with the better split and its counts.
+    folder with the better split.
     """
-    share = written.tokens["val"] / max(1, sum(written.tokens.values()))
-    if written.documents > FEW or val_fraction / 2 <= share <= 2 * val_fraction and share < 1:
-        return folder, written
+    tokens, ids, parts, weights = Counter(), {}, [], Counter()
+    for split, count in first:
+        tokens[split] += count
+    share = tokens["val"] / max(1, tokens.total())
+    if len(first) > FEW or val_fraction / 2 <= share <= 2 * val_fraction and share < 1:
+        return folder
     import xxhash
-    ids, parts, weights = {}, [], Counter()
     for split in SPLITS:
         path = folder / f"{split}.bin"
-        ids[split] = np.memmap(path, dtype, "r") if path.stat().st_size else np.array([], dtype)
-    for split, length, _ in written.first:
-        parts.append(ids[split][:length])
-        ids[split] = ids[split][length:]
+        ids[split] = np.memmap(path, dtype, "r") if tokens[split] else np.array([], dtype)
+    for split, count in first:
+        parts.append(ids[split][:count])
+        ids[split] = ids[split][count:]
     hashes = [xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts]
     for number, part in zip(hashes, parts, strict=True):
         weights[number] += len(part)
-    wanted, share = val_fraction * weights.total(), {}
+    wanted, share = val_fraction * tokens.total(), {}
     for number in sorted(weights):
         share[number] = min(1, wanted / max(1, weights[number]))
         wanted -= share[number] * weights[number]
 
     def halves():
-        for part, number, (_, length, size) in zip(parts, hashes, written.first, strict=True):
-            cut = length - round(share[number] * length)
-            head, head_size = part[:cut], size if cut == length else 0
-            if 0 < cut < length:
-                head_size = len(tokenizer.decode(head.tolist()))
-                head = np.append(head, end)
-            yield head, "train", head_size, 0
-            yield part[cut:], "val", size - head_size, 0
+        for number, part in zip(hashes, parts, strict=True):
+            cut = len(part) - round(share[number] * len(part))
+            # The first half of a document ends as a whole one does
+            yield np.append(part[:cut], end if 0 < cut < len(part) else end[:0]), "train", 0
+            yield part[cut:], "val", 0
 
     balanced = folder / "balanced"
     balanced.mkdir()
-    return balanced, write_ids(halves(), balanced, dtype)
+    write_ids(halves(), balanced, dtype)
+    return balanced
 
 
 # ---- meta.json -----------------------------------------------------------------------------------
 
-def write_meta(folder, tokenizer, dtype, tokens, sizes, source):
+def write_meta(folder, tokenizer, dtype, source):
     """
-    Write the meta.json of the .bin files in a folder, with their numbers of tokens and of bytes of
-    text, {split: number}; `source` is a dict that describes the text.
+    Write the meta.json of the .bin files in a folder and return it as a dict; `source` is a dict
+    that describes the text. Raises IndexError for an id that the tokenizer lacks.
     """
+    lengths = np.array([len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)])
+    if tokenizer.end_of_text is not None:
+        lengths[tokenizer.end_of_text] = 0
     meta = {"format": 1, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size,
-            "dtype": dtype.name, "tokens": tokens, "bytes": sizes, "source": source,
-            "sha256": {split: sha256(folder / f"{split}.bin") for split in SPLITS}}
+            "dtype": dtype.name, "tokens": {}, "bytes": {}, "source": source, "sha256": {}}
+    for split in SPLITS:
+        path, size = folder / f"{split}.bin", 0
+        with open(path, "rb") as file:
+            while len(ids := np.fromfile(file, dtype, PIECE)) > 0:
+                size += int(lengths[ids].sum())
+        meta["tokens"][split] = path.stat().st_size // dtype.itemsize
+        meta["bytes"][split], meta["sha256"][split] = size, sha256(path)
     with replacing(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
+    return meta
 
 
 def read_meta(folder, deep=False):
@@ -146,11 +146,10 @@ def read_meta(folder, deep=False):
     """
     folder = Path(folder)
     check_folder("data_dir", folder.parent)
-    again = f"run python prepare_data.py {shlex.quote(folder.name)}"
-    if folder.name not in BUILT_IN:
-        again += " --input=PATH"
-    if str(folder.parent) != "data":
-        again += f" --data_dir={shlex.quote(str(folder.parent))}"
+    command = ["python", "prepare_data.py", folder.name]
+    command += [] if folder.name in BUILT_IN else ["--input=PATH"]
+    command += [] if str(folder.parent) == "data" else [f"--data_dir={folder.parent}"]
+    again = f"run {shlex.join(command)}"
     for name in ("train.bin", "val.bin", "meta.json"):
         if not (folder / name).is_file():
             if name == "meta.json":
@@ -223,37 +222,27 @@ class PlainUnpickler(pickle.Unpickler):
 def adopt(folder):
     """Write the meta.json of a data set that nanoGPT has prepared: its .bin files and meta.pkl."""
     dtype, spec = np.dtype("uint16"), {"kind": "gpt2"}
-    paths = {split: folder / f"{split}.bin" for split in SPLITS}
-    for path in paths.values():
+    for path in (folder / f"{split}.bin" for split in SPLITS):
         if not path.is_file() or path.stat().st_size == 0 or path.stat().st_size % dtype.itemsize:
             fail(f"{path.absolute()} is missing or not nanoGPT's: it holds ids in {dtype}")
     if (folder / "meta.json").exists():
         fail(f"{folder} has a meta.json already: nothing to adopt")
+    path = folder / "meta.pkl"
+    # nanoGPT's data sets in GPT-2's tokens have none.
+    if path.exists():
+        try:
+            itos = PlainUnpickler(io.BytesIO(path.read_bytes())).load()["itos"]
+            spec = {"kind": "char", "alphabet": "".join(itos[i] for i in range(len(itos)))}
+            if len(spec["alphabet"]) != len(itos):
+                raise ValueError("its tokens are not single characters")
+        # A damaged pickle may raise anything.
+        except Exception as error:
+            fail(f"{path} is not nanoGPT's ({type(error).__name__}: {error}), and only dicts of "
+                 "numbers and text are read: prepare the text again, with --input=PATH")
     try:
-        with open(folder / "meta.pkl", "rb") as file:
-            itos = PlainUnpickler(file).load()["itos"]
-        spec = {"kind": "char", "alphabet": "".join(itos[i] for i in range(len(itos)))}
-        if len(spec["alphabet"]) != len(itos):
-            raise ValueError("its tokens are not single characters")
-    except FileNotFoundError:
-        # nanoGPT's data sets in GPT-2's tokens have no meta.pkl.
-        pass
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError,
-            OverflowError) as error:
-        fail(f"{folder / 'meta.pkl'} is not nanoGPT's ({type(error).__name__}: {error}), and only "
-             "dicts of numbers and text are read: prepare the text again, with --input=PATH")
-    tokenizer = Tokenizer(spec)
-    lengths = np.array([len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)])
-    if tokenizer.end_of_text is not None:
-        lengths[tokenizer.end_of_text] = 0
-    tokens, sizes = {}, {}
-    for split, path in paths.items():
-        ids = np.memmap(path, dtype, "r")
-        if ids.max() >= len(lengths):
-            owner = "meta.pkl" if spec["kind"] == "char" else "GPT-2 (without a meta.pkl)"
-            fail(f"{path} holds the id {ids.max()}, and {owner} has {len(lengths)} tokens: prepare "
-                 "the text again, with --input=PATH")
-        tokens[split] = len(ids)
-        sizes[split] = sum(int(lengths[ids[i:i + PIECE]].sum()) for i in range(0, len(ids), PIECE))
-    write_meta(folder, tokenizer, dtype, tokens, sizes,
-               {"name": folder.name, "files": ["train.bin", "val.bin"]})
+        write_meta(folder, Tokenizer(spec), dtype,
+                   {"name": folder.name, "files": ["train.bin", "val.bin"]})
+    except IndexError as error:
+        owner = "meta.pkl" if spec["kind"] == "char" else "GPT-2 (without a meta.pkl)"
+        fail(f"{folder} holds ids that {owner} lacks ({error}): prepare the text again, with "
+             "--input=PATH")

@@ -12,12 +12,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:
-    # Windows
-    fcntl = None
-
 # The lock files that this process holds
 HELD = set()
 
@@ -33,13 +27,12 @@ def fail(message):
 
 def run_script(main):
     """
-    Run a script's main(). A UserError becomes one line and exit status 2, Ctrl-C status 130. Any
-    other error is a mistake in the code and keeps its traceback.
+    Run main(). A UserError becomes one line and exit status 2, Ctrl-C status 130. Any other error
+    is a mistake in the code and keeps its traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
-        # A console shows what it can. A file or a pipe, which on Windows would be in an encoding
-        # without most characters, is UTF-8.
+        # A console shows what it can; a file or a pipe is UTF-8, on Windows, too
         stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8",
                            errors="replace")
     try:
@@ -52,7 +45,7 @@ def run_script(main):
     except UserError as error:
         message, status = f"error: {error}", 2
     except OSError as error:
-        # naming_file() has caught those of our files; print() raises these
+        # Those of print(), which name no file
         if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,19 +62,17 @@ def run_script(main):
 @contextmanager
 def naming_file(action, path, fix="name another"):
     """
-    A with block that does `action` ("read" or "write") with the user's file or folder `path`. What
-    the disk refuses becomes a UserError that names path and ends with `fix`. An OSError about any
-    other file is a mistake in the code, and passes.
+    A with block that does `action`, as "read", with the user's file or folder `path`. What the disk
+    refuses becomes a UserError that ends with `fix`; an OSError about any other file passes.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
         # torch.save puts an error of its own around the disk's
         reason = error if isinstance(error, OSError) else error.__context__
-        # An open file's error has no name; others name path, a folder above it, or what replacing()
-        # writes first
-        if not isinstance(reason, OSError) \
-                or not f"{path}.tmp".startswith(str(reason.filename or "")):
+        # An open file's error names no file; others path, a folder above it, or replacing()'s .tmp
+        named = getattr(reason, "filename", None) or ""
+        if not isinstance(reason, OSError) or not f"{path}.tmp".startswith(str(named)):
             raise
         fail(f"cannot {action} {path}: {reason.strerror or reason}; {fix}")
 
@@ -89,8 +80,8 @@ def naming_file(action, path, fix="name another"):
 @contextmanager
 def replacing(path):
     """
-    A file to write to, open for bytes, that takes the place of `path` once it is complete and on
-    the disk. Whatever happens, `path` is all of the old file or all of the new one.
+    A file to write bytes to that replaces `path` once it is complete and on the disk. Whatever
+    happens, `path` is all of the old file or all of the new one.
     """
     aside = Path(f"{path}.tmp")
     fix = "what it held before is untouched" if Path(path).exists() else "name another place"
@@ -117,23 +108,22 @@ def check_folder(name, path):
 
 def check_new(name, path, suffix):
     """
-    Raise UserError if the setting `name` gives a path to write that is a folder, or a file with
-    another suffix than what is written has: a checkpoint would be lost.
+    Raise UserError if the setting `name` gives a path to write that is a folder or has another
+    suffix: a checkpoint would be lost.
     """
     path = Path(path)
     if path.is_dir() or path.exists() and path.suffix != suffix:
-        fail(f"{name}={str(path)!r} is there and is no {suffix}: name a new file, as in "
-             f"{path}{suffix}")
+        fail(f"{name}={str(path)!r} is there and is no {suffix}: name a new file, {path}{suffix}")
 
 
 @contextmanager
 def only_writer(folder, patience=0, setting="out_dir"):
     """
-    Make the folder and hold the lock in it, which the system frees when this process ends, in
-    whatever way; a process may hold it twice. Raises UserError if another process keeps it for
-    `patience` seconds; `setting` names the option with which to choose another folder.
+    Make the folder and hold its lock, which the system frees however this process ends; a process
+    may hold it twice. Raises UserError if another keeps it for `patience` seconds; `setting` is the
+    option that names the folder.
     """
-    path = Path(folder, "lock").absolute()
+    path, fix = Path(folder, "lock").absolute(), f"give another folder as --{setting}"
     if path in HELD:
         yield
         return
@@ -141,14 +131,14 @@ def only_writer(folder, patience=0, setting="out_dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
     except OSError as error:
-        fail(f"cannot write in {folder}: {error.strerror}; give another folder as --{setting}")
+        fail(f"cannot write in {folder}: {error.strerror}; {fix}")
     with file:
         end = time.monotonic() + patience
         while not try_lock(file):
             if time.monotonic() > end:
                 file.seek(0)
                 fail(f"{file.read() or 'another process'} writes in {folder} and holds {path}: "
-                     f"wait for it, stop it, or give another folder as --{setting}")
+                     f"wait for it, stop it, or {fix}")
             time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -162,16 +152,17 @@ def only_writer(folder, patience=0, setting="out_dir"):
 
 def try_lock(file):
     """
-    Whether this process is now the only one that holds the open file's lock. Where the disk cannot
-    lock, as some network disks, one line says so and the answer is yes.
+    Whether this process alone now holds the open file's lock. If the disk cannot lock, as some
+    network disks, one line says so and the answer is yes.
     """
     try:
-        if fcntl is None:
-            raise OSError(errno.ENOSYS, "Windows has no flock")
+        import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        print(f"{file.name} cannot be locked ({error.strerror}): make sure that no other process "
-              f"writes in this folder", file=sys.stderr)
+    except (OSError, ImportError) as error:
+        # Windows has no fcntl
+        reason = getattr(error, "strerror", error)
+        print(f"{file.name} cannot be locked ({reason}): make sure that no other process writes in "
+              f"this folder", file=sys.stderr)
     return True

@@ -4,6 +4,7 @@ The machine: device, dtype, compilation, the group of processes and the signals 
 import contextlib
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -32,10 +33,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def say(text):
-    """
-    Print a line, once for all processes, above the bars if there are any. A program whose output
-    nobody can read any more goes on silently.
-    """
+    """Print a line, once for all processes, above the bars; silently if nobody can read it."""
     if RANK > 0:
         return
     try:
@@ -60,9 +58,9 @@ def pick_device(name):
     The torch.device called name; auto is cuda, else mps, else cpu. Under torchrun each process
     has a GPU of its own. Raises UserError for a device that this machine lacks.
     """
-    present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    present = []
     if torch.cuda.is_available():
-        present.insert(0, "cuda")
+        present = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         present.append("mps")
     present.append("cpu")
@@ -86,39 +84,29 @@ def pick_dtype(name, device, n_embd):
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if has_bfloat16 else "float16"
-    if device.type == "cpu" and n_embd >= 64 and cpu_prefers_bfloat16():
-        return "bfloat16"
-    return "float32"
+    # The CPU's instructions decide, not a timing, so the answer is the same at every start. With
+    # AMX, and on AMD with AVX512-BF16, a step took 0.50 to 0.88 of its time in float32; on an Intel
+    # Xeon with AVX512-BF16 alone 0.78 to 1.45. Without either a product takes 5 (AVX-512) to 100
+    # times as long (AVX2).
+    flags = CPUINFO.read_text() if CPUINFO.exists() else ""
+    is_faster = "amx_bf16" in flags or "AuthenticAMD" in flags and "avx512_bf16" in flags
+    return "bfloat16" if device.type == "cpu" and n_embd >= 64 and is_faster else "float32"
 
 
 def pick_sampling_dtype(name, device, parameters):
     """
-    The name of the type that a model's weights are cast to before sampling. auto: for a small
-    model float32, since its time does not go into reading the weights, and for a larger one what
-    pick_dtype says. On a CPU the two are equally fast at about 6 M parameters.
+    The name of the type that a model's weights are cast to before sampling. auto: for less than
+    6 M parameters float32, which is as fast there on a CPU, and otherwise what pick_dtype says.
     """
     if name == "auto" and parameters < 6e6:
         return "float32"
     return pick_dtype(name, device, n_embd=1024)
 
 
-def cpu_prefers_bfloat16():
-    """
-    Does this CPU multiply matrices faster in bfloat16? Its instructions decide, not a timing, so
-    the answer is the same at every start: yes with AMX, and on AMD with AVX512-BF16, where a step
-    took 0.50 to 0.88 of its time in float32. On an Intel Xeon with AVX512-BF16 alone it took 0.78
-    to 1.45, and without either a product takes 5 (AVX-512) to 100 times as long (AVX2).
-    """
-    text = CPUINFO.read_text() if CPUINFO.exists() else ""
-    is_amd = "AuthenticAMD" in text
-    return "amx_bf16" in text or is_amd and "avx512_bf16" in text
-
-
 def pick_compile(setting, device, flops):
     """
-    Whether to compile the model for a run of so many FLOPs. auto: with a compiler, for runs long
-    enough to win back what compiling takes, half a minute to a minute. That is after about ten
-    minutes of two CPU cores.
+    Whether to compile the model for a run of so many FLOPs. auto: with a compiler, for runs that
+    win back the minute of compiling, on two CPU cores those of about ten minutes.
     """
     if setting != "auto":
         return setting
@@ -131,8 +119,8 @@ def pick_compile(setting, device, flops):
 
 def compiled(model, trial, setting, stop):
     """
-    The compiled model, after trial(model) has passed through it once. If compiling fails in any
-    process, the model itself with a line, or UserError if the setting is True and not auto.
+    The compiled model, once trial(model) has used it. If compiling fails in any process, the model
+    itself with a line, or UserError if the setting is True and not auto.
     """
     attempt, reason = torch.compile(model, dynamic=False), ""
     try:
@@ -157,14 +145,12 @@ def autocast(device, dtype):
 
 
 def peak_memory(device):
-    """The most GB that tensors took on a GPU, or this process on a CPU; 0 if nobody counts."""
+    """The most GB that tensors took on a GPU, or this process on a CPU; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:
-        # Windows
+    if sys.platform == "win32":
         return 0.0
+    import resource
     # macOS counts in bytes, Linux in kB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -172,7 +158,7 @@ def peak_memory(device):
 
 def check_memory(count, device):
     """Raise UserError if the device's memory is too small for so many parameters alone."""
-    present = 4 * count
+    present = math.inf
     if device.type == "cuda":
         present = torch.cuda.get_device_properties(device).total_memory
     elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
@@ -210,16 +196,13 @@ def process_group(device, backend="auto"):
     dist.init_process_group(backend)
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
-    except KeyboardInterrupt:
-        # torchrun ends this process, since another one failed
-        os._exit(130)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        elif not isinstance(error, KeyboardInterrupt):
+            sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(2 if isinstance(error, UserError) else 1)
     dist.destroy_process_group()
 
 

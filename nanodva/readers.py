@@ -186,10 +186,7 @@ def read_json(source, config):
             place = f"object {number:,} of {source.path}"
             if not isinstance(row, dict):
                 fail(f"{place} is no JSON object")
-            value = row.get(config.column)
-            if not isinstance(value, str):
-                check_column(place, config.column, row, value)
-            yield value or ""
+            yield text_in(row, config.column, place)
 
 
 def json_values(file, path):
@@ -205,13 +202,13 @@ def json_values(file, path):
             text, position = text[position:], 0
             # The object may go on. Without an end a broken line would be all that follows it.
             more = file.read(max(PIECE, len(text))) if len(text) < LONGEST else ""
-            if not more and (text or depth != 0):
+            if more:
+                text += more
+                continue
+            if text or depth != 0:
                 fail(f"object {number + 1:,} of {path} is broken or cut off ({error}): it begins "
                      f"{text[:40]!r}")
-            if not more:
-                return
-            text += more
-            continue
+            return
         number += 1
         yield number, row
 
@@ -228,7 +225,7 @@ def read_csv(source, config):
                            quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL)
         try:
             columns = [name.strip() for name in next(filter(None, table), [config.column])]
-            check_column(source.path, config.column, columns)
+            text_in(dict.fromkeys(columns), config.column, source.path)
             index = columns.index(config.column)
             for row in table:
                 if 0 < len(row) <= index or any(row[len(columns):]):
@@ -248,26 +245,28 @@ def read_parquet(source, config):
         try:
             # Without these settings pyarrow reads whole row groups, and many files have only one.
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
-            columns = table.schema_arrow.names
-            check_column(source.path, config.column, columns)
+            row = dict.fromkeys(table.schema_arrow.names)
+            text_in(row, config.column, source.path)
             for batch in table.iter_batches(batch_size=64, columns=[config.column]):
                 for value in batch.column(0).to_pylist():
-                    if not isinstance(value, str):
-                        check_column(source.path, config.column, columns, value)
-                    yield value or ""
+                    yield text_in(row | {config.column: value}, config.column, source.path)
         except pyarrow.ArrowException as error:
             fail(f"cannot read {source.path}: {type(error).__name__}: {str(error)[:200]}")
 
 
-def check_column(place, column, columns, value=None):
-    """Raise UserError if there is no such column, or if its value is neither text nor null."""
-    others = " ".join(name for name in columns if name != column)
+def text_in(row, column, place):
+    """The text in a row, a dict; null is "". Raises UserError for another value or none."""
+    value = row.get(column)
+    if isinstance(value, str):
+        return value
+    others = " ".join(name for name in row if name != column)
     choose = f"choose with --column= from {others}" if others else "it has no other"
-    if column not in columns:
+    if column not in row:
         fail(f"{place} has no column {column!r}: {choose}")
-    if value is not None and not isinstance(value, str):
+    if value is not None:
         fail(f"column {column!r} of {place} is no text but {repr(value)[:40]}: {choose}; JSON puts "
              "a text in quotes")
+    return ""
 
 
 READERS = {**dict.fromkeys((".txt", ".text", ".md", ".markdown"), read_plain),

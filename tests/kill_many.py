@@ -29,16 +29,13 @@ import train
 from nanodva.checkpoints import load_checkpoint
 
 SETTINGS = TINY | dict(block="dva", bank_layers=1, n_embd=48, optimizer="muon", eval_interval=2,
-                       eval_iters=1, max_iters=16, lr_decay_iters=16)
+                       eval_iters=1, max_iters=16, lr_decay_iters=16, init_from="auto",
+                       overwrite=True)
 
 
 def start(out_dir, data_dir):
     """The id of a forked process that trains: from scratch, or on from last.pt if it exists."""
-    argv = [f"--out_dir={out_dir}"]
-    if (out_dir / "last.pt").exists():
-        argv.append("--init_from=resume")
-    else:
-        argv += ["--overwrite", *command_line(SETTINGS | {"data_dir": data_dir})]
+    argv = command_line(SETTINGS | {"out_dir": out_dir, "data_dir": data_dir})
     pid = os.fork()
     if pid > 0:
         return pid
@@ -57,20 +54,15 @@ def start(out_dir, data_dir):
         os._exit(status)
 
 
-def is_saving(out_dir, pid):
-    """Has the process ended, or a checkpoint half written?"""
-    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    return ended is not None or any(out_dir.glob("*.pt.tmp"))
-
-
-def train_until_killed(out_dir, data_dir, delay, during_save=False):
-    """True where the run ended before it was killed, `delay` seconds after its start or a save's"""
+def train_until_killed(out_dir, data_dir, delay, during_save):
+    """True if the run ended before it was killed, `delay` seconds after its start or a save's."""
     for path in out_dir.glob("*.pt.tmp"):
-        # of an earlier kill
+        # Of an earlier kill
         path.unlink()
-    pid = start(out_dir, data_dir)
-    while during_save and not is_saving(out_dir, pid):
+    pid, ended = start(out_dir, data_dir), None
+    while during_save and not ended and not any(out_dir.glob("*.pt.tmp")):
         time.sleep(1e-4)
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     time.sleep(delay)
     os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -92,14 +84,13 @@ def kill_many(folder, wanted):
     whole_run = time.time() - began
     kills = during_saves = runs = 0
     while kills < wanted or during_saves == 0:
-        out_dir, patience = folder / "killed", 0.6 * whole_run
+        out_dir, patience, has_ended = folder / "killed", 0.6 * whole_run, False
         shutil.rmtree(out_dir, ignore_errors=True)
-        while True:
+        while not has_ended:
             during_save = kills % 3 == 2
             delay = choose.uniform(0, 0.002 if during_save else patience)
-            if train_until_killed(out_dir, folder, delay, during_save):
-                break
-            kills += 1
+            has_ended = train_until_killed(out_dir, folder, delay, during_save)
+            kills += not has_ended
             # It grows, so that a machine that has become slower gets there, too
             patience *= 1.1
             during_saves += any(out_dir.glob("*.pt.tmp"))

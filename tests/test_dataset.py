@@ -46,7 +46,7 @@ def test_check_and_read_meta_refuse_what_meta_does_not_describe(tmp_path, capsys
 def test_a_hint_can_be_pasted_into_a_shell(tmp_path):
     with pytest.raises(UserError) as error:
         read_meta(tmp_path / "my data" / "mine")
-    command = f"run python prepare_data.py mine --input=PATH --data_dir='{tmp_path}/my data'"
+    command = f"run python prepare_data.py mine --input=PATH '--data_dir={tmp_path}/my data'"
     assert str(error.value).endswith(command)
 
 
@@ -107,7 +107,7 @@ class Call:
     (pickle.dumps({"itos": {0: "ab", 1: "c"}}), "not single characters"),
     (pickle.dumps({"vocab_size": 5}), "KeyError"), (pickle.dumps([1]), "TypeError"),
     (pickle.dumps({"itos": {0: "a", 2: "c"}}), "KeyError"), (b"", "EOFError"),
-    (pickle.dumps({"itos": {0: "a", 1: "b"}}), "holds the id 7, and meta.pkl has 2 tokens")])
+    (pickle.dumps({"itos": {0: "a", 1: "b"}}), "ids that meta.pkl lacks (index 7 is out")])
 def test_another_meta_pkl_is_refused_and_runs_nothing(tmp_path, content, words):
     save_as_nanogpt(tmp_path / "x", PLAY.read_text(), None, lambda part: [7] * len(part))
     (tmp_path / "x" / "meta.pkl").write_bytes(content)

@@ -84,6 +84,12 @@ def test_the_terminal_gets_five_givers_that_autograd_finds(write, runs, characte
     assert out.splitlines()[-1].startswith(f"open in a browser: {page}")
 
 
+def test_a_prompt_longer_than_the_window_is_said_to_be(write):
+    _, out = write("dva", TEXT)
+    assert f"the prompt has {len(TEXT)} tokens: the model reads the newest 48" in out
+    assert "the model reads" not in write("dva", TEXT[:48])[1]
+
+
 def test_a_page_without_a_prompt_opens_at_a_line_end(write):
     page, out = write("dva", start="\n")
     assert '"start": "\\n"' in page.read_text() and "(token 1, after nothing)" in out

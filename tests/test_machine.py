@@ -203,15 +203,12 @@ def test_a_gpu_gets_a_fused_kernel_if_one_fits(monkeypatch, shape, dropout, chos
 
 # ---- what is chosen ------------------------------------------------------------------------------
 
-def test_auto_is_the_fastest_device_that_is_there():
+def test_auto_is_the_fastest_device_and_one_that_is_not_there_is_named():
     assert machine.pick_device("auto").type == DEVICES[-1]
     assert machine.pick_device("cpu") == CPU
-
-
-@pytest.mark.parametrize("name", ["cuda:99", "cpu:", "tpu", "meta", "", "cuda:-1", "CPU"])
-def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
-    with refused(f"device={name!r} is not on this machine: choose from", "cpu"):
-        machine.pick_device(name)
+    for name in ("cuda:99", "cpu:", "tpu", "meta", "", "cuda:-1", "CPU"):
+        with refused(f"device={name!r} is not on this machine: choose from", "cpu"):
+            machine.pick_device(name)
 
 
 @pytest.mark.parametrize("cpuinfo, faster", [
@@ -236,11 +233,11 @@ def test_a_cpus_instructions_tell_whether_auto_is_bfloat16(monkeypatch, tmp_path
         assert machine.pick_sampling_dtype(name, CPU, 1e6) == name
 
 
-@pytest.mark.parametrize("has_bfloat16, chosen", [(True, "bfloat16"), (False, "float16")])
-def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch, has_bfloat16, chosen):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                        lambda including_emulation: has_bfloat16)
-    assert machine.pick_dtype("auto", torch.device("cuda"), 64) == chosen
+def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
+    for has_bfloat16, chosen in ((True, "bfloat16"), (False, "float16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, answer=has_bfloat16: answer)
+        assert machine.pick_dtype("auto", torch.device("cuda"), 64) == chosen
 
 
 @pytest.mark.parametrize("device, missing, flops, is_compiled", [
@@ -274,14 +271,10 @@ def test_the_peak_of_memory_is_known():
     assert 0.05 < before < before + 0.1 < machine.peak_memory(CPU) < 3 * before + 0.2
 
 
-@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: np.empty(2**50),
-                                      lambda: [None] * 2**58])
-def test_too_much_memory_is_one_line(allocate):
-    with refused("out of memory", "lower --this"), machine.naming_memory("lower --this"):
-        allocate()
-
-
-def test_other_errors_keep_their_traceback():
+def test_too_much_memory_is_one_line_and_other_errors_keep_their_traceback():
+    for allocate in (lambda: torch.empty(2**60), lambda: np.empty(2**50), lambda: [None] * 2**58):
+        with refused("out of memory", "lower --this"), machine.naming_memory("lower --this"):
+            allocate()
     with pytest.raises(RuntimeError, match="shape"), machine.naming_memory("lower --this"):
         torch.ones(2).view(3)
 

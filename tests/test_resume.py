@@ -1,5 +1,4 @@
 """A run that is stopped, killed or continued ends bit for bit like an undisturbed one."""
-import json
 import os
 import random
 import re
@@ -15,7 +14,6 @@ from conftest import (
     TINY,
     comparable,
     contents,
-    ending_of,
     records,
     refused,
     runs_differ,
@@ -43,36 +41,27 @@ def test_resume_is_exact(run, tmp_path, at_step, block, banks, optimizer, dtype)
     at_step(4, send(signal.SIGTERM))
     at_step(7, send(signal.SIGTERM))
     at_step(10, send(signal.SIGTERM), function="learning_rate")
-    status, out = run("parts", **changes)
-    assert status == 143 and "stopped at step 5" in out
-    for step in (8, 10):
-        status, out = run("parts", init_from="resume")
+    for step in (5, 8, 10):
+        status, out = run("parts", init_from="auto", **changes)
         assert status == 143 and f"stopped at step {step}" in out
     assert run("parts", init_from="resume")[0] == 0
     assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
 
 
-def test_resume_with_more_steps(run, tmp_path):
-    run("straight")
+def test_resume_with_more_steps(run, trained, tmp_path):
     run("parts", max_iters=7)
     status, out = run("parts", init_from="resume", max_iters=12)
     assert status == 0 and "at step 7, max_iters=12 (was 7)\n" in out
     without_evaluation_at(7, tmp_path / "parts")
-    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
-
-
-def test_more_steps_than_the_decay_has_are_remarked_on(run):
-    run(max_iters=12)
-    out = run(init_from="resume", max_iters=14)[1]
+    assert runs_differ(trained, tmp_path / "parts") == 0
+    out = run("parts", init_from="resume", max_iters=14)[1]
     assert "max_iters=14 and lr_decay_iters=12 differ" in out and "--lr_decay_iters=14" in out
 
 
-def test_a_signal_in_the_last_step_loses_no_evaluation(run, tmp_path, at_step):
-    run("straight")
+def test_a_signal_in_the_last_step_loses_no_evaluation(run, trained, tmp_path, at_step):
     at_step(11, send(signal.SIGTERM))
-    assert run("parts")[0] == 143
-    assert run("parts", init_from="resume")[0] == 0
-    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
+    assert [run(init_from="auto")[0] for _ in range(2)] == [143, 0]
+    assert runs_differ(trained, tmp_path / "out") == 0
 
 
 @pytest.mark.parametrize("function", ["learning_rate", "seed_dropout"])
@@ -110,15 +99,21 @@ def test_eval_only_on_resume_evaluates_and_writes_nothing(run, finished, tmp_pat
     assert contents(tmp_path / "out") == finished
 
 
-@pytest.mark.parametrize("change", [
-    dict(n_layer=3), dict(n_embd=32), dict(block="dva"), dict(bias=True), dict(block_size=8),
-    dict(bank_layers=1), dict(rotary=True), dict(gelu="tanh"), dict(optimizer="muon"),
-    dict(vocab_size=64), dict(value_norm=False)], ids=str)
-def test_resume_keeps_its_architecture_and_optimizer(run, finished, tmp_path, change):
-    [(name, value)] = change.items()
-    with refused(f"{name}={value!r} differs from the checkpoint's"):
-        run(init_from="resume", **change)
-    assert contents(tmp_path / "out") == finished
+@pytest.mark.parametrize("name, value, words", [
+    *((name, value, f"{name}={value!r} differs from the checkpoint's") for name, value in dict(
+        n_layer=3, n_embd=32, block="dva", bias=True, block_size=8, bank_layers=1, rotary=True,
+        gelu="tanh", optimizer="muon", vocab_size=64, value_norm=False).items()),
+    ("max_iters", 10, "max_iters=10: the run is at step 12 already"),
+    ("batch_size", 10**12, "out of memory")])
+def test_resume_keeps_its_architecture_and_its_folder(run, finished, tmp_path, name, value, words):
+    with refused(words):
+        run(init_from="resume", **{"max_iters": 20, name: value})
+    after = contents(tmp_path / "out")
+    if name == "batch_size":
+        # It had begun: its metrics, and a copy of the best, which is of other windows
+        after = {kept: after[kept] for kept in finished}
+        after["metrics.jsonl"] = finished["metrics.jsonl"]
+    assert after == finished
 
 
 def test_resume_with_other_settings_says_so_and_means_it(run, finished, tmp_path):
@@ -170,40 +165,26 @@ def test_every_number_in_the_metrics_stays_right(run, tmp_path, before, after):
                          and (step % interval == 0 or step == after["max_iters"])]
 
 
-def test_resume_with_a_setting_that_only_fits_its_own(run):
-    # 0.02 is above the default learning_rate
-    run(learning_rate=0.05, min_lr=0.01)
-    assert run(init_from="resume", min_lr=0.02, max_iters=13)[0] == 0
-
-
 def test_resume_in_another_place_with_a_preset(run, trained, tmp_path):
-    """out_dir counts wherever it is given, and the folder may have been moved."""
+    """out_dir counts wherever it is given; min_lr fits this learning_rate, and not the default."""
     shutil.copytree(trained, tmp_path / "moved")
     before = contents(trained)
-    (tmp_path / "more.py").write_text(f"out_dir = {str(tmp_path / 'moved')!r}\nmax_iters = 13\n")
+    (tmp_path / "more.py").write_text(f"out_dir = {str(tmp_path / 'moved')!r}\nmax_iters = 13\n"
+                                      "min_lr = 2e-3\n")
     train.main([str(tmp_path / "more.py"), "--init_from=resume"])
     assert load_checkpoint(tmp_path / "moved" / "last.pt")["step"] == 13
     assert contents(trained) == before
-
-
-def test_data_that_was_prepared_again_is_remarked_on(run, finished, data_dir, tmp_path):
-    text = (data_dir / "tiny.txt").read_text()
-    (tmp_path / "text.txt").write_text(text[1000:] + text[:1000])
-    prepare_data.main(["tiny_char", f"--input={tmp_path / 'text.txt'}", f"--data_dir={tmp_path}"])
-    assert "on other text" not in run(init_from="resume", max_iters=13)[1]
-    out = run(init_from="resume", max_iters=14, data_dir=tmp_path)[1]
-    assert "from here on it trains on other text, 'tiny_char' as it is now" in out
 
 
 def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, finished, data_dir, tmp_path):
     """Another text is harder: none of its losses is as low as the best on the first."""
     text = (data_dir / "tiny.txt").read_text()
     (tmp_path / "b.txt").write_text("".join(random.Random(1).sample(text, len(text))))
-    prepare_data.main(["b_char", f"--input={tmp_path / 'b.txt'}", f"--data_dir={tmp_path}"])
+    prepare_data.main(["tiny_char", f"--input={tmp_path / 'b.txt'}", f"--data_dir={tmp_path}"])
     before = load_checkpoint(tmp_path / "out" / "best.pt")
-    out = run(init_from="resume", max_iters=15, eval_interval=1, dataset="b_char",
-              data_dir=tmp_path)[1]
-    assert "trains on other text, 'b_char'" in out and "the best starts again" in out
+    out = run(init_from="resume", max_iters=15, eval_interval=1, data_dir=tmp_path)[1]
+    assert "from here on it trains on other text, 'tiny_char' as it is now" in out
+    assert "the best starts again" in out
     best = load_checkpoint(tmp_path / "out" / "best.pt")
     lines = records(tmp_path / "out")
     [resumed] = [i for i, line in enumerate(lines) if "config" in line and i > 0]
@@ -216,20 +197,9 @@ def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, finished, data_d
 
 @pytest.mark.parametrize("change", [dict(eval_iters=3), dict(dtype="bfloat16")])
 def test_a_best_loss_counts_for_its_windows_and_its_dtype(run, finished, tmp_path, change):
-    assert "the best starts again" not in run(init_from="resume", max_iters=13)[1]
+    out = run(init_from="resume", max_iters=13)[1]
+    assert "the best starts again" not in out and "on other text" not in out
     assert "the best starts again" in run(init_from="resume", max_iters=14, **change)[1]
-
-
-def test_a_resume_that_comes_to_nothing_leaves_the_best(run, finished, tmp_path):
-    with refused("out of memory"):
-        run(init_from="resume", max_iters=20, batch_size=10**12)
-    assert contents(tmp_path / "out")["best.pt"] == finished["best.pt"]
-
-
-def test_fewer_steps_than_the_run_has_are_refused(run, finished, tmp_path):
-    with refused("max_iters=10: the run is at step 12 already"):
-        run(init_from="resume", max_iters=10)
-    assert contents(tmp_path / "out") == finished
 
 
 def test_a_run_in_float16_can_leave_it_and_come_back(run, tmp_path):
@@ -255,14 +225,42 @@ def test_what_a_run_chose_it_keeps(run, monkeypatch):
     assert chosen == ["auto", "auto", "bfloat16", False]
 
 
-def test_auto_starts_where_there_is_no_run_and_goes_on_where_there_is_one(run, arguments, tmp_path,
-                                                                          at_step, capsys):
-    run("straight")
-    again = [*arguments("parts"), "--init_from=auto"]
-    at_step(4, send(signal.SIGTERM))
-    for status in (143, 0):
-        assert ending_of(train.main, again, capsys)[0] == status
-    assert runs_differ(tmp_path / "straight", tmp_path / "parts") == 0
+# ---- what cannot be resumed ----------------------------------------------------------------------
+
+# What is wrong with last.pt: (how to make it so, the error)
+WRONG = {
+    "weights alone": (lambda checkpoint: checkpoint.pop("optimizer"), "cannot be resumed"),
+    "another alphabet": (lambda checkpoint: checkpoint["tokenizer"].update(alphabet="zyx"),
+                         "another tokenizer"),
+    "version 3": (lambda checkpoint: checkpoint.update(format=3), "last.pt is of nanoDVA 3"),
+    "another version": (lambda checkpoint: checkpoint["config"].update(shift=True),
+                        "another version of train.py, which had the settings shift")}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_run_that_cannot_go_on_is_left_alone(run, finished, tmp_path, kind):
+    change, words = WRONG[kind]
+    path = tmp_path / "out" / "last.pt"
+    checkpoint = load_checkpoint(path)
+    change(checkpoint)
+    save(checkpoint, path)
+    before = contents(path.parent)
+    for init_from in ("resume", "auto"):
+        with refused(words):
+            run(init_from=init_from)
+    assert contents(path.parent) == before
+
+
+def test_where_nothing_can_be_resumed_nothing_is_made(run, tmp_path):
+    with refused("no ", "last.pt: train first"):
+        run("nothing", init_from="resume")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_the_weights_of_a_run_of_version_3_can_be_trained_on(run, finished, tmp_path):
+    path = tmp_path / "out" / "best.pt"
+    save(load_checkpoint(path) | {"format": 3}, path)
+    assert run("new", init_from=tmp_path / "out", max_iters=1)[0] == 0
 
 
 def test_a_run_of_before_a_setting_existed_goes_on(run, finished, tmp_path):
@@ -272,46 +270,6 @@ def test_a_run_of_before_a_setting_existed_goes_on(run, finished, tmp_path):
     with refused("value_norm=False differs from the checkpoint's True"):
         run(init_from="resume", max_iters=13, value_norm=False)
     assert run(init_from="resume", max_iters=13)[0] == 0
-
-
-# ---- what cannot be resumed ----------------------------------------------------------------------
-
-def test_resume_needs_a_checkpoint_with_the_optimizers_state(run, finished, tmp_path):
-    with refused("no ", "last.pt: train first"):
-        run("nothing", init_from="resume")
-    assert not (tmp_path / "nothing").exists()
-    shutil.copy(tmp_path / "out" / "best.pt", tmp_path / "out" / "last.pt")
-    with refused("cannot be resumed"):
-        run(init_from="resume")
-
-
-def test_resume_needs_the_same_alphabet(run, finished, data_dir, tmp_path):
-    shutil.copytree(data_dir / "tiny_char", tmp_path / "other")
-    meta = json.loads((tmp_path / "other" / "meta.json").read_text())
-    meta["tokenizer"]["alphabet"] = meta["tokenizer"]["alphabet"][::-1]
-    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
-    with refused("another tokenizer"):
-        run(init_from="resume", data_dir=tmp_path, dataset="other")
-
-
-def test_a_run_of_version_3_cannot_go_on_but_its_weights_can(run, finished, tmp_path):
-    for name in ("last.pt", "best.pt"):
-        checkpoint = load_checkpoint(tmp_path / "out" / name)
-        save(checkpoint | {"format": 3}, tmp_path / "out" / name)
-    before = contents(tmp_path / "out")
-    for init_from in ("resume", "auto"):
-        with refused("last.pt is of nanoDVA 3", f"--init_from={tmp_path / 'out'} and another"):
-            run(init_from=init_from)
-    assert contents(tmp_path / "out") == before
-    assert run("new", init_from=tmp_path / "out", max_iters=1)[0] == 0
-
-
-def test_resume_names_the_settings_of_another_version(run, finished, tmp_path):
-    checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
-    checkpoint["config"]["shift"] = True
-    save(checkpoint, tmp_path / "out" / "last.pt")
-    with refused("another version of train.py", "shift"):
-        run(init_from="resume")
 
 
 @pytest.mark.parametrize("kind", ["damaged", "of another run"])

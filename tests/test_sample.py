@@ -1,6 +1,7 @@
 """Sampling: prompts of every kind, good and bad, and texts that follow from their seed."""
 import codecs
 import io
+import itertools
 import re
 import sys
 
@@ -41,12 +42,10 @@ def test_temperature_0_takes_the_most_probable_token(texts, trained, alphabet):
 
 
 def test_texts_made_together_end_each_with_the_stop_token(texts, alphabet):
-    whole = texts(temperature=1, max_new_tokens=40, num_samples=8)
-    ends = [text.find(" ", 2) for text in whole]
-    found = texts(temperature=1, max_new_tokens=40, num_samples=8, stop_token=alphabet.index(" "))
-    assert found == [text if end < 0 else text[:end + 1]
-                     for text, end in zip(whole, ends, strict=True)]
-    assert len(set(ends)) > 2
+    settings = dict(temperature=1, max_new_tokens=40, num_samples=8)
+    ended = ["".join(text.partition(" ")[:2]) for text in texts(**settings)]
+    assert texts(**settings, stop_token=alphabet.index(" ")) == ended
+    assert len(set(map(len, ended))) > 2
 
 
 def test_a_text_ends_with_the_stop_text_wherever_tokens_end(tmp_path, texts):
@@ -57,12 +56,12 @@ def test_a_text_ends_with_the_stop_text_wherever_tokens_end(tmp_path, texts):
                     start="one stop, and")
     # Letters of two tokens, of which the second goes on
     stop = re.search(r"[a-z]([a-z]{3})", texts(**settings)[2][13:])[1]
-    for text in (stop, "s", "\\n", "no such text"):
-        whole = texts(**settings)
-        ends = [one.find(text.replace("\\n", "\n"), 13) for one in whole]
-        length = len(text.replace("\\n", "\n"))
-        assert texts(**settings, stop=text) == [
-            one if end < 0 else one[:end + length] for one, end in zip(whole, ends, strict=True)]
+    whole = texts(**settings)
+    for text in (stop, "s", "\n", "no such text"):
+        # The prompt may hold the stop text; up to the first end after it, and with it
+        parts = [one[13:].partition(text) for one in whole]
+        assert texts(**settings, stop=text.replace("\n", "\\n")) \
+            == [settings["start"] + before + end for before, end, _ in parts]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -75,6 +74,11 @@ def test_every_block_writes_text_in_every_precision(run, texts, tmp_path, block)
 
 
 # ---- prompts -------------------------------------------------------------------------------------
+
+def stdin(monkeypatch, data):
+    """Make these bytes the standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
 
 @pytest.mark.parametrize("start, alphabet, prompt", [
     # nanoGPT's default prompt is a new line, and a shell cannot easily write one
@@ -95,13 +99,34 @@ def test_a_prompt_is_read_by_the_rules_for_a_text(data, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in (tmp_path, "~"):
         assert sample.read_prompt(f"FILE:{path}/prompt.txt", tokenizer) == "ab\nc\nd"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+    stdin(monkeypatch, data)
     assert sample.read_prompt("-", tokenizer) == "ab\nc\nd"
+    (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
+    with refused("prompt.txt is not utf-8: byte 0xff in b'ab\\xff'; save it in UTF-8"):
+        sample.read_prompt("FILE:~/prompt.txt", tokenizer)
+    stdin(monkeypatch, b"\xff")
+    with refused("the prompt standard input is not utf-8"):
+        sample.read_prompt("-", tokenizer)
+
+
+@pytest.fixture
+def written(trained, monkeypatch, capsys):
+    """written(data, **settings): (texts, errors) of sample.py; data is its standard input."""
+    def written(data=b"", **settings):
+        stdin(monkeypatch, data)
+        settings = dict(out_dir=trained, max_new_tokens=20, device="cpu") | settings
+        try:
+            sample.main(command_line(settings))
+        finally:
+            out, err = capsys.readouterr()
+            written.texts = out.split(BETWEEN)[:-1]
+        return written.texts, err
+    return written
 
 
 @pytest.mark.parametrize("length", [16, 17, 1000])
-def test_of_a_long_prompt_all_is_printed_and_the_newest_window_read(trained, alphabet, monkeypatch,
-                                                                    capsys, length):
+def test_of_a_long_prompt_all_is_printed_and_the_newest_window_read(written, alphabet, monkeypatch,
+                                                                    length):
     seen, forward = [], GPT.forward
 
     def watched(self, idx, *args, **options):
@@ -109,38 +134,21 @@ def test_of_a_long_prompt_all_is_printed_and_the_newest_window_read(trained, alp
         return forward(self, idx, *args, **options)
     monkeypatch.setattr(GPT, "forward", watched)
     prompt = ("a" * 1000 + "bcdefghijklmnopr")[-length:]
-    sample.main(command_line(dict(out_dir=trained, num_samples=1, max_new_tokens=20,
-                                  device="cpu", start=prompt)))
-    out, err = capsys.readouterr()
-    assert out.startswith(prompt) and out.index(BETWEEN) == length + 20
+    [text], err = written(num_samples=1, start=prompt)
+    assert text.startswith(prompt) and len(text) == length + 20
     assert seen[0] == [alphabet.index(character) for character in prompt[-16:]]
     said = f"the prompt has {length:,} tokens: the model reads the newest 16, its window\n"
     assert err == (said if length > 16 else "")
 
 
-def interactive(trained, monkeypatch, capsys, data, **settings):
-    """(texts, errors) of sample.py --interactive with these bytes on standard input."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-    sample.main(["--interactive", *command_line(dict(out_dir=trained, max_new_tokens=20,
-                                                     device="cpu") | settings)])
-    out, err = capsys.readouterr()
-    return out.split(BETWEEN)[:-1], err
-
-
-def test_prompt_after_prompt_is_read_until_the_end_of_input(trained, texts, monkeypatch, capsys):
-    found, err = interactive(trained, monkeypatch, capsys, b"ab\n\nab")
+def test_prompt_after_prompt_is_read_until_the_end_of_input(written, texts):
+    found, err = written(b"ab\n\nab", interactive=True)
     assert [len(text) for text in found] == [22, 21, 22] and err == ""
     # An empty line is the default prompt, and a prompt again gives another text
     assert found[0] == texts()[0] != found[2] and found[1][0] == " "
-    found, _ = interactive(trained, monkeypatch, capsys, b"ab\r\nab", num_samples=2)
-    assert len(found) == 4 and found[:2] == texts(num_samples=2)
-
-
-def test_an_interactive_mistake_is_one_line_and_the_next_prompt_is_read(trained, monkeypatch,
-                                                                       capsys):
-    found, err = interactive(trained, monkeypatch, capsys, b"abZ\na\xff\nab")
-    assert len(found) == 1 and found[0].startswith("ab")
+    found, err = written(b"abZ\na\xff\nab\r\nab", interactive=True, num_samples=2)
     assert re.fullmatch(r"error: character 'Z' .*\nerror: character '\\udcff' .*\n", err)
+    assert len(found) == 4 and found[:2] == texts(num_samples=2)
 
 
 def test_end_of_text_alone_is_its_token_and_in_a_text_it_is_text():
@@ -168,15 +176,6 @@ def test_characters_that_span_tokens_are_put_together(tmp_path, texts):
 
 # ---- what is refused -----------------------------------------------------------------------------
 
-def test_a_prompt_that_cannot_be_read_is_named(texts, tmp_path, monkeypatch):
-    (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
-    with refused("prompt.txt is not utf-8: byte 0xff in b'ab\\xff'; save it in UTF-8"):
-        texts(start=f"FILE:{tmp_path / 'prompt.txt'}")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="ascii"))
-    with refused("the prompt standard input is not utf-8"):
-        texts(start="-")
-
-
 def test_without_a_checkpoint_there_is_nothing_to_sample_from(texts, tmp_path, monkeypatch):
     """The whole path is shown, for somebody who has gone to another folder."""
     monkeypatch.chdir(tmp_path)
@@ -200,8 +199,7 @@ def test_last_is_sampled_where_there_is_no_best(texts, trained, tmp_path):
     (dict(start="FILE:/dev/null"), "start is empty"),
     (dict(start="abZ"), "character 'Z' is not in the alphabet ' abcdefghijklmnoprstuvwé'"),
     # A byte that is not UTF-8, as the shell hands it over
-    (dict(start="a\udcff"), "character '\\udcff'"), (dict(stop="Z"), "character 'Z'"),
-    (dict(stop_token=99), "the ids of this model end at 23"),
+    (dict(start="a\udcff"), "character '\\udcff'"), (dict(stop_token=99), "the last id is 23"),
     (dict(start="FILE:no  where"), "cannot read the prompt no  where: No such file or directory"),
     (dict(start="FILE:/"), "cannot read the prompt /: Is a directory; name a text, as in --start="),
     (dict(interactive=True), "with --interactive prompts come from standard input")], ids=str)
@@ -210,19 +208,13 @@ def test_a_wrong_setting_is_named(texts, settings, words):
         texts(**settings)
 
 
-@pytest.mark.parametrize("is_interactive", [False, True])
-def test_an_interrupted_text_is_shown_as_far_as_it_came(trained, capsys, monkeypatch,
-                                                        is_interactive):
+def test_an_interrupted_text_is_shown_as_far_as_it_came(written, monkeypatch):
     def interrupted(*args):
-        for count, new in enumerate(stream(*args)):
-            if count == 5:
-                raise KeyboardInterrupt
-            yield new
+        yield from itertools.islice(stream(*args), 5)
+        raise KeyboardInterrupt
     monkeypatch.setattr(sample, "stream", interrupted)
-    if is_interactive:
-        found, err = interactive(trained, monkeypatch, capsys, b"ab\nab", num_samples=2)
-        assert [len(text) for text in found] == [7] * 4 and err == "stopped\nstopped\n"
-        return
     with pytest.raises(KeyboardInterrupt):
-        sample.main(command_line(dict(out_dir=trained, num_samples=2, start="ab", device="cpu")))
-    assert [len(text) for text in capsys.readouterr().out.split(BETWEEN)[:-1]] == [7, 7]
+        written(num_samples=2, start="ab")
+    assert [len(text) for text in written.texts] == [7, 7]
+    found, err = written(b"ab\nab", interactive=True, num_samples=2)
+    assert [len(text) for text in found] == [7] * 4 and err == "stopped\nstopped\n"

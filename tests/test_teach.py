@@ -381,14 +381,15 @@ def test_what_was_learned_goes_home(panel, tmp_path, block):
     panel.until(IS_OVER)
 
 
+@pytest.mark.slow
 def test_the_page_never_stalls(panel):
-    """The longest time that the page's thread is busy without a pause, during a lesson."""
+    """The page's thread is never busy for 50 ms without a pause, on a machine that is not."""
     panel.value(f"window.stalls = []; new PerformanceObserver(list => list.getEntries().forEach("
                 f"({{ duration }}) => stalls.push(duration))).observe({{ type: 'longtask' }});"
                 f"setLesson({json.dumps(TEXT * 100)}, 'long').then(() => {{"
                 f" $('steps').value = 100; begin(['dva']); }}); 0")
     panel.until(IS_OVER)
-    print("stalls", panel.value("stalls"))
+    assert panel.value("stalls") == []
 
 
 @pytest.mark.slow

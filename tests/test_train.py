@@ -60,12 +60,8 @@ def test_batches_follow_from_seed_and_step():
     others.append(get_batch(tokens, cfg, 8, 0, CPU)[0])
     others.append(get_batch(tokens, change(cfg, seed=1), 7, 0, CPU)[0])
     assert not any(torch.equal(batches[0][0], x) for x in others)
-
-
-def test_batches_reach_every_window():
-    cfg = settings(batch_size=50, gradient_accumulation_steps=1)
-    x, y = get_batch(np.arange(10), cfg, 0, 0, CPU)
-    # The last token is a target, too
+    # Every window is reached, and the last token is a target, too
+    x, y = get_batch(np.arange(10), settings(batch_size=50), 0, 0, CPU)
     assert set(x[:, 0].tolist()) == {0, 1} and y.max() == 9
 
 
@@ -77,15 +73,10 @@ def test_dropout_follows_from_seed_step_and_micro_batch():
     assert found[0] == found[4] and len({tuple(each) for each in found}) == 4
 
 
-def test_gpt2s_table_is_padded_to_a_multiple_of_64():
-    assert table_rows({"vocab_size": 50257}) == 50304
-    assert table_rows({"vocab_size": 4096}) == 4096
-
-
 # ---- evaluation ----------------------------------------------------------------------------------
 
 def evaluate(tokens, seed=0, **changes):
-    cfg = settings(**changes)
+    cfg = settings(eval_train=False, **changes)
     torch.manual_seed(0)
     model = GPT(cfg)
     torch.manual_seed(seed)
@@ -105,6 +96,8 @@ def test_evaluation_is_exact_the_same_every_time_and_spread_evenly():
     assert loss == pytest.approx(evaluate(tokens, eval_iters=100, batch_size=3)[0], abs=1e-6)
     loss, spread = evaluate(tokens, eval_iters=1)[0], [0, 2, 5, 8]
     assert loss == pytest.approx(model(x[spread], y[spread]).item(), abs=1e-6)
+    # A split of one window
+    assert evaluate(tokens[:9])[0] == pytest.approx(model(x[:1], y[:1]).item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("eval_tokens, count", [(1, 1), (8, 1), (33, 5), (10**6, 11)])
@@ -115,13 +108,6 @@ def test_evaluation_windows_need_not_follow_from_the_batch(eval_tokens, count):
     assert train.count_windows(tokens, settings(eval_tokens=eval_tokens)) == count
 
 
-def test_a_split_of_one_window_is_evaluated():
-    tokens = np.arange(9)
-    loss, model = evaluate(tokens)
-    expected = model(torch.arange(8)[None], torch.arange(1, 9)[None]).item()
-    assert loss == pytest.approx(expected, abs=1e-6)
-
-
 # ---- a run ---------------------------------------------------------------------------------------
 
 def test_every_step_is_logged(trained):
@@ -129,6 +115,7 @@ def test_every_step_is_logged(trained):
     steps = [line for line in lines if "train_loss" in line]
     assert [line["step"] for line in steps] == list(range(12))
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 5, 10, 12]
+    assert all(("val_loss" in line) == ("train_eval_loss" in line) for line in lines)
     assert all(line["grad_norm"] > 0 and line["lr"] > 0 and line["peak_gb"] > 0 for line in steps)
     assert all(line["tokens"] == line["step"] * 2 * 4 * 16 for line in lines)
     assert {"config", "params", "flops_per_token", "world_size", "versions"} < header.keys()
@@ -182,20 +169,19 @@ def test_a_terminal_gets_a_bar_with_the_loss_and_a_file_gets_lines(run, tmp_path
     assert all(loss in shown for loss in losses) == ("terminal" == err)
     assert all(f"{loss}, lr" in written for loss in losses) == ("file" == out)
     assert ", lr" not in shown and "step 5: train loss" in (written if out == "file" else shown)
-
-
-def test_of_many_processes_one_shows_a_bar(monkeypatch):
+    # Of many processes one shows a bar
     with Terminal() as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setattr(machine, "RANK", 1)
         assert list(machine.bar(range(3))) == [0, 1, 2] and terminal.getvalue() == ""
 
 
-def test_intervals_never_change_the_training(run, tmp_path):
-    run("a", eval_interval=5, log_interval=1)
-    run("b", eval_interval=4, log_interval=3, eval_iters=1)
-    a, b = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def test_evaluating_and_logging_never_change_the_training(run, trained, tmp_path):
+    out = run(eval_interval=4, log_interval=3, eval_iters=1, eval_train=False)[1]
+    assert "train loss" not in out and "val loss" in out
+    with_train, without = (load_checkpoint(folder / "last.pt")["model"]
+                           for folder in (trained, tmp_path / "out"))
+    assert largest_difference(with_train, without) == 0
 
 
 def test_accumulated_steps_are_those_of_one_large_batch(run, tmp_path):
@@ -206,16 +192,6 @@ def test_accumulated_steps_are_those_of_one_large_batch(run, tmp_path):
     whole, parts = (comparable(tmp_path / name) for name in ("whole", "parts"))
     for a, b in zip(whole, parts, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
-
-
-def test_without_the_train_split_an_evaluation_does_half_the_work(run, tmp_path):
-    assert "train loss" in run("with")[1]
-    out = run("without", eval_train=False)[1]
-    assert "train loss" not in out and "val loss" in out
-    with_train, without = (comparable(tmp_path / name) for name in ("with", "without"))
-    for record in with_train:
-        record.pop("train_eval_loss", None)
-    assert with_train == without
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(run, trained, data_dir):
@@ -373,19 +349,15 @@ def test_compiling_that_fails_is_done_without(run, tmp_path, failing_compiler):
     assert contents(tmp_path / "other") == {"metrics.jsonl": b""}
 
 
-def test_a_stop_while_it_compiles_is_a_stop(run, monkeypatch, failing_compiler):
-    """Ctrl-C reaches the C++ compiler, too, and a compilation that it ended fails."""
+def test_what_only_looks_like_a_compiler_that_fails(run, monkeypatch, failing_compiler):
+    """A mistake in a block keeps its traceback. Ctrl-C, which ends the compiler, too, is a stop."""
+    with monkeypatch.context() as during, pytest.raises(RuntimeError, match="size mismatch"):
+        during.setattr(BLOCKS["mean"], "forward", lambda self, x, *rest: x @ torch.ones(3))
+        run(block="mean", compile=True)
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options:
                         signal.raise_signal(signal.SIGINT) or compile(model, **options))
     assert run(compile=True)[0] == 130
-
-
-def test_a_mistake_in_a_block_that_is_compiled_keeps_its_traceback(run, monkeypatch,
-                                                                   failing_compiler):
-    monkeypatch.setattr(BLOCKS["mean"], "forward", lambda self, x, *rest: x @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        run(block="mean", compile=True)
 
 
 @pytest.mark.slow
@@ -403,31 +375,21 @@ def test_a_cpp_compiler_that_fails_is_done_without(arguments, tmp_path):
 
 # ---- wrong data ----------------------------------------------------------------------------------
 
-def edit_meta(folder, **changes):
+def rewrite(folder, ids=None, split="val", **changes):
     meta = json.loads((folder / "meta.json").read_text())
+    if ids:
+        np.array(ids, dtype=meta["dtype"]).tofile(folder / f"{split}.bin")
+        meta["tokens"][split] = len(ids)
     (folder / "meta.json").write_text(json.dumps(meta | changes))
 
 
-def rewrite(folder, split, ids):
-    meta = json.loads((folder / "meta.json").read_text())
-    np.array(ids, dtype=meta["dtype"]).tofile(folder / f"{split}.bin")
-    edit_meta(folder, tokens=meta["tokens"] | {split: len(ids)})
-
-
-def cut_a_byte(folder):
-    (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-1])
-
-
 WRONG_DATA = {
-    "no folder": (shutil.rmtree, "no "),
     "no val.bin": (lambda folder: (folder / "val.bin").unlink(), "no "),
     "no meta.json": (lambda folder: (folder / "meta.json").unlink(), "no "),
-    "empty val.bin": (lambda folder: rewrite(folder, "val", []), "0 tokens"),
-    "an odd byte": (cut_a_byte, "bytes"),
-    "short val.bin": (lambda folder: rewrite(folder, "val", [1] * 16), "needs at least 17"),
-    "ids too large": (lambda folder: rewrite(folder, "train", [60000] * 5000), "vocab_size=24"),
-    "ids too large in val.bin": (lambda folder: rewrite(folder, "val", [24] * 500), "vocab_size"),
-    "another dtype": (lambda folder: edit_meta(folder, dtype="int8"),
+    "short val.bin": (lambda folder: rewrite(folder, [1] * 16), "needs at least 17"),
+    "ids too large": (lambda folder: rewrite(folder, [60000] * 500, "train"), "vocab_size=24"),
+    "ids too large in val.bin": (lambda folder: rewrite(folder, [24] * 500), "vocab_size"),
+    "another dtype": (lambda folder: rewrite(folder, dtype="int8"),
                       "not what its meta.json describes")}
 
 
@@ -440,9 +402,10 @@ def test_wrong_data_is_named(run, tmp_path, data_dir, kind):
         run(data_dir=tmp_path)
 
 
-def test_a_padded_vocabulary_and_none_given_fit_the_data(run, tmp_path):
+def test_a_table_may_be_padded_as_gpt2s_is(run, tmp_path):
     run(vocab_size=64, max_iters=1)
     assert load_checkpoint(tmp_path / "out" / "last.pt")["model_config"]["vocab_size"] == 64
+    assert [table_rows({"vocab_size": size}) for size in (50257, 4096)] == [50304, 4096]
 
 
 def test_what_to_do_next_can_be_typed_in_any_folder(run, monkeypatch, tmp_path):
@@ -458,12 +421,18 @@ def test_what_to_do_next_can_be_typed_in_any_folder(run, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_and_saves(run, tmp_path, at_step, number):
-    """Ctrl-C, a scheduler's end, a closed terminal, and Slurm's warning."""
+    """Ctrl-C, a scheduler's end, a closed terminal, and Slurm's warning; nohup ignores some."""
     at_step(6, send(number))
     ended, out = run()
     assert ended == 128 + number and "stopped at step 7" in out
     assert f"continue:  python train.py --init_from=resume --out_dir={tmp_path / 'out'}" in out
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 7
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        at_step(8, send(number))
+        assert run(init_from="resume")[0] == 0
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_signal_during_an_evaluation_leaves_it_at_the_next_batch(run, tmp_path, at_step,
@@ -478,15 +447,6 @@ def test_a_signal_during_an_evaluation_leaves_it_at_the_next_batch(run, tmp_path
     status, out = run(eval_iters=100)
     assert status == 143 and "stopped at step 10" in out and len(batches) == 1
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 10
-
-
-def test_what_nohup_ignores_stays_ignored(run, at_step):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        at_step(6, send(signal.SIGHUP))
-        assert run()[0] == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("gone", ["pipe", "terminal"])

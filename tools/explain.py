@@ -9,6 +9,7 @@ tools/explain.html is the page, with the model in JavaScript; here the weights a
 terminal gets the five tokens that gave most to what is expected after the prompt.
 """
 import base64
+import functools
 import json
 import math
 import re
@@ -27,7 +28,7 @@ from nanodva.errors import UserError, check_new, fail, replacing, run_script
 import numpy as np
 import torch
 
-from model import Attention, ModelConfig, rotate
+from model import ModelConfig, rotate
 from nanodva.settings import PathName, check, load_settings
 from nanodva.tokenizer import Tokenizer, same_tokenizer
 from nanodva.weights import build_model, read_weights
@@ -116,19 +117,16 @@ def attention_weights(model, ids):
     """For each attention layer of model.py's kind a list of heads: the last position's weights."""
     found = []
 
-    def recording(attn, mix):
-        def record(q, k, u, rotary, cache):
-            q_, k_ = (x.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for x in (q, k))
-            if rotary is not None:
-                q_, k_ = rotate(torch.stack((q_, k_)), rotary)
-            scores = q_[:, :, -1:] @ k_.mT / math.sqrt(q_.size(-1))    # (1, H, 1, T)
-            found.append(scores.softmax(dim=-1)[0, :, 0].tolist())
-            return mix(q, k, u, rotary, cache)
-        return record
+    def record(attn, mix, q, k, *rest):
+        heads = [x.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for x in (q, k)]
+        if rest[1] is not None:
+            heads = rotate(torch.stack(heads), rest[1])
+        scores = heads[0][:, :, -1:] @ heads[1].mT / math.sqrt(heads[0].size(-1))  # (1, H, 1, T)
+        found.append(scores.softmax(dim=-1)[0, :, 0].tolist())
+        return mix(q, k, *rest)
 
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.mix = recording(module, module.mix)
+    for attn in model.attentions():
+        attn.mix = functools.partial(record, attn, attn.mix)
     with torch.no_grad():
         model(torch.tensor([ids]))
     return found
@@ -159,6 +157,10 @@ def load(source, cfg):
     """(model, tokenizer, the text's name) of what read_weights takes, if a page can hold it."""
     weights = read_weights(Path(source))
     model = build_model(ModelConfig(**weights["model_config"]), weights).eval().float()
+    if cfg.against and model.config.block not in BLOCKS_OF_THE_PAGE:
+        fail(f"block={model.config.block!r}: the page compares {' and '.join(BLOCKS_OF_THE_PAGE)}; "
+             f"leave out --against, or add this one to class Model in tools/read.js and to "
+             f"BLOCKS_OF_THE_PAGE")
     if model.num_params() > MOST_PARAMETERS:
         fail(f"{source} has {model.num_params() / 1e6:.1f} M parameters, and a page holds up to "
              f"{MOST_PARAMETERS / 1e6:.1f} M: train a smaller one, or sample.py's text must do")
@@ -195,17 +197,17 @@ def stored(name, model, dataset, rows):
             "check": {"ids": ids.tolist(), "logits": logits.tolist()}}
 
 
-def recorded(source, model, ids, tokenizer, cfg):
+def recorded(model, ids, tokenizer, cfg):
     """What Python computes for the page of a block that the page does not know."""
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, -1, :tokenizer.vocab_size]
     probs, likely = logits.softmax(dim=-1), []
-    weights = attention_weights(load(source, cfg)[0], ids)
     for token in logits.topk(min(10, len(logits))).indices.tolist():
-        parts, logit = parts_of(load(source, cfg)[0], ids, token)
-        likely.append({"id": token, "prob": probs[token].item(), "logit": logit,
-                       "parts": parts.tolist()})
-    return {"block": model.config.block, "ids": ids, "likely": likely, "weights": weights}
+        # A new copy, without the hooks of the last one
+        parts, logit = parts_of(load(cfg.out_dir, cfg)[0], ids, token)
+        likely.append(dict(id=token, prob=probs[token].item(), logit=logit, parts=parts.tolist()))
+    return {"block": model.config.block, "ids": ids, "likely": likely,
+            "weights": attention_weights(load(cfg.out_dir, cfg)[0], ids)}
 
 
 def texts(dataset, size, cfg):
@@ -239,12 +241,7 @@ def main(argv=None):
     if not all(same_tokenizer(other.spec, tokenizer.spec) for _, other, _ in runs.values()):
         fail(f"against={cfg.against}: its tokens are not those of {cfg.out_dir}, so the two cannot "
              f"be compared on one text")
-    unknown = [model.config.block for model, _, _ in runs.values()
-               if model.config.block not in BLOCKS_OF_THE_PAGE]
-    if unknown and cfg.against:
-        fail(f"block={unknown[0]!r}: the page compares {' and '.join(BLOCKS_OF_THE_PAGE)}; leave "
-             f"out --against, or add this block to class Model in tools/read.js and to "
-             f"BLOCKS_OF_THE_PAGE")
+    is_known = model.config.block in BLOCKS_OF_THE_PAGE
     start = read_prompt(cfg.start, tokenizer)
     ids, size = encode_prompt(start, tokenizer), model.config.block_size
     if len(ids) > size:
@@ -257,11 +254,9 @@ def main(argv=None):
     window = min(model.config.block_size for model, _, _ in runs.values())
     passage, library = texts(dataset, min(256, window), cfg)
     names = list(runs) if cfg.against else ["The model"]
-    data = {"models": [] if unknown else [
-                stored(name, model, of, tokenizer.vocab_size)
-                for name, (model, _, of) in zip(names, runs.values(), strict=True)],
-            "recorded": recorded(cfg.out_dir, model, ids[-size:], tokenizer, cfg) if unknown
-            else None,
+    data = {"models": [stored(name, model, of, tokenizer.vocab_size) for name, (model, _, of)
+                       in zip(names, runs.values(), strict=True) if is_known],
+            "recorded": None if is_known else recorded(model, ids[-size:], tokenizer, cfg),
             "kind": tokenizer.spec["kind"], "tokens": list(tokens), "size": tokenizer.vocab_size,
             "start": start, "write": added, "temperature": cfg.temperature, "seed": cfg.seed,
             "foot": cfg.note, "passage": passage, "title": TITLES.get(dataset, dataset),
