@@ -285,7 +285,8 @@ def ladder_table(races):
 def draw_ladder(races, path):
     """Draw each contender's loss against its FLOPs and its seconds, and a power law for each
     block's best ones."""
-    with axes_for(path, "lower and further left is better", panels=2) as panels:
+    title = "squares: gpt2, circles: dva; lower and further left is better"
+    with axes_for(path, title, panels=2) as panels:
         for axes, axis in zip(panels, ("flops", "seconds"), strict=True):
             for i, block in enumerate(("gpt2", "dva")):
                 facts = [fact for results in races for fact in results["contenders"].values()
@@ -301,6 +302,8 @@ def draw_ladder(races, path):
                               label=f"{block}, compute^-{b:.3f}", **style(i))
             axes.set(xscale="log", yscale="log", xlabel=f"{axis} of training",
                      ylabel="loss on unseen text, nats per token")
+            axes.yaxis.set_major_formatter("{x:.2f}")
+            axes.yaxis.set_minor_formatter("{x:.2f}")
 
 
 def draw_losses(runs, path):
