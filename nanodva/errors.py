@@ -60,7 +60,7 @@ def run_script(main):
 # ---- files of the user ---------------------------------------------------------------------------
 
 @contextmanager
-def naming_file(action, path, fix="name another"):
+def naming_file(action, path, fix):
     """
     A with block that does `action`, as "read", with the user's file or folder `path`. What the disk
     refuses becomes a UserError that ends with `fix`; an OSError about any other file passes.

@@ -7,11 +7,10 @@ Time training steps and sampling at any size, and see where a step's time goes.
     python -m tools.bench --what=profile --contenders=gpt2,dva    operations, the slowest first
     python -m tools.bench --what=transformers                     sampling, in turn with theirs
 
-A contender is a block, perhaps with +bank (a bank in the last third of its layers), perhaps with
-settings of train.py: dva+bank:dtype=float32:compile=True. Times of steps are medians, and ratios
-are to the first contender. On a CPU, whose speed drifts, contenders take turns step by step; on a
-GPU, whose memory is short, each runs alone, and its row tells the most memory that it held.
-docs/speed.md has the figures so far, and the commands for a GPU.
+A contender is a block, perhaps with +bank (a bank in the last third of its layers) and settings of
+train.py: dva+bank:dtype=float32:compile=True. Times of steps are medians, ratios are to the first
+contender. On a CPU, whose speed drifts, contenders take turns step by step; on a GPU each runs
+alone, and its row has its peak memory. docs/speed.md has the figures so far.
 """
 import gc
 import importlib.util
@@ -217,8 +216,7 @@ def bench_profile(contenders, cfg, device):
 def sample(model, count, length, **options):
     """Sample `count` texts of `length` tokens."""
     start = torch.zeros(count, 1, dtype=torch.long, device=model.lm_head.weight.device)
-    for _ in stream(model, start, length, **options):
-        continue
+    list(stream(model, start, length, **options))
 
 
 @torch.no_grad()
@@ -245,10 +243,7 @@ def bench_sampling(contenders, cfg, device):
 
 @torch.no_grad()
 def bench_transformers(contenders, cfg, device):
-    """
-    Tokens per second of GPT-2 and of Hugging Face's model of the same shape, each sampling one
-    text with its own cache, greedily, in turn; one row.
-    """
+    """Tokens per second of GPT-2 and of transformers' model of its shape, greedily and in turn."""
     if not importlib.util.find_spec("transformers"):
         fail("what=transformers needs the package transformers:  pip install transformers")
     from transformers import GPT2Config, GPT2LMHeadModel
