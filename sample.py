@@ -30,8 +30,6 @@ from nanodva.tokenizer import Tokenizer
 from nanodva.weights import build_model, read_weights
 
 RULE = "---------------"
-# Texts that are sampled together. More of them need more memory for their caches.
-MOST_AT_ONCE = 32
 
 
 @dataclass
@@ -143,12 +141,13 @@ def encode_prompt(prompt, tokenizer, block_size=None):
     return ids
 
 
-def write(model, tokenizer, prompt, ids, count, cfg):
-    """Print the prompt with `count` continuations of its ids, the first of them token by token."""
+def write(model, tokenizer, prompt, ids, cfg):
+    """Print the prompt with each continuation of its ids, the first of them token by token."""
+    count, stop = cfg.num_samples, line_ends(cfg.stop)
     idx = torch.tensor([ids] * count, device=model.lm_head.weight.device)          # (count, T)
     # A token may end inside a character, whose rest comes with the next one
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(count)]
-    texts, ended, stop = [prompt] * count, [False] * count, line_ends(cfg.stop)
+    texts, ended = [prompt] * count, [False] * count
     print(prompt, end="", flush=True)
     try:
         for new in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
@@ -192,10 +191,8 @@ def main(argv=None):
     for prompt in read_lines(tokenizer) if cfg.interactive else [read_prompt(cfg.start, tokenizer)]:
         try:
             ids = encode_prompt(prompt, tokenizer, model.config.block_size)
-            for first in range(0, cfg.num_samples, MOST_AT_ONCE):
-                count = min(MOST_AT_ONCE, cfg.num_samples - first)
-                with naming_memory(f"lower --num_samples={cfg.num_samples}"):
-                    write(model, tokenizer, prompt, ids, count, cfg)
+            with naming_memory(f"lower --num_samples={cfg.num_samples}"):
+                write(model, tokenizer, prompt, ids, cfg)
         except (UserError, KeyboardInterrupt) as error:
             if not cfg.interactive:
                 raise

@@ -60,7 +60,7 @@ def run_script(main):
 # ---- files of the user ---------------------------------------------------------------------------
 
 @contextmanager
-def naming_file(action, path, fix="name another"):
+def naming_file(action, path, fix):
     """
     A with block that does `action`, as "read", with the user's file or folder `path`. What the disk
     refuses becomes a UserError that ends with `fix`; an OSError about any other file passes.
@@ -127,11 +127,9 @@ def only_writer(folder, patience=0, setting="out_dir"):
     if path in HELD:
         yield
         return
-    try:
+    with naming_file("write", path, fix):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
-    except OSError as error:
-        fail(f"cannot write in {folder}: {error.strerror}; {fix}")
     with file:
         end = time.monotonic() + patience
         while not try_lock(file):

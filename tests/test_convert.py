@@ -104,7 +104,8 @@ def test_a_run_that_gpt2_cannot_express_brings_its_model(tmp_path, settings):
 @torch.no_grad()
 def test_what_transformers_could_get_wrong_of_a_run_that_brings_its_model(tmp_path):
     from transformers import AutoModelForCausalLM
-    model = make_run(tmp_path / "out", {"kind": "gpt2:300"}, block="dva", vocab_size=320)
+    model = make_run(tmp_path / "out", {"kind": "gpt2:300"}, block="dva", vocab_size=320,
+                     bank_layers=1)
     convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True,
                                                   dtype=torch.bfloat16).eval()

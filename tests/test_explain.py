@@ -647,5 +647,8 @@ def test_without_javascript_the_page_says_so_and_nothing_else(browser, write):
 def test_the_page_in_docs_still_works(browser):
     page = ROOT / "docs" / "try.html"
     assert page.stat().st_size < 1_500_000
+    # It is the page of today: python -m tools.explain, as make try calls it, writes it again
+    for script in ROOT.glob("tools/*.js"):
+        assert script.read_text() in page.read_text(), script
     browser.open(page)
     assert browser.text("#note") == [""] and len(browser.text("#expected b")) == 10

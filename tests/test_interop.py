@@ -126,7 +126,7 @@ def test_a_resized_vocabulary_is_saved_and_comes_back(own, tmp_path, rows, optio
     theirs.resize_token_embeddings(rows, **options)
     rows = 72 if "pad_to_multiple_of" in options else rows
     assert theirs(idx).logits.shape[-1] == theirs.config.vocab_size == rows
-    assert theirs.gpt.transformer.wte.weight.std() < 0.5
+    assert rows == 61 or theirs.gpt.transformer.wte.weight[65:].std() < 0.5
     theirs.save_pretrained(tmp_path / "again")
     again, ours = loaded(tmp_path / "again"), load_model(tmp_path / "again")
     for ids in (idx, idx + rows - 61):
@@ -209,6 +209,8 @@ def test_an_export_says_its_window_and_its_special_tokens(tmp_path, settings, to
     theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert theirs.model_max_length == config.max_position_embeddings == 64
     assert config.vocab_size == len(theirs) == (300 if tokenizer else 65)
+    [first, *_, last] = theirs(["A", "A, B, C"], padding=True)["attention_mask"][0]
+    assert (first, last) == (0, 1)
     end = 299 if tokenizer else 0
     assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == end
     # Generation ends with a text, but not with a line

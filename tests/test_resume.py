@@ -165,7 +165,7 @@ def test_every_number_in_the_metrics_stays_right(run, tmp_path, before, after):
                          and (step % interval == 0 or step == after["max_iters"])]
 
 
-def test_resume_in_another_place_with_a_preset(run, trained, tmp_path):
+def test_resume_in_another_place_with_a_preset(trained, tmp_path, monkeypatch):
     """out_dir counts wherever it is given; min_lr fits this learning_rate, and not the default."""
     shutil.copytree(trained, tmp_path / "moved")
     before = contents(trained)
@@ -173,6 +173,11 @@ def test_resume_in_another_place_with_a_preset(run, trained, tmp_path):
                                       "min_lr = 2e-3\n")
     train.main([str(tmp_path / "more.py"), "--init_from=resume"])
     assert load_checkpoint(tmp_path / "moved" / "last.pt")["step"] == 13
+    # The default is a place, too
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "out")
+    train.main(["--init_from=resume", "--max_iters=13"])
+    assert load_checkpoint("out/last.pt")["step"] == 13
     assert contents(trained) == before
 
 

@@ -48,10 +48,17 @@ def test_texts_made_together_end_each_with_the_stop_token(texts, alphabet):
     assert len(set(map(len, ended))) > 2
 
 
-def test_a_text_ends_with_the_stop_text_wherever_tokens_end(tmp_path, texts):
+def random_model(folder, vocab_size):
+    """A random model over so many of GPT-2's tokens, saved as a run in the folder."""
     torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab_size=1000, n_layer=1, n_head=1, n_embd=8, block_size=16))
-    save_run(tmp_path, model, {"kind": "gpt2:1000"})
+    shape = dict(n_layer=1, n_head=1, n_embd=8, block_size=16)
+    model = GPT(ModelConfig(vocab_size=vocab_size, **shape)).eval()
+    save_run(folder, model, {"kind": f"gpt2:{vocab_size}"})
+    return model
+
+
+def test_a_text_ends_with_the_stop_text_wherever_tokens_end(tmp_path, texts):
+    random_model(tmp_path, 1000)
     settings = dict(out_dir=tmp_path, num_samples=4, temperature=2, max_new_tokens=60, top_k=0,
                     start="one stop, and")
     # Letters of two tokens, of which the second goes on
@@ -158,35 +165,28 @@ def test_end_of_text_alone_is_its_token_and_in_a_text_it_is_text():
 
 
 def test_characters_that_span_tokens_are_put_together(tmp_path, texts):
-    """A random model over GPT-2's tokens writes many a token that ends inside a character."""
-    torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab_size=257, n_layer=1, n_head=1, n_embd=8, block_size=16))
-    save_run(tmp_path, model, {"kind": "gpt2:257"})
+    """A random model over bytes writes many of them that are no character."""
+    model, tokenizer = random_model(tmp_path, 257), Tokenizer({"kind": "gpt2:257"})
     found = texts(out_dir=tmp_path, num_samples=2, start="é", max_new_tokens=100, temperature=2,
                   top_k=0)
     torch.manual_seed(1337)
-    tokenizer = Tokenizer({"kind": "gpt2:257"})
-    ids = torch.tensor([tokenizer.encode("é")] * 2)
-    expected = [tokenizer.decode(row).decode(errors="replace")
-                for row in generate(model.eval(), ids, 100, temperature=2).tolist()]
-    # A last character that is cut off is not written
-    assert [text.rstrip("\ufffd") for text in found] \
-        == [text.rstrip("\ufffd") for text in expected]
+    rows = generate(model, torch.tensor([tokenizer.encode("é")] * 2), 100, temperature=2).tolist()
+    for text, row in zip(found, rows, strict=True):
+        # A last character that is cut off is not written
+        assert text.rstrip("\ufffd") == tokenizer.decode(row).decode(errors="replace").rstrip(
+            "\ufffd")
 
 
 # ---- what is refused -----------------------------------------------------------------------------
 
-def test_without_a_checkpoint_there_is_nothing_to_sample_from(texts, tmp_path, monkeypatch):
-    """The whole path is shown, for somebody who has gone to another folder."""
+def test_last_is_sampled_if_there_is_no_best_and_without_both_the_whole_path_is_named(
+        texts, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (".", "nothing"):
         with refused(f"no {tmp_path / folder}/best.pt: train first"):
             texts(out_dir=folder)
-
-
-def test_last_is_sampled_where_there_is_no_best(texts, trained, tmp_path):
     (tmp_path / "last.pt").write_bytes((trained / "last.pt").read_bytes())
-    assert len(texts(out_dir=tmp_path)[0]) == 22
+    assert len(texts(out_dir=".")[0]) == 22
 
 
 @pytest.mark.parametrize("settings, words", [

@@ -196,6 +196,8 @@ def test_workers_and_kernels_change_nothing(page, block):
     (dict(block="gpt2", n_embd=48), TEXT, "n_embd / n_head is 12"),
     ({}, "too short", "the text has 9 characters, and needs more than 330"),
     ({}, "", "the text has 0 characters"),
+    # What no memory holds is found by a worker
+    (dict(n_layer=12, n_embd=16384), TEXT, "a worker has stopped: Uncaught RangeError"),
     (dict(vocab=list("0123456789")), TEXT, "does not know “ ")])
 def test_what_the_page_cannot_learn_is_one_line(page, changes, text, message):
     assert message in learn(page, QUICK | changes, text)["error"]

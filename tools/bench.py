@@ -7,11 +7,10 @@ Time training steps and sampling at any size, and see where a step's time goes.
     python -m tools.bench --what=profile --contenders=gpt2,dva    operations, the slowest first
     python -m tools.bench --what=transformers                     sampling, in turn with theirs
 
-A contender is a block, perhaps with +bank (a bank in the last third of its layers), perhaps with
-settings of train.py: dva+bank:dtype=float32:compile=True. Times of steps are medians, and ratios
-are to the first contender. On a CPU, whose speed drifts, contenders take turns step by step; on a
-GPU, whose memory is short, each runs alone, and its row tells the most memory that it held.
-docs/speed.md has the figures so far, and the commands for a GPU.
+A contender is a block, perhaps with +bank (a bank in the last third of its layers) and settings of
+train.py: dva+bank:dtype=float32:compile=True. Times of steps are medians, ratios are to the first
+contender. On a CPU, whose speed drifts, contenders take turns step by step; on a GPU each runs
+alone, and its row has its peak memory. docs/speed.md has the figures so far.
 """
 import gc
 import importlib.util
@@ -73,26 +72,21 @@ class BenchConfig(ModelConfig):
 
 # ---- contenders --------------------------------------------------------------------------------
 
-def own_settings(text):
-    """The settings, as a dict, that a contender such as 'dva+bank:qk_dim=32' names for itself."""
-    pairs = text.split(":")[1:]
+def contender(text, settings):
+    """
+    The TrainConfig of a contender such as 'dva+bank:qk_dim=32': its own settings, else those of
+    the dict `settings`. Raises UserError for a contender that cannot be.
+    """
+    name, *pairs = text.split(":")
+    block, plus, bank = name.partition("+")
+    if plus and bank != "bank":
+        fail(f"contender {text!r}: only bank can follow the +")
     if not all("=" in pair for pair in pairs):
         fail(f"contender {text!r}: it is a block, then +bank or nothing, then :setting=value as "
              f"often as you like")
     own = read_settings(TrainConfig, [f"--{pair}" for pair in pairs], without=("block",))
     if "auto" in (own.get("dtype"), own.get("compile")):
         fail(f"contender {text!r}: say outright which dtype, and whether to compile")
-    return dict(own)
-
-
-def contender(text, settings):
-    """
-    The TrainConfig of a contender such as 'dva+bank:qk_dim=32': its own settings, else those of
-    the dict `settings`. Raises UserError for a contender that cannot be.
-    """
-    own, (block, plus, bank) = own_settings(text), text.partition(":")[0].partition("+")
-    if plus and bank != "bank":
-        fail(f"contender {text!r}: only bank can follow the +")
     cfg = build(TrainConfig, settings | own | {"block": block})
     if plus and "bank_layers" not in own:
         cfg = change(cfg, bank_layers=cfg.n_layer - 2 * cfg.n_layer // 3)
@@ -104,17 +98,12 @@ def contender(text, settings):
 
 def timed(device, function, *arguments):
     """Milliseconds that function(*arguments) takes."""
-    synchronize(device)
+    wait = torch.accelerator.synchronize if device.type != "cpu" else (lambda device: None)
+    wait(device)
     start = time.perf_counter()
     function(*arguments)
-    synchronize(device)
+    wait(device)
     return (time.perf_counter() - start) * 1e3
-
-
-def synchronize(device):
-    """Wait until the device has done what it was told."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def peak_memory(device):
@@ -135,9 +124,8 @@ def release():
 
 def compile_or_fail():
     """
-    Let torch.compile fail instead of giving up. It gives up without a word once it has seen eight
-    versions of a function, and GPT.forward has some for every model: the time would not be that
-    of a compiled model. These are the names that torch 2.6 has, too.
+    Let torch.compile fail instead of giving up without a word once it has seen eight versions of a
+    function: GPT.forward has some for every model. These are the names that torch 2.6 has, too.
     """
     torch._dynamo.config.cache_size_limit = 1000
     torch._dynamo.config.accumulated_cache_size_limit = 10000
@@ -155,10 +143,7 @@ def machine_name(device):
 
 
 def training_step(cfg, device):
-    """
-    A function that does one step of training as train.py does it, always on the same tokens, and
-    returns the loss.
-    """
+    """A function that does one step of training as train.py, on the same tokens: its loss."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
     model = build_model(cfg).to(device)
@@ -183,42 +168,30 @@ def training_step(cfg, device):
     return step
 
 
-def time_steps(contenders, device, rounds):
-    """
-    Yield (name, milliseconds of each of `rounds` training steps) of contenders {name: TrainConfig},
-    whose dtype and compile are decided: in turn, but on a GPU one contender after another. Raises
-    RuntimeError if one does not fit into memory.
-    """
-    compile_or_fail()
-    groups = [[name] for name in contenders] if device.type == "cuda" else [list(contenders)]
-    for group in groups:
-        steps = {name: training_step(contenders[name], device) for name in group}
-        times = {name: [] for name in group}
-        for turn in tqdm(range(WARM_UP + rounds), "timing", leave=False, delay=2, disable=None):
-            for name in group:
-                ms = timed(device, steps[name])
-                if turn >= WARM_UP:
-                    times[name].append(round(ms, 4))
-        del steps
-        release()
-        yield from times.items()
-
-
 # ---- the parts: each yields rows {heading: value} ----------------------------------------------
 
 def bench_training(contenders, cfg, device):
-    """Step times, one row for each contender."""
+    """Step times, one row for each contender: in turn, but on a GPU one after another."""
     first_ms = None
+    groups = [[name] for name in contenders] if device.type == "cuda" else [list(contenders)]
     peak_memory(device)
-    for name, times in time_steps(contenders, device, cfg.rounds):
-        entry, model = contenders[name], outline(contenders[name])
-        ms, flops = statistics.median(times), model.flops_per_token()
-        first_ms = first_ms or ms
-        tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.block_size
-        yield {"training": name, "dtype": entry.dtype, "compile": entry.compile,
-               "parameters": model.num_params(), "FLOPs per token": flops, "ms per step": ms,
-               "ratio to the first": ms / first_ms, "tokens/s": tokens / ms * 1e3,
-               "GFLOP/s": tokens * flops / ms / 1e6, **peak_memory(device)}
+    for group in groups:
+        steps = {name: training_step(contenders[name], device) for name in group}
+        times = {name: [] for name in group}
+        for _ in tqdm(range(WARM_UP + cfg.rounds), "timing", leave=False, delay=2, disable=None):
+            for name in group:
+                times[name].append(timed(device, steps[name]))
+        del steps
+        release()
+        for name in group:
+            entry, model = contenders[name], outline(contenders[name])
+            ms, flops = statistics.median(times[name][WARM_UP:]), model.flops_per_token()
+            first_ms = first_ms or ms
+            tokens = entry.gradient_accumulation_steps * entry.batch_size * entry.block_size
+            yield {"training": name, "dtype": entry.dtype, "compile": entry.compile,
+                   "parameters": model.num_params(), "FLOPs per token": flops, "ms per step": ms,
+                   "ratio to the first": ms / first_ms, "tokens/s": tokens / ms * 1e3,
+                   "GFLOP/s": tokens * flops / ms / 1e6, **peak_memory(device)}
 
 
 def bench_profile(contenders, cfg, device):
@@ -243,8 +216,7 @@ def bench_profile(contenders, cfg, device):
 def sample(model, count, length, **options):
     """Sample `count` texts of `length` tokens."""
     start = torch.zeros(count, 1, dtype=torch.long, device=model.lm_head.weight.device)
-    for _ in stream(model, start, length, **options):
-        continue
+    list(stream(model, start, length, **options))
 
 
 @torch.no_grad()
@@ -271,10 +243,7 @@ def bench_sampling(contenders, cfg, device):
 
 @torch.no_grad()
 def bench_transformers(contenders, cfg, device):
-    """
-    Tokens per second of GPT-2 and of Hugging Face's model of the same shape, each sampling one
-    text with its own cache, greedily, in turn; one row.
-    """
+    """Tokens per second of GPT-2 and of transformers' model of its shape, greedily and in turn."""
     if not importlib.util.find_spec("transformers"):
         fail("what=transformers needs the package transformers:  pip install transformers")
     from transformers import GPT2Config, GPT2LMHeadModel

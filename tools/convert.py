@@ -106,7 +106,6 @@ def main(argv=None):
             calls = "modeling_nanodva.NanoDVA"
             settings |= {
                 "model_type": "nanodva", "architectures": ["NanoDVAForCausalLM"],
-                "max_position_embeddings": config.block_size,
                 "auto_map": {"AutoConfig": f"{calls}Config", "AutoModel": f"{calls}Model",
                              "AutoModelForCausalLM": f"{calls}ForCausalLM"}}
             state = {f"gpt.{name}": p for name, p in state.items()}

@@ -685,17 +685,21 @@ if (globalThis.WorkerGlobalScope) {
   onmessage = ({ data, ports }) => {
     Object.assign(orders, data.orders);
     const say = message => { if (data.job.rank === 0) postMessage(message); };
-    if (data.job) trainTogether(data.job, ports, orders, say);
+    // What fails later would not reach the page
+    if (data.job)
+      trainTogether(data.job, ports, orders, say).catch(error => setTimeout(() => { throw error; }));
     orders.wake();
   };
 }
 
 // ---- on the page -------------------------------------------------------------------------------
 
-const DEFAULTS = {
+// config/speedrun.py's: the settings of the model, and those of its training
+const SHAPE = {
   block: "dva", n_layer: 2, n_head: 4, n_embd: 96, qk_dim: 32, value_dim: 0, value_norm: true,
-  rotary: "only", bank_layers: 0, gelu: "exact", bias: false, dropout: 0, block_size: 64,
-  batch_size: 24, steps: 250, seed: 1, learning_rate: 1.2e-2, min_lr: 5e-4, warmup: 5,
+  rotary: "only", bank_layers: 0, gelu: "exact", bias: false, dropout: 0, block_size: 64 };
+const DEFAULTS = {
+  ...SHAPE, batch_size: 24, steps: 250, seed: 1, learning_rate: 1.2e-2, min_lr: 5e-4, warmup: 5,
   embedding_lr: 4, bank_lr: 32, weight_decay: 0.1, momentum: 0.95, beta1: 0.9, beta2: 0.99,
   grad_clip: 1, moments: 20 };
 
@@ -721,10 +725,8 @@ function alphabetOf(codes) {
 // A model that learns a text, in workers. `hear` gets each message of the first of them.
 class Lesson {
   constructor({ text, vocab, weights, modules, workers, ...given }, hear) {
-    const all = { ...DEFAULTS, ...given }, names = Object.keys(DEFAULTS);
-    const at = names.indexOf("block_size") + 1;
-    this.settings = all;
-    this.config = Object.fromEntries(names.slice(0, at).map(name => [name, all[name]]));
+    const all = this.settings = { ...DEFAULTS, ...given };
+    this.config = Object.fromEntries(Object.keys(SHAPE).map(name => [name, all[name]]));
     const codes = codesOf(text);
     this.tokens = vocab ?? alphabetOf(codes);
     this.config.vocab_size = this.tokens.length;
@@ -733,8 +735,8 @@ class Lesson {
     this.check(train, val);
     const count = all.probe ? 1 : workers ?? workersFor(all);
     const source = document.getElementById("learn").textContent;
-    const url = URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
-    this.workers = Array.from({ length: count }, () => new Worker(url));
+    Lesson.url ??= URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
+    this.workers = Array.from({ length: count }, () => new Worker(Lesson.url));
     const ports = this.workers.map(() => []);
     for (let a = 0; a < count; a++)
       for (let b = 0; b < a; b++) {

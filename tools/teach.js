@@ -120,6 +120,7 @@ function hear(run, message) {
   }
   run.at = elapsed();
   run.step = step;
+  if (Number.isNaN(loss)) complain({ message: "The loss is no longer a number: try another seed." });
   if (loss) run.losses.push([run.at, loss]);
   if (val) run.vals.push([run.at, val]);
   if (isLast) run.isOver = true;
