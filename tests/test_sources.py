@@ -135,34 +135,30 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        file = self.folder / path.rpartition("/")[2]
+        file, body, headers = self.folder / path.rpartition("/")[2], b"", {}
         if "/some/set" not in path:
-            self.answer("", {"X-Error-Code": "RepoNotFound"}, status=404)
+            headers = {"X-Error-Code": "RepoNotFound"}
         elif "/tree/" in path:
             # The set has no folders in it
             files = self.folder.iterdir() if path.endswith(self.commit) else []
-            self.answer(json.dumps([{"type": "file", "path": found.name, "oid": found.name,
-                                     "size": found.stat().st_size} for found in files]))
+            body = json.dumps([{"type": "file", "path": found.name, "oid": found.name,
+                                "size": found.stat().st_size} for found in files]).encode()
         elif path.startswith("/api/datasets/"):
-            self.answer(json.dumps({"id": "some/set", "sha": self.commit}))
+            body = json.dumps({"id": "some/set", "sha": self.commit}).encode()
         elif file.is_file():
-            self.answer(file.read_bytes(), {"ETag": f'"{file.name}"'})
-            if self.command == "GET":
-                self.downloads.append(file.name)
+            body, headers = file.read_bytes(), {"ETag": f'"{file.name}"'}
+            self.downloads += [file.name] if self.command == "GET" else []
         else:
-            self.answer("", {"X-Error-Code": "EntryNotFound"}, status=404)
-
-    do_HEAD = do_GET
-
-    def answer(self, body, headers=None, status=200):
-        body = body.encode() if isinstance(body, str) else body
-        self.send_response(status)
-        headers = {"X-Repo-Commit": self.commit, "Content-Length": len(body)} | (headers or {})
+            headers = {"X-Error-Code": "EntryNotFound"}
+        self.send_response(404 if "X-Error-Code" in headers else 200)
+        headers |= {"X-Repo-Commit": self.commit, "Content-Length": str(len(body))}
         for name, value in headers.items():
-            self.send_header(name, str(value))
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
+
+    do_HEAD = do_GET
 
     def log_message(self, *arguments):
         pass
