@@ -178,10 +178,7 @@ def read_documents(sources, val_sources, config):
 
 
 def until(max_tokens, documents, counted):
-    """
-    The (text or ids, split, ...) up to the one that reaches max_tokens, if that is above 0. Only
-    the splits in `counted` count.
-    """
+    """The documents until those of the splits `counted` reach max_tokens, if that is above 0."""
     size = 0
     for document in documents:
         yield document
@@ -196,9 +193,8 @@ def prepare(config, folder, partial):
     """Make the data set in the folder `partial`, and move it to `folder` when it is complete."""
     sources, val_sources = find_sources(config, folder)
     readers = {source.reader for source in [*sources, *val_sources]}
-    for name, is_unread in [("column", readers == {read_plain} and config.column != "text"),
-                            ("encoding", readers == {read_parquet} and config.encoding)]:
-        if is_unread:
+    for name, default, reader in ("column", "text", read_plain), ("encoding", "", read_parquet):
+        if readers == {reader} and getattr(config, name) != default:
             fail(f"--{name}={getattr(config, name)!r} means nothing for {sources[0].path}: leave "
                  "it out")
     is_single = len(sources) == 1 and sources[0].reader is read_plain and not (

@@ -206,7 +206,8 @@ def distribute(model, compiled, trial):
 
 def train(cfg, device, stop, checkpoint=None, weights=None):
     """
-    Train as cfg says: from scratch, from weights, or on from a checkpoint of cfg.out_dir.
+    Train as cfg says: from scratch, from weights, or on from a checkpoint of cfg.out_dir. Weights
+    and checkpoint are emptied once they are in the model, which frees their memory.
 
     Returns {"step", "best_val_loss", "elapsed_s", "tokens_per_s", "stopped"}: the throughput of
     the steps that were last logged, and whether a signal ended the run early. Raises UserError if
@@ -349,7 +350,6 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
 
         # -- the loop
         is_tuned = weights is not None
-        # The caller holds them, too
         (checkpoint or weights or {}).clear()
         micro_batches = range(RANK, cfg.gradient_accumulation_steps, WORLD)
         bar = held.enter_context(machine.bar(total=last_step, initial=step, unit=" steps"))

@@ -93,7 +93,7 @@ def test_a_wrong_argument_is_one_line(argument, message):
 def test_a_contender_has_a_third_of_banks_unless_it_says_how_many():
     shape = dict(n_layer=7, n_embd=24, n_head=2)
     assert bench.contender("dva+bank", shape).bank_layers == 3
-    assert bench.contender("gpt2+bank:bank_layers=1:n_layer=3", shape).bank_layers == 1
+    assert bench.contender("gpt2+bank:bank_layers=2:n_layer=3", shape).bank_layers == 2
     assert bench.contender("dva+bank:n_layer=3", shape).bank_layers == 1
 
 

@@ -33,14 +33,21 @@ def test_a_file_gets_every_character_whatever_the_console_is(console):
 
 
 @pytest.mark.parametrize("error, status, err", [
-    (UserError("n_layer=0"), 2, "error: n_layer=0\n"),
-    (KeyboardInterrupt(), 130, "stopped at once\n"), (SystemExit(143), 143, "")], ids=repr)
+    (UserError("n_layer=0"), 2, "error: n_layer=0\n"), (SystemExit(143), 143, "")], ids=repr)
 def test_a_script_ends_with_one_line_and_the_right_status(capsys, error, status, err):
     def main():
         raise error
     with pytest.raises(SystemExit) as end:
         run_script(main)
     assert end.value.code == status and capsys.readouterr().err == err
+
+
+def test_ctrl_c_ends_a_script_that_was_started_with_it_ignored(capsys):
+    """As a shell starts what it runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: signal.raise_signal(signal.SIGINT))
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped at once\n"
 
 
 def a_full_disk_elsewhere():

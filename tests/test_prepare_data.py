@@ -14,7 +14,6 @@ from conftest import (
     contents,
     error_of,
     ids_of,
-    needs_shakespeare,
     oracle,
     prepare,
     python,
@@ -52,7 +51,8 @@ def make(tmp_path):
 
 # ---- one text ------------------------------------------------------------------------------------
 
-@needs_shakespeare
+@pytest.mark.skipif(SHAKESPEARE is None, reason="Tiny Shakespeare is not here: python "
+                    "prepare_data.py shakespeare_char fetches it")
 def test_tiny_shakespeare(make, tmp_path, bpe):
     text = SHAKESPEARE.read_text()
     meta, train, val = make(SHAKESPEARE, name="shakespeare_char")

@@ -80,13 +80,11 @@ def test_json_comes_in_lines_in_an_array_or_one_after_another(read, monkeypatch)
     ("a.csv", "n,text\n1,a\n2,b, c\n", "line 3 of"), ("a.csv", "n,text\n1,a\n2\n", "line 3 of"),
     ("a.csv", 'n,text\n1,"a" b\n', "line 2 of"), ("a.csv", 'n,text\n1,a\n2,"b\n', "line 3 of"),
     ("a.csv", "n,body\n1,a\n", "no column 'text': choose with --column= from n body"),
-    ("a.tsv", 'n\ttext\n1\t"a\nb"\n', "line 3 of"),
-    ("a.tsv", 'n\ttext\n1\t"a\nb"\n', "in a .tsv a row is one line and a quote is a quote"),
+    ("a.tsv", 'n\ttext\n1\t"a\nb"\n', "line 3 of ... in a .tsv a row is one line and a quote"),
     ("a.json", '[{"text": "a"}, {"text": "b"', "object 2 of"),
-    ("a.json", '[{"text": "a"}, {"text": "b"}', "object 3 of"),
-    ("a.json", '[{"text": "a"}, {"text": "b"}', "cut off"),
+    ("a.json", '[{"text": "a"}, {"text": "b"}', "object 3 of ... cut off"),
     ("a.json", '{"rows": [\n{"text": "a"}]}', "no column 'text': choose with --column= from rows"),
-    ("a.json", '["a"]', "object 1 of"), ("a.json", '["a"]', "is no JSON object"),
+    ("a.json", '["a"]', "object 1 of ... is no JSON object"),
     ("a.jsonl", '{"text": "a"}\n\n{"text": "bc"\n{"text": "d"}\n', "object 2 of"),
     ("a.jsonl", '{"text": "a"}\n\n{"text": "bc"\n', """it begins '{"text": "bc"\\n'"""),
     ("a.jsonl", '{"text": "a"}\n["text"]\n', "object 2 of"),
@@ -96,7 +94,7 @@ def test_json_comes_in_lines_in_an_array_or_one_after_another(read, monkeypatch)
     ("a.jsonl", '{}\n', "no column 'text': it has no other"),
     ("a.jsonl", "[" * 100_000, "object 1 of")])
 def test_broken_tables_and_objects_are_refused_with_the_place(read, name, data, words):
-    with refused(words):
+    with refused(*words.split(" ... ")):
         read(name, data)
 
 

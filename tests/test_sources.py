@@ -5,15 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from conftest import (
-    SHAKESPEARE,
-    SHARD,
-    contents,
-    error_of,
-    needs_shakespeare,
-    prepare,
-    python,
-)
+from conftest import PLAY, SHARD, contents, error_of, prepare, python
 
 from nanodva import sources
 from nanodva.dataset import read_meta
@@ -121,17 +113,18 @@ def test_a_name_on_the_hub_is_never_taken_for_a_folder(tmp_path, monkeypatch):
             "--input=some/set" in error_of("mine", f"--input={name}")
 
 
-@needs_shakespeare
 def test_tiny_shakespeare_is_downloaded_once(tmp_path, monkeypatch):
+    """Another text stands for it."""
     copy = tmp_path / "copy.txt"
-    shutil.copyfile(SHAKESPEARE, copy)
+    shutil.copyfile(PLAY, copy)
     monkeypatch.setattr(sources, "SHAKESPEARE", copy.as_uri())
+    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", sources.sha256(PLAY))
     folder = prepare(tmp_path, "shakespeare_char")
-    assert (folder / "input.txt").read_bytes() == SHAKESPEARE.read_bytes()
+    assert (folder / "input.txt").read_bytes() == PLAY.read_bytes()
     copy.write_text("something else")
     (folder / "train.bin").unlink()
     main(["shakespeare_char", f"--data_dir={tmp_path}"])
-    assert read_meta(folder, deep=True)["tokens"]["train"] == 1_003_854
+    assert read_meta(folder, deep=True)["tokens"]["train"] == 170_532
     (folder / "input.txt").unlink()
     assert "sha256" in error_of("shakespeare_char", f"--data_dir={tmp_path}")
 
@@ -142,34 +135,30 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        file = self.folder / path.rpartition("/")[2]
+        file, body, headers = self.folder / path.rpartition("/")[2], b"", {}
         if "/some/set" not in path:
-            self.answer("", {"X-Error-Code": "RepoNotFound"}, status=404)
+            headers = {"X-Error-Code": "RepoNotFound"}
         elif "/tree/" in path:
             # The set has no folders in it
             files = self.folder.iterdir() if path.endswith(self.commit) else []
-            self.answer(json.dumps([{"type": "file", "path": found.name, "oid": found.name,
-                                     "size": found.stat().st_size} for found in files]))
+            body = json.dumps([{"type": "file", "path": found.name, "oid": found.name,
+                                "size": found.stat().st_size} for found in files]).encode()
         elif path.startswith("/api/datasets/"):
-            self.answer(json.dumps({"id": "some/set", "sha": self.commit}))
+            body = json.dumps({"id": "some/set", "sha": self.commit}).encode()
         elif file.is_file():
-            self.answer(file.read_bytes(), {"ETag": f'"{file.name}"'})
-            if self.command == "GET":
-                self.downloads.append(file.name)
+            body, headers = file.read_bytes(), {"ETag": f'"{file.name}"'}
+            self.downloads += [file.name] if self.command == "GET" else []
         else:
-            self.answer("", {"X-Error-Code": "EntryNotFound"}, status=404)
-
-    do_HEAD = do_GET
-
-    def answer(self, body, headers=None, status=200):
-        body = body.encode() if isinstance(body, str) else body
-        self.send_response(status)
-        headers = {"X-Repo-Commit": self.commit, "Content-Length": len(body)} | (headers or {})
+            headers = {"X-Error-Code": "EntryNotFound"}
+        self.send_response(404 if "X-Error-Code" in headers else 200)
+        headers |= {"X-Repo-Commit": self.commit, "Content-Length": str(len(body))}
         for name, value in headers.items():
-            self.send_header(name, str(value))
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
+
+    do_HEAD = do_GET
 
     def log_message(self, *arguments):
         pass
@@ -214,9 +203,8 @@ def test_a_hub_data_set_is_read_through_the_cache_and_its_configuration_named(tm
                         HF_HOME=str(tmp_path / "cache"),
                         HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
-    first, second, unnamed, middle, late, lines, missing = json.loads(
-        result.stdout.splitlines()[-1])
-    assert first == second == late == lines == "done"
+    ends = json.loads(result.stdout.splitlines()[-1])
+    assert ends[0] == ends[1] == ends[4] == ends[5] == "done"
     found = contents(tmp_path / "0" / "mine")
     assert found == contents(tmp_path / "1" / "mine")
     # The second time both files were in the cache
@@ -229,8 +217,8 @@ def test_a_hub_data_set_is_read_through_the_cache_and_its_configuration_named(tm
     assert files == [shards, shards[1:]]
     assert read_meta(tmp_path / "5" / "mine")["source"]["documents"] == SHARD
 
-    for source, message, known in [(names[2], unnamed, ("all", "late", "lines")),
-                                   (names[3], middle, ("all", "late", "lines")),
-                                   ("hf:nobody/nothing", missing, ())]:
+    # No configuration is named, or none of its own; no such set
+    for message, source in (ends[2], names[2]), (ends[3], names[3]), (ends[6], "hf:nobody/nothing"):
         assert message.startswith(f"{source}: ") and "hf:REPO:CONFIGURATION" in message
-        assert all(name in message for name in known)
+        assert source == "hf:nobody/nothing" or all(
+            name in message for name in ("all", "late", "lines"))

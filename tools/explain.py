@@ -212,8 +212,9 @@ def recorded(model, ids, tokenizer, cfg):
 
 def texts(dataset, size, cfg):
     """
-    (passage, library) of a data set: `size` tokens of its validation split, from a paragraph on,
-    and a text for the page to learn, the start of its training split, deflated. "" without them.
+    (unseen, passage, library) of a data set: 3,000 tokens of its validation split, from a paragraph
+    on; the first `size` of them; and a text for the page to learn, the start of its training split,
+    deflated. All are empty without the data set.
     """
     folder = Path(cfg.data_dir, dataset)
     try:
@@ -221,17 +222,18 @@ def texts(dataset, size, cfg):
     except UserError:
         print(f"no data set in {folder}: the page comes without a passage to be tested on and "
               f"without a text to learn; paste your own")
-        return "", b""
+        return "", "", b""
     tokenizer = Tokenizer(meta["tokenizer"])
 
     def start_of(split, count):
         ids = np.fromfile(folder / f"{split}.bin", dtype=meta["dtype"], count=count).tolist()
         return tokenizer.decode(ids).decode(errors="ignore")
 
-    text = start_of("val", 8 * size)
-    ids = tokenizer.encode(text.partition("\n\n")[2] or text)[:size]
+    text = start_of("val", 8000)
+    ids = tokenizer.encode(text.partition("\n\n")[2] or text)
+    parts = [tokenizer.decode(ids[:count]).decode(errors="ignore") for count in (3000, size)]
     library = start_of("train", LONGEST_TEXT)[:LONGEST_TEXT]
-    return tokenizer.decode(ids).decode(errors="ignore"), zlib.compress(library.encode(), 9)
+    return *parts, zlib.compress(library.encode(), 9)
 
 
 def main(argv=None):
@@ -252,14 +254,15 @@ def main(argv=None):
     tokens = tokenizer.spec.get("alphabet") or [
         tokenizer.decode([i]).decode("latin-1") for i in range(tokenizer.vocab_size - 1)]
     window = min(model.config.block_size for model, _, _ in runs.values())
-    passage, library = texts(dataset, min(256, window), cfg)
+    unseen, passage, library = texts(dataset, min(256, window), cfg)
     names = list(runs) if cfg.against else ["The model"]
     data = {"models": [stored(name, model, of, tokenizer.vocab_size) for name, (model, _, of)
                        in zip(names, runs.values(), strict=True) if is_known],
             "recorded": None if is_known else recorded(model, ids[-size:], tokenizer, cfg),
             "kind": tokenizer.spec["kind"], "tokens": list(tokens), "size": tokenizer.vocab_size,
             "start": start, "write": added, "temperature": cfg.temperature, "seed": cfg.seed,
-            "foot": cfg.note, "passage": passage, "title": TITLES.get(dataset, dataset),
+            "foot": cfg.note, "unseen": unseen, "passage": passage,
+            "title": TITLES.get(dataset, dataset),
             "kernels": [base64.b64encode((HERE / f"{name}.wasm").read_bytes()).decode()
                         for name in ("kernel_relaxed", "kernel")]}
     # No text in the data can end the script element that holds it

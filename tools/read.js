@@ -539,11 +539,11 @@ async function explain(target, other, job) {
 const game = { answer: null, tries: 0, yours: 0, models: 0 };
 // Show the text up to a random place. The probabilities are hidden until somebody has guessed.
 function nextGuess() {
-  const list = encode(data.passage).filter(({ id }) => id >= 0);
+  const list = encode(data.unseen).filter(({ id }) => id >= 0);
   const least = Math.min(20, list.length - 1);
   const place = least + Math.floor(Math.random() * (list.length - least));
   game.answer = list[place].id;
-  putText(list.slice(0, place));
+  putText(list.slice(Math.max(0, place - 100), place));
   look();
 }
 function showGuesses(likely) {
@@ -806,7 +806,7 @@ const start = () => work("check", async job => {
   for (const id of ["temperature", "seed", "passage"]) $(id).value = data[id];
   $("main").hidden = false;
   $("warmth").value = data.temperature;
-  $("play").hidden = !data.passage;
+  $("play").hidden = !data.unseen;
   [state.model] = models;
   putText(encode(data.start.slice(-MOST_TEXT)));
   document.addEventListener("selectionchange", () => {

@@ -263,7 +263,8 @@ function chosenModel() {
 // All panels show the model of this moment, and the test takes a text that it has not seen
 function think() {
   const { text } = lesson;
-  data.passage = text.slice(Math.floor(0.9 * text.length)).slice(0, 256);
+  data.unseen = text.slice(Math.floor(0.9 * text.length)).slice(0, 3000);
+  data.passage = data.unseen.slice(0, 256);
   $("passage").value = data.passage;
   $("play").hidden = false;
   addModel(chosenModel());
