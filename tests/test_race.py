@@ -129,7 +129,9 @@ def test_a_race_of_three_from_end_to_end(argv, tmp_path, here, capsys):
     assert {trial["weight_decay"] for trial in results["contenders"]["bank"]["trials"]} == {
         0.1, 0.3}
     facts = results["contenders"]
-    assert facts["in time"]["seconds"] == pytest.approx(facts["gpt2"]["seconds"], rel=0.05)
+    # To half a step, and the rounding of its time
+    seconds, steps = facts["in time"]["seconds"], facts["in time"]["tokens"] / 64
+    assert abs(seconds - facts["gpt2"]["seconds"]) <= 0.52 * seconds / steps
     assert re.search(r"\] (better|worse|not told apart) \|", table)
     assert "in time" in (FOLDER / "race.svg").read_text()
     # Of a sweep no weights are kept, and of a reported run no more than the weights
