@@ -138,10 +138,13 @@ class RunFolder:
         """Leave in metrics.jsonl the records of what the checkpoint's state has been through."""
         if self.aside.exists():
             # Its first save may have been the last thing that the run did
-            header, newline, _ = self.aside.read_bytes().partition(b"\n")
-            if newline and json.loads(header)["started"] == checkpoint["started"]:
+            header = self.aside.read_bytes().partition(b"\n")[0]
+            if f'"started": {json.dumps(checkpoint["started"])}'.encode() in header:
                 os.replace(self.aside, self.metrics)
-        kept, old = [], self.metrics.read_bytes() if self.metrics.exists() else b""
+        kept, old = [], b""
+        if self.metrics.exists():
+            with naming_file("read", self.metrics, "move it away, and resume"):
+                old = self.metrics.read_bytes()
         try:
             # A kill may have cut the last line, after the last line's end
             for line in old[:old.rfind(b"\n") + 1].splitlines(keepends=True):
@@ -186,6 +189,10 @@ class RunFolder:
     def save(self, name, checkpoint):
         """Write the checkpoint to a file of the folder."""
         began = time.monotonic()
+        if not self.path.exists():
+            # Somebody moved or deleted the folder: only the metrics so far are elsewhere
+            self.path.mkdir(parents=True)
+            self.file = open(self.aside if self.is_new else self.metrics, "a", buffering=1)
         save(checkpoint, self.path / name)
         if name == "last.pt" and self.is_new:
             self.is_new = False

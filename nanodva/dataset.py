@@ -239,6 +239,9 @@ def adopt(folder):
         except Exception as error:
             fail(f"{path} is not nanoGPT's ({type(error).__name__}: {error}), and only dicts of "
                  "numbers and text are read: prepare the text again, with --input=PATH")
+    elif max(np.memmap(folder / f"{split}.bin", dtype).max() for split in SPLITS) < 256:
+        fail(f"{folder} has ids below 256 only, as of characters, and no meta.pkl that names them: "
+             "put nanoGPT's there, or prepare the text again, with --input=PATH")
     try:
         write_meta(folder, Tokenizer(spec), dtype,
                    {"name": folder.name, "files": ["train.bin", "val.bin"]})

@@ -31,6 +31,10 @@ def run_script(main):
     is a mistake in the code and keeps its traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A closed one is None, in which nobody can write or read
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         # A console shows what it can; a file or a pipe is UTF-8, on Windows, too
         stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8",
@@ -138,9 +142,10 @@ def only_writer(folder, patience=0, setting="out_dir"):
                 fail(f"{file.read() or 'another process'} writes in {folder} and holds {path}: "
                      f"wait for it, stop it, or {fix}")
             time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+        with naming_file("write", path, fix):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
         HELD.add(path)
         try:
             yield

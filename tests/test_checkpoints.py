@@ -489,3 +489,26 @@ def test_a_checkpoint_holds_tensors_numbers_and_text_alone(trained):
     assert last.keys() - best.keys() == {"optimizer", "scaler", "tokens", "evaluated", "elapsed_s"}
     assert json.loads(json.dumps(best["config"])) == best["config"]
     assert not [name for name in best["model"] if name.startswith(("module.", "_orig_mod."))]
+
+
+@pytest.mark.parametrize("name", ["a", "a/b"])
+def test_a_folder_that_is_deleted_during_a_run_is_made_again(run, at_step, tmp_path, name):
+    at_step(7, lambda: shutil.rmtree(tmp_path / "a"))
+    status, _ = run(name)
+    last = load_checkpoint(tmp_path / name / "last.pt")
+    assert status == 0 and last["step"] == 12
+    assert records(tmp_path / name)[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("content", [b"x", b"[]\n", b'{"started": 1}\n{"step'])
+def test_metrics_that_are_set_aside_and_damaged_do_not_stop_a_resumed_run(run, finished, tmp_path,
+                                                                           content):
+    (tmp_path / "out" / "metrics.jsonl.new").write_bytes(content)
+    assert run(init_from="resume", max_iters=13)[0] == 0
+
+
+def test_metrics_that_are_a_folder_are_one_line(run, finished, tmp_path):
+    (tmp_path / "out" / "metrics.jsonl").unlink()
+    (tmp_path / "out" / "metrics.jsonl").mkdir()
+    with refused("cannot read", "metrics.jsonl", "move it away"):
+        run(init_from="resume", max_iters=13)

@@ -99,6 +99,12 @@ class Call:
         return eval, ("1/0",)
 
 
+def test_characters_without_a_meta_pkl_are_not_taken_for_gpt2s_tokens(tmp_path):
+    save_as_nanogpt(tmp_path / "x", PLAY.read_text(), None, lambda part: [7, 99] * len(part))
+    assert "no meta.pkl that names them" in error_of("x", "--adopt", f"--data_dir={tmp_path}")
+    assert not (tmp_path / "x" / "meta.json").exists()
+
+
 @pytest.mark.parametrize("content, words", [
     (pickle.dumps({"itos": Call()}), "it calls for builtins.eval"), (b"no pickle", "meta.pkl"),
     (pickle.dumps({"itos": {0: "ab", 1: "c"}}), "not single characters"),

@@ -140,3 +140,10 @@ def test_a_python_without_the_packages_says_which_are_missing(script):
                             capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "lacks torch" in result.stderr and "source .venv/bin/activate" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_a_script_runs_with_a_closed_stream(name):
+    process = python(f"import sys; sys.{name} = None; from nanodva.errors import run_script; "
+                     "run_script(lambda: (print('out'), print('err', file=sys.stderr), sys.stdin))")
+    assert process.returncode == 0 and "Traceback" not in process.stderr

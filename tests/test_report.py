@@ -240,3 +240,10 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, argv, message):
     with pytest.raises(UserError, match=re.escape(message)):
         report.main(argv)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("content", [b"garbage\n", b"[]\n", b'{"step": 1}\n\xff\n'])
+def test_damaged_metrics_are_one_line(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+        report.main([str(tmp_path)])

@@ -593,7 +593,8 @@ def fit_in_time(race, seconds):
         plan["tokens"] = steps * step_tokens
         return pace * race.seconds_left()[0] / cores < 0.8 * (seconds - (time.time() - began))
 
-    for smaller, least in ({}, LEAST_STEPS), (SMALLER, 1):
+    below = {name: value for name, value in SMALLER.items() if value < race.shared[name]}
+    for smaller, least in ({}, LEAST_STEPS), (below, 1):
         race.shared |= smaller
         for race.rounds in (2, min(rules.rounds, 20)):
             race.timing.clear()

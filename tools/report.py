@@ -22,7 +22,7 @@ from pathlib import Path
 # So that python tools/report.py finds the modules above this folder, too
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from nanodva.errors import check_new, fail, replacing, run_script
+from nanodva.errors import check_new, fail, naming_file, replacing, run_script
 from nanodva.settings import PathName, load_settings
 
 # The 97.5 % quantile of Student's t for 1, 2 ... 10 degrees of freedom
@@ -335,9 +335,17 @@ class ReportConfig:
 
 
 def read_lines(path):
-    """The records in a file of JSON lines, of which a kill may have cut the last."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records in a file of JSON lines, of which a kill may have cut the last. Or UserError."""
+    with naming_file("read", path, "move it away"):
+        text = path.read_bytes() if path.exists() else b""
+    try:
+        # What is after the last line's end is no line
+        records = [json.loads(line) for line in text.split(b"\n")[:-1]]
+    except ValueError as error:
+        fail(f"{path} is damaged ({error}): move it away, or mend it")
+    if not all(isinstance(record, dict) for record in records):
+        fail(f"{path} is damaged, a line of it is no record: move it away, or mend it")
+    return records
 
 
 def read_run(folder):
