@@ -659,7 +659,7 @@ async function trainTogether(job, ports, orders, say) {
   for (;;) {
     const isLast = step >= until, every = Math.ceil((until - first) / moments);
     if (isLast || (step - first) % every === 0)
-      say({ step, isLast, val: await evaluate(isLast ? Infinity : 32),
+      say({ step, isLast, val: await evaluate(32), whole: isLast && await evaluate(Infinity),
             weights: learner.save() });
     if (orders.isPaused) say({ step, isPaused: true, weights: learner.save() });
     while (orders.isPaused || step >= orders.until)
@@ -798,8 +798,8 @@ async function teach({ onstep, ...options }) {
     onstep?.(message);
   });
   try {
-    const { val, weights } = await lesson.done;
-    return { losses, val_loss: val, seconds: (performance.now() - began) / 1000, weights,
+    const { whole, weights } = await lesson.done;
+    return { losses, val_loss: whole, seconds: (performance.now() - began) / 1000, weights,
              config: lesson.config, tokens: lesson.tokens };
   } finally {
     lesson.end();

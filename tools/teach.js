@@ -123,7 +123,8 @@ function hear(run, message) {
   if (Number.isNaN(loss)) complain({ message: "The loss is no longer a number: try another seed." });
   if (loss) run.losses.push([run.at, loss]);
   if (val) run.vals.push([run.at, val]);
-  if (isLast) run.isOver = true;
+  // The curve's points are of some windows, always the same
+  if (isLast) Object.assign(run, { isOver: true, whole: message.whole });
   // Soon both have shown their speed, and the race can end for both at the same time
   const [{ lesson: { settings: { steps } } }, other] = lesson.runs;
   if (!lesson.isTimed && step >= steps / 5 && run !== other && other?.step >= 3) {
@@ -179,8 +180,8 @@ function showProgress() {
     $("verdict").hidden = runs.length < 2 || !isOver;
     const lines = runs.map(({ name, step = 0, at, losses, vals, lesson: { settings }, ...run }) =>
       `${name}: ${step} of ${settings.steps} steps, ${(step / at || 0).toFixed(1)} a second; loss ${
-        last(losses)?.toFixed(3) ?? "…"}, validation ${last(vals)?.toFixed(3) ?? "…"}${
-        run.isOver ? " on all of it." : "."}`);
+        last(losses)?.toFixed(3) ?? "…"}, validation ${run.isOver
+        ? `${run.whole.toFixed(3)} on all of it.` : `${last(vals)?.toFixed(3) ?? "…"}.`}`);
     $("progress").textContent = lines.join(" ") + (isPaused ? " Paused." : "");
     drawCurves(runs);
   }, 100);
