@@ -263,17 +263,21 @@ def test_a_lesson_by_hand(panel):
     assert panel.value("lesson.runs[0].losses.length") == 40
 
 
-def test_pause_and_go_on_change_nothing(panel):
-    straight = learn(panel, QUICK | dict(steps=300), also="workers: 2")["losses"]
-    give(panel, TEXT)
-    panel.value("$('steps').value = 300; begin(['dva']); 0")
-    # From within the page, since a fast machine is done before a click gets there
+def pause_early(panel):
+    """Pause from within the page: a fast machine is done before a click gets there."""
     panel.value("""new Promise(resolve => { const timer = setInterval(() => {
       if (!(lesson.runs[0].step > 2)) return;
       clearInterval(timer);
       pause();
       resolve();
     }, 1); })""")
+
+
+def test_pause_and_go_on_change_nothing(panel):
+    straight = learn(panel, QUICK | dict(steps=300), also="workers: 2")["losses"]
+    give(panel, TEXT)
+    panel.value("$('steps').value = 300; begin(['dva']); 0")
+    pause_early(panel)
     panel.until("$('progress').textContent.endsWith('Paused.')")
     at = panel.value("new Promise(resolve => setTimeout(() => { const step = lesson.runs[0].step;"
                      " setTimeout(() => resolve([step, lesson.runs[0].step]), 300); }, 300))")
@@ -287,9 +291,11 @@ def test_pause_and_go_on_change_nothing(panel):
 
 def test_a_hidden_tab_goes_on_and_says_so(panel):
     give(panel, TEXT)
-    panel.value("$('steps').value = 60; begin(['dva']); 0")
+    panel.value("$('steps').value = 300; begin(['dva']); 0")
+    pause_early(panel)
     with panel.another_tab():
         panel.until("document.hidden")
+        panel.value("pause(); 0")
         panel.until(IS_OVER)
     panel.until("$('slept').textContent === 'It went on while this tab was in the background.'")
 
