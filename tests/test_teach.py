@@ -410,6 +410,7 @@ def test_the_speedrun_in_a_browser(page):
     """config/speedrun.py's model ends at most at 1.886 on the whole validation split."""
     if SHAKESPEARE is None:
         pytest.skip("no Tiny Shakespeare on this machine")
+    page.open(page.home)
     start(page, f"teach({{ text: {json.dumps(SHAKESPEARE.read_text())} }})"
                 f".then(({{ val_loss, seconds }}) => ({{ val_loss, seconds }}))")
     page.until("window.result !== undefined")
