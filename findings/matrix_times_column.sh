@@ -8,9 +8,10 @@
 #   differ in a dimension of size 1 alone, so that all numbers lie at the same places, it takes
 #   43 ms.
 # We had expected that strides of dimensions of size 1 change nothing, and that reading the matrix
-# is what counts. Other CPUs may behave otherwise: no Intel was tried.
+# is what counts. Other CPUs behave otherwise: on
+# an Intel Xeon with AVX-512 the batch of two takes 2.2 to 2.7 times as long as one product.
 #
-# The script fails if that changes.
+# The script fails if that changes, so on such an Intel, too.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
