@@ -549,8 +549,8 @@ def announce(news, race, under_way, pace, deadline):
 
 def measure(race, settings):
     """
-    Time a step of each of these settings with one thread, in turn with the yardstick, the one that
-    was timed first. Returns the seconds that passed as a multiple of those that were measured.
+    Time a step of each of these settings with one thread, in turn with the yardstick: the settings
+    that were timed first. Returns the seconds that passed as a multiple of the measured ones.
     """
     plan, timing, device = race.plan, race.timing, pick_device(race.rules.device)
     shapes = dict.fromkeys([*list(timing)[:1], *map(shape_of, settings)])
