@@ -135,9 +135,10 @@ def test_a_race_of_three_from_end_to_end(argv, tmp_path, here, capsys):
     assert re.search(r"\] (better|worse|not told apart) \|", table)
     assert "in time" in (FOLDER / "race.svg").read_text()
     # Of a sweep no weights are kept, and of a reported run no more than the weights
-    kept = list(tmp_path.rglob("*.pt"))
-    assert len(kept) == 6 and {path.name for path in kept} == {"best.pt"}
-    assert all("test" in line for line in lines_of() if line["seed"] > 1337)
+    kept, reported = list(tmp_path.rglob("*.pt")), [run for run in lines_of() if run["seed"] > 1337]
+    # Two contenders share their runs if equal time happens to be equal tokens
+    assert len(kept) == len(reported) in (4, 6) and {path.name for path in kept} == {"best.pt"}
+    assert all("test" in run for run in reported)
 
     # The same command makes nothing again, even by other code, and says the same
     before = [line | {"commit": "another"} for line in lines_of()]
