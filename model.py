@@ -107,9 +107,10 @@ class Attention(nn.Module):
     do not divide into heads, or if a rotated head has an odd number of channels.
     """
 
-    def __init__(self, config, banked, n_head, qk_width, value_width):
+    def __init__(self, config, layer, n_head, qk_width, value_width):
         super().__init__()
         C, self.n_head, self.dropout = config.n_embd, n_head, config.dropout
+        banked = layer >= config.n_layer - config.bank_layers
         if qk_width % n_head or value_width % n_head:
             raise ConfigError(f"n_embd={C} does not divide into n_head={n_head} heads: choose an "
                               f"n_head that divides it")
@@ -154,9 +155,9 @@ class Attention(nn.Module):
 class CausalSelfAttention(Attention):
     """GPT-2's attention: several heads, and one value for each key, which all queries share."""
 
-    def __init__(self, config, banked):
+    def __init__(self, config, layer):
         C = config.n_embd
-        super().__init__(config, banked, config.n_head, qk_width=C, value_width=C)
+        super().__init__(config, layer, config.n_head, qk_width=C, value_width=C)
 
     def forward(self, x, idx, rotary, cache=None):
         """x (B, T, C), all token ids so far idx (B, S), rotary of rotate() -> (B, T, C)"""
@@ -182,10 +183,10 @@ class MLP(nn.Module):
 class GPT2Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); x is (B, T, C)."""
 
-    def __init__(self, config, banked):
+    def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config, banked)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -220,12 +221,12 @@ class DynamicValueAttention(Attention):
     number per query. So each pair keeps a value of its own: v_ij = (w * g_i / rms_i) * u_j.
     """
 
-    def __init__(self, config, banked):
+    def __init__(self, config, layer):
         C, D, M = config.n_embd, config.qk_dim, config.value_width
-        super().__init__(config, banked, n_head=1, qk_width=D, value_width=M)
+        super().__init__(config, layer, n_head=1, qk_width=D, value_width=M)
         self.c_gate = nn.Linear(C, M, bias=config.bias)
         self.norm = RMSNorm(M, eps=1e-5) if config.value_norm else nn.Identity()
-        if banked and config.value_norm:
+        if self.bank is not None and config.value_norm:
             # The norm cancels any common scale, so gamma's gradient would be rounding noise
             self.bank.gamma.requires_grad_(False)
 
@@ -240,10 +241,10 @@ class DynamicValueAttention(Attention):
 class DVABlock(nn.Module):
     """x + attention(norm(x)), and no MLP; x is (B, T, C)."""
 
-    def __init__(self, config, banked):
+    def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = DynamicValueAttention(config, banked)
+        self.attn = DynamicValueAttention(config, layer)
 
     def forward(self, x, idx, rotary, cache=None):
         return x + self.attn(self.ln_1(x), idx, rotary, cache)
@@ -273,7 +274,7 @@ class BankOfValues(nn.Module):
         self.table.copy_(F.layer_norm(embedding, embedding.shape[1:]) @ w_v.T)
 
 
-# A block is built from (config, banked), and called with (x, idx, rotary, cache).
+# A block is made from (config, layer), its number from 0, and called with (x, idx, rotary, cache).
 BLOCKS = {"gpt2": GPT2Block, "dva": DVABlock}
 
 
@@ -295,7 +296,7 @@ class GPT(nn.Module):
             wte=nn.Embedding(V, C),
             wpe=nn.Embedding(config.block_size, C) if config.has_learned_positions else None,
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config, layer >= L - config.bank_layers) for layer in range(L)),
+            h=nn.ModuleList(Block(config, layer) for layer in range(L)),
             ln_f=nn.LayerNorm(C, bias=config.bias),
         ))
         self.lm_head = nn.Linear(C, V, bias=False)

@@ -59,7 +59,7 @@ class RunningMeanBlock(nn.Module):
     causal masks in old GPT-2 files.
     """
 
-    def __init__(self, config, banked):
+    def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = nn.Linear(config.n_embd, config.n_embd)
