@@ -137,10 +137,14 @@ class RunFolder:
     def keep_metrics(self, checkpoint):
         """Leave in metrics.jsonl the records of what the checkpoint's state has been through."""
         if self.aside.exists():
-            # Its first save may have been the last thing that the run did
             header = self.aside.read_bytes().partition(b"\n")[0]
             if f'"started": {json.dumps(checkpoint["started"])}'.encode() in header:
+                # The run was killed between its first save and this
                 os.replace(self.aside, self.metrics)
+            else:
+                say(f"a newer run in {self.path} was killed before its first save, so this "
+                    f"continues the older one; --init_from=scratch --overwrite=True starts again")
+                self.aside.unlink()
         kept, old = [], b""
         if self.metrics.exists():
             with naming_file("read", self.metrics, "move it away, and resume"):

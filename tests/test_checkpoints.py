@@ -503,8 +503,10 @@ def test_a_folder_that_is_deleted_during_a_run_is_made_again(run, at_step, tmp_p
 @pytest.mark.parametrize("content", [b"x", b"[]\n", b'{"started": 1}\n{"step'])
 def test_metrics_that_are_set_aside_and_damaged_do_not_stop_a_resumed_run(run, finished, tmp_path,
                                                                            content):
-    (tmp_path / "out" / "metrics.jsonl.new").write_bytes(content)
-    assert run(init_from="resume", max_iters=13)[0] == 0
+    aside = tmp_path / "out" / "metrics.jsonl.new"
+    aside.write_bytes(content)
+    status, printed = run(init_from="resume", max_iters=13)
+    assert status == 0 and "continues the older one" in printed and not aside.exists()
 
 
 def test_metrics_that_are_a_folder_are_one_line(run, finished, tmp_path):

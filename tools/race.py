@@ -697,7 +697,7 @@ def main(argv=None):
                       if name not in (*DECIDED, "max_iters")}}
     folder = Path(rules.results, rules.name)
     # The workers of a race that was killed need a moment to end
-    with only_writer(folder, patience=10), Stop() as stop:
+    with only_writer(folder, patience=10, setting="results"), Stop() as stop:
         path = folder / "results.json"
         kept = json.loads(path.read_bytes()) if path.exists() else {}
         plan = kept.get("plan") or conditions | {
