@@ -428,10 +428,14 @@ def carry_out(run, evaluated, with_test):
 
 
 def commit():
-    """The git commit of this code, with -dirty after it if files were changed since."""
+    """The git commit of this code, with -dirty after it if the code was changed since."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True,
+                              text=True).stdout.strip()
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True,
-                              capture_output=True, text=True).stdout.strip()
+        # A preset is in the run's settings, and runs.jsonl changes with every run
+        changed = git("status", "--porcelain", "--", "*.py", ":!config")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
