@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from browser import browser  # noqa: F401, a fixture
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import model
@@ -423,7 +424,10 @@ def oracle(activation="gelu_new", biases=True, **shape):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """hub(name, **shape): a random GPT-2 in an otherwise empty cache of the Hugging Face hub."""
+    """
+    hub(name, **shape): a random GPT-2 in an otherwise empty cache of the Hugging Face hub; its
+    names have no prefix, and masks are among its weights, as in OpenAI's files.
+    """
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -431,8 +435,13 @@ def hub(tmp_path, monkeypatch):
     def add(name, **shape):
         folder, commit = cache / f"models--openai-community--{name}", "0" * 40
         theirs = oracle(**shape)
-        # OpenAI's names have no prefix either
-        theirs.transformer.save_pretrained(folder / "snapshots" / commit)
+        snapshot = folder / "snapshots" / commit
+        theirs.transformer.save_pretrained(snapshot)
+        state = load_file(snapshot / "model.safetensors")
+        state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril()
+                  for i in range(shape["n_layer"])}
+        state["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        save_file(state, snapshot / "model.safetensors", {"format": "pt"})
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text(commit)
         return theirs

@@ -13,7 +13,6 @@ from conftest import (
     BLOCKS,
     ROOT,
     SYSTEMS,
-    TINY,
     command_line,
     comparable,
     ending_of,
@@ -24,7 +23,7 @@ from conftest import (
     tiny,
     tokens,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import prepare_data
 import sample
@@ -32,17 +31,27 @@ import train
 from model import generate
 from nanodva.checkpoints import FORMAT, load_checkpoint
 from nanodva.errors import fail
-from nanodva.weights import OPENAI, load_model, read_weights
+from nanodva.settings import read_settings
+from nanodva.weights import OPENAI, load_model, read_weights, start_from
 from tools import convert, explain
 
-SMALL = dict(n_layer=1, n_head=1, n_embd=8, vocab_size=97)
 SHAPE = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=130)
+# The shape of a tiny run, for its data set
+OF_TINY = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=24)
+WORDS = ("Não coração de maçã", "ação\n\n  1999  ßßß 漢 x\x00 \U0001f642")
+
+
+def saved(folder, activation="gelu_new", **shape):
+    """A random model of transformers, by default a very small one, which it saves in the folder."""
+    theirs = oracle(activation, **dict(n_layer=1, n_head=1, n_embd=8, vocab_size=97) | shape)
+    theirs.save_pretrained(folder)
+    return theirs
 
 
 @torch.no_grad()
 def assert_same_model(ours, theirs):
     """The same logits on a full window."""
-    idx = tokens(2, 128, theirs.config.vocab_size)
+    idx = tokens(2, ours.config.block_size, theirs.config.vocab_size)
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
 
 
@@ -67,29 +76,23 @@ def write_nanogpt(path, theirs, dataset="tiny_char", prefix="", masks=False, **c
 
 # ---- GPT-2 from Hugging Face ---------------------------------------------------------------------
 
-@pytest.mark.parametrize("shape, activation, gelu", [
-    (SHAPE, "gelu_new", "tanh"), (dict(n_layer=2, n_head=5, n_embd=40, vocab_size=65), "gelu",
-                                  "exact")], ids=str)
-def test_a_hugging_face_gpt2_comes_in_and_writes_the_same(tmp_path, shape, activation, gelu):
-    theirs = oracle(activation, **shape)
-    theirs.save_pretrained(tmp_path)
+@pytest.mark.parametrize("activation, gelu, shape", [
+    ("gelu_new", "tanh", SHAPE),
+    ("gelu", "exact", dict(n_layer=2, n_head=5, n_embd=40, vocab_size=65))])
+def test_a_hugging_face_gpt2_comes_in_and_writes_the_same(tmp_path, activation, gelu, shape):
+    theirs = saved(tmp_path, activation, **shape)
     ours, prompt = load_model(str(tmp_path)), tokens(2, 4, 65)
     assert (ours.config.gelu, ours.config.bias, ours.training) == (gelu, True, False)
     assert_same_model(ours, theirs)
     text = generate(ours, prompt, 100, temperature=0)
     assert torch.equal(text, theirs.generate(prompt, max_new_tokens=100, do_sample=False))
     assert len(text.unique()) > 5
-
-
-def test_openais_files_have_no_prefix_and_hold_masks(tmp_path):
-    theirs = oracle(**SHAPE)
-    theirs.transformer.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    assert "wte.weight" in state
-    state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril() for i in range(3)}
-    state["h.0.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    assert_same_model(load_model(str(tmp_path)), theirs)
+    # Positions are cropped and never made up
+    assert_same_model(load_model(str(tmp_path), block_size=8, dropout=0.1), theirs)
+    for changes, words in ((dict(block_size=129), "they have 128 positions"),
+                           (dict(n_layer=4), "they have n_layer="), (dict(gelu="new"), "choose")):
+        with refused(words):
+            load_model(str(tmp_path), **changes)
 
 
 def test_openais_names_come_from_the_hubs_cache_in_the_sizes_of_their_config(hub):
@@ -100,51 +103,38 @@ def test_openais_names_come_from_the_hubs_cache_in_the_sizes_of_their_config(hub
         assert_same_model(ours, theirs)
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_shard_size": "20KB"}], ids=["one", "shards"])
+@pytest.mark.parametrize("size, count", [("1GB", 1), ("20KB", 11)])
 @pytest.mark.parametrize("pickled", [False, True])
-def test_shards_and_pickled_files_come_in(tmp_path, settings, pickled):
+def test_shards_and_pickled_files_come_in(tmp_path, size, count, pickled):
     theirs = oracle(**SHAPE)
-    theirs.save_pretrained(tmp_path, **settings)
-    assert (len(list(tmp_path.glob("model*.safetensors"))) > 2) == bool(settings)
+    theirs.save_pretrained(tmp_path, max_shard_size=size)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) == count
     if pickled:
-        to_pytorch_bin(tmp_path)
+        # As transformers did before it had safetensors, in torch's first format
+        def renamed(text):
+            return text.replace("model", "pytorch_model").replace("safetensors", "bin")
+        for path in [*files, *tmp_path.glob("*.index.json")]:
+            new = tmp_path / renamed(path.name)
+            if path in files:
+                torch.save(load_file(path), new, _use_new_zipfile_serialization=False)
+            else:
+                new.write_text(renamed(path.read_text()))
+            path.unlink()
     assert_same_model(load_model(str(tmp_path)), theirs)
     next(tmp_path.glob("*.bin" if pickled else "*.safetensors")).unlink()
     with refused(str(tmp_path)):
         load_model(str(tmp_path))
 
 
-def to_pytorch_bin(folder):
-    """The folder as transformers wrote it before it had safetensors, in torch's first format."""
-    def renamed(text):
-        return text.replace("model", "pytorch_model").replace("safetensors", "bin")
-    for path in folder.glob("model*.safetensors"):
-        torch.save(load_file(path), folder / renamed(path.name),
-                   _use_new_zipfile_serialization=False)
-        path.unlink()
-    for path in folder.glob("*.index.json"):
-        (folder / renamed(path.name)).write_text(renamed(path.read_text()))
-        path.unlink()
-
-
-def test_positions_are_cropped_and_never_made_up(tmp_path):
-    theirs = oracle(**SHAPE)
-    theirs.save_pretrained(tmp_path)
-    ours, idx = load_model(str(tmp_path), block_size=8, dropout=0.1), torch.arange(16).view(2, 8)
-    assert ours.config.dropout == 0.1 and ours.transformer.wpe.weight.shape == (8, 32)
-    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
-    with refused("block_size=129", "they have 128 positions"):
-        load_model(str(tmp_path), block_size=129)
-    with refused("n_layer=4", "they have n_layer=3"):
-        load_model(str(tmp_path), n_layer=4)
-
-
-def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path):
+def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path, monkeypatch):
     theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50304)
     with torch.no_grad():
         # These would win every time
         theirs.transformer.wte.weight[50257:] *= 100
     theirs.save_pretrained(tmp_path)
+    # Logits need no file of a tokenizer
+    monkeypatch.setattr("nanodva.tokenizer.gpt2_tokens", lambda: fail("no network"))
     ours, idx = load_model(str(tmp_path)), torch.arange(100).view(2, 50)
     with torch.no_grad():
         logits = theirs(idx).logits
@@ -153,32 +143,21 @@ def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path
         expected = F.cross_entropy(logits, idx[:, 1:].flatten()).item()
         assert ours(idx[:, :-1], idx[:, 1:]).item() == pytest.approx(expected, abs=1e-5)
     assert generate(ours, idx[:, :4], 20, temperature=5.0).max() < 50257
+    with refused("no network"):
+        generate(ours, "a", 1)
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"model_type": "llama"}, "model_type='llama' is not GPT-2"),
-    ({"activation_function": "relu"}, "activation_function='relu'"),
-    ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon=0.001"),
-    ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-    ({"n_layer": 4}, "do not belong together"), ({"n_embd": 16}, "do not belong together"),
-    ({"n_head": None}, "do not belong together"), ({"n_head": 3}, "do not belong together")],
-    ids=str)
-def test_a_config_that_is_no_gpt2_is_refused(tmp_path, changes, words):
-    oracle(**SHAPE).save_pretrained(tmp_path)
-    theirs = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(theirs | changes))
-    with refused(words):
-        load_model(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("damage", [b"{", b"", b"\xff" * 100, b"[]"])
-def test_a_damaged_file_is_refused(tmp_path, name, damage):
-    oracle(**SMALL).save_pretrained(tmp_path)
-    (tmp_path / name).write_bytes(damage)
-    with refused(str(tmp_path)):
-        load_model(str(tmp_path))
+def test_a_row_for_an_added_token_is_never_sampled(tmp_path, texts):
+    """As after transformers' resize_token_embeddings(50258)."""
+    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50258)
+    with torch.no_grad():
+        theirs.transformer.wte.weight[50257] *= 100
+    theirs.save_pretrained(tmp_path)
+    assert all(len(text) > 50 for text in texts(out_dir=tmp_path, num_samples=2, start="\n",
+                                                max_new_tokens=50))
+    ours = load_model(str(tmp_path))
+    assert ours(torch.arange(50)[None]).argmax(-1).max() == 50257
+    assert ours.tokenizer.vocab_size == 50257
 
 
 def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path, hub, monkeypatch):
@@ -191,11 +170,13 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path, hub, monkeypa
         train.main(["--init_from=gpt2-large", "--batch_size=0"])
     with refused("train first, or name another run's folder"):
         load_model(str(tmp_path / "nothing"))
-    oracle(**SMALL).save_pretrained(tmp_path / "theirs")
+    saved(tmp_path / "theirs")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with refused("pip install safetensors"):
         load_model(str(tmp_path / "theirs"))
 
+
+# ---- a folder's own tokens -----------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def portuguese():
@@ -208,36 +189,34 @@ def portuguese():
     return theirs
 
 
-def save_tokenizer(theirs, folder, kind):
-    """As today, in one file, or as GPT-2's is."""
-    if kind == "tokenizer.json":
-        theirs.save(str(folder / kind))
-    else:
-        theirs.save_model(str(folder))
-
-
 @pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
 def test_a_folders_own_tokens_are_used(tmp_path, portuguese, texts, kind):
-    """Whatever their number is."""
-    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=310)
-    theirs.save_pretrained(tmp_path)
-    save_tokenizer(portuguese, tmp_path, kind)
+    theirs = saved(tmp_path, vocab_size=310)
+    if kind == "tokenizer.json":
+        portuguese.save(str(tmp_path / kind))
+    else:
+        portuguese.save_model(str(tmp_path))
     tokenizer = load_model(tmp_path).tokenizer
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (310, 1)
-    for text in ("Não coração de maçã", "ação\n\n  1999  ßßß 漢 x\x00 \U0001f642", "<pad>s<s>"):
+    for text in (*WORDS, "<pad>s<s>"):
         ids = tokenizer.encode(text)
-        if "<" not in text:
-            # In a text these are no tokens, as <|endoftext|> is not
-            assert ids == portuguese.encode(text).ids
+        # In a text these are no tokens, as <|endoftext|> is not
+        assert "<" in text or ids == portuguese.encode(text).ids
         assert tokenizer.decode(ids).decode() == text
     ids = theirs.generate(torch.tensor([portuguese.encode("Não").ids]), max_new_tokens=20,
                           do_sample=False)[0].tolist()
     written = portuguese.decode(ids, skip_special_tokens=False)
     assert texts(out_dir=tmp_path, start="Não", temperature=0) == [written]
+    # The number 50304 alone does not say that some rows are padding
+    saved(tmp_path, vocab_size=50304)
+    assert load_model(tmp_path).config.vocab_size == 50304
+    saved(tmp_path, vocab_size=309)
+    with refused(f"tokenizer in {tmp_path}", "310 tokens, and the weights have 309"):
+        load_model(tmp_path)
 
 
 def test_gpt2s_own_tokens_are_recognised(tmp_path, gpt2_files):
-    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50257).save_pretrained(tmp_path)
+    saved(tmp_path, vocab_size=50257)
     for name, key in (("vocab.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"),
                       ("merges.txt", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")):
         (tmp_path / name).write_bytes((gpt2_files / key).read_bytes())
@@ -245,61 +224,45 @@ def test_gpt2s_own_tokens_are_recognised(tmp_path, gpt2_files):
     assert (weights["tokenizer"], weights["assumed"]) == ({"kind": "gpt2"}, "")
 
 
-@pytest.mark.parametrize("change", [
-    lambda parts: parts["pre_tokenizer"].update(add_prefix_space=True),
-    lambda parts: parts.update(normalizer={"type": "NFC"}),
-    lambda parts: parts.update(pre_tokenizer={"type": "Whitespace"}),
-    lambda parts: parts["model"]["merges"].reverse(),
-    lambda parts: parts["model"]["merges"].append(["a", "b"]),
-    lambda parts: parts["model"]["vocab"].update({"maçã": 310}),
-    lambda parts: parts["model"]["vocab"].pop("<|endoftext|>"),
-    lambda parts: parts.pop("model")])
-def test_a_tokenizer_of_another_kind_is_refused(tmp_path, portuguese, change):
-    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=311).save_pretrained(tmp_path)
-    save_tokenizer(portuguese, tmp_path, "tokenizer.json")
-    parts = json.loads((tmp_path / "tokenizer.json").read_text())
+# What a file says that is no GPT-2's: (its name, how to make it so, the error)
+CONFIG, TOKENIZER, APART = "config.json", "tokenizer.json", "do not belong together"
+ANOTHER = [
+    (CONFIG, lambda parts: parts.update(model_type="llama"), "model_type='llama' is not GPT-2"),
+    (CONFIG, lambda parts: parts.update(activation_function="relu"), "activation_function='relu'"),
+    (CONFIG, lambda parts: parts.update(layer_norm_epsilon=1e-3), "layer_norm_epsilon=0.001"),
+    (CONFIG, lambda parts: parts.update(tie_word_embeddings=False), "tie_word_embeddings=False"),
+    (CONFIG, lambda parts: parts.update(scale_attn_by_inverse_layer_idx=True), "layer_idx=True"),
+    *((CONFIG, lambda parts, name=name, size=size: parts.update({name: size}), APART)
+      for name, size in (("n_layer", 4), ("n_embd", 16), ("n_head", None), ("n_head", 3))),
+    *((TOKENIZER, change, "tokenizer in {folder}") for change in (
+        lambda parts: parts["pre_tokenizer"].update(add_prefix_space=True),
+        lambda parts: parts.update(normalizer={"type": "NFC"}),
+        lambda parts: parts.update(pre_tokenizer={"type": "Whitespace"}),
+        lambda parts: parts["model"]["merges"].reverse(),
+        lambda parts: parts["model"]["merges"].append(["a", "b"]),
+        lambda parts: parts["model"]["vocab"].update({"maçã": 310}),
+        lambda parts: parts["model"]["vocab"].pop("<|endoftext|>"),
+        lambda parts: parts.pop("model")))]
+
+
+@pytest.mark.parametrize("name, change, words", ANOTHER)
+def test_a_folder_of_another_kind_is_refused(tmp_path, portuguese, name, change, words):
+    saved(tmp_path, n_head=2, vocab_size=311)
+    portuguese.save(str(tmp_path / TOKENIZER))
+    parts = json.loads((tmp_path / name).read_text())
     change(parts)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
-    with refused(f"tokenizer in {tmp_path}"):
+    (tmp_path / name).write_text(json.dumps(parts))
+    with refused(words.format(folder=tmp_path)):
         load_model(tmp_path)
 
 
-def test_a_tokenizer_that_is_not_that_of_the_weights_is_refused(tmp_path, portuguese):
-    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=309).save_pretrained(tmp_path)
-    save_tokenizer(portuguese, tmp_path, "tokenizer.json")
-    with refused(f"tokenizer in {tmp_path}", "310 tokens, and the weights have 309"):
-        load_model(tmp_path)
-
-
-def test_all_rows_are_kept_where_they_are_tokens(tmp_path, portuguese):
-    """The number 50304 alone does not say that some of them are padding."""
-    oracle(n_layer=1, n_head=1, n_embd=4, vocab_size=50304).save_pretrained(tmp_path)
-    save_tokenizer(portuguese, tmp_path, "tokenizer.json")
-    assert load_model(tmp_path).config.vocab_size == 50304
-
-
-def test_a_row_for_an_added_token_is_never_drawn(tmp_path, texts):
-    """As after transformers' resize_token_embeddings(50258)."""
-    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50258)
-    with torch.no_grad():
-        theirs.transformer.wte.weight[50257] *= 100
-    theirs.save_pretrained(tmp_path)
-    assert all(len(text) > 50 for text in texts(out_dir=tmp_path, num_samples=2, start="\n",
-                                                max_new_tokens=50))
-    ours, idx = load_model(str(tmp_path)), torch.arange(50)[None]
-    assert ours(idx).argmax(-1).max() == 50257
-    assert ours.tokenizer.vocab_size == 50257
-
-
-def test_logits_need_no_file_of_a_tokenizer(tmp_path, monkeypatch):
-    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50257)
-    theirs.save_pretrained(tmp_path)
-    monkeypatch.setattr("nanodva.tokenizer.gpt2_tokens", lambda: fail("no network"))
-    model, idx = load_model(tmp_path), torch.arange(50)[None]
-    with torch.no_grad():
-        assert (model(idx) - theirs(idx).logits).abs().max() < 1e-4
-    with refused("no network"):
-        generate(model, "a", 1)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", [b"{", b"", b"\xff" * 100, b"[]"])
+def test_a_damaged_file_is_refused(tmp_path, name, damage):
+    saved(tmp_path)
+    (tmp_path / name).write_bytes(damage)
+    with refused(str(tmp_path)):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("rows", [50257, 50304])
@@ -316,7 +279,7 @@ def test_what_is_assumed_of_tokens_is_said_and_can_be_overridden(tmp_path, capsy
     assert captured.err == "" and set(captured.out.split("\n")[0]) <= set(alphabet)
 
 
-# ---- nanoGPT's checkpoints -----------------------------------------------------------------------
+# ---- checkpoints of nanoGPT and of version 3 -----------------------------------------------------
 
 @pytest.mark.parametrize("prefix, masks, bias", [
     ("", False, True), ("_orig_mod.", False, False), ("module.", True, True),
@@ -330,25 +293,14 @@ def test_a_nanogpt_checkpoint_comes_in(tmp_path, prefix, masks, bias):
         assert_same_model(ours, theirs)
 
 
-def test_a_nanogpt_checkpoint_samples(tmp_path, data_dir, texts):
-    meta = prepare_data.read_meta(data_dir / "tiny_char")
-    theirs = oracle("gelu", n_layer=2, n_head=2, n_embd=16, vocab_size=meta["vocab_size"])
+def test_a_nanogpt_checkpoint_samples_and_trains_on(run, texts, tmp_path, data_dir):
+    theirs = oracle("gelu", **OF_TINY)
     write_nanogpt(tmp_path / "ckpt.pt", theirs)
-    alphabet = meta["tokenizer"]["alphabet"]
+    alphabet = prepare_data.read_meta(data_dir / "tiny_char")["tokenizer"]["alphabet"]
     ids = theirs.generate(torch.tensor([[3]]), max_new_tokens=100, do_sample=False)[0]
     assert texts(out_dir=tmp_path, data_dir=data_dir, max_new_tokens=100, temperature=0,
                  start=alphabet[3]) == ["".join(alphabet[i] for i in ids)]
-
-
-def test_a_nanogpt_checkpoint_trains_on(tmp_path, data_dir):
-    rows = prepare_data.read_meta(data_dir / "tiny_char")["vocab_size"]
-    theirs = oracle("gelu", n_layer=2, n_head=2, n_embd=16, vocab_size=rows)
-    write_nanogpt(tmp_path / "ckpt.pt", theirs)
-    settings = TINY | dict(data_dir=data_dir, init_from=tmp_path / "ckpt.pt", block_size=64,
-                           out_dir=tmp_path / "on", max_iters=3, dropout=0)
-    for name in ("n_layer", "n_head", "n_embd", "qk_dim"):
-        del settings[name]
-    train.main(command_line(settings))
+    run("on", init_from=tmp_path / "ckpt.pt", block_size=64, qk_dim=64, max_iters=3, dropout=0)
     ids = torch.from_numpy(ids_of(data_dir / "tiny_char", "val").astype("int64"))
     count = (len(ids) - 1) // 64
     x, y = ids[:count * 64].view(count, 64), ids[1:count * 64 + 1].view(count, 64)
@@ -362,33 +314,13 @@ def test_a_nanogpt_checkpoint_trains_on(tmp_path, data_dir):
 
 def test_a_nanogpt_alphabet_is_asked_for_and_checked(tmp_path, data_dir):
     theirs = oracle("gelu", n_layer=1, n_head=1, n_embd=8, vocab_size=11)
-    write_nanogpt(tmp_path / "ckpt.pt", theirs, dataset="lost")
     argv = [f"--init_from={tmp_path / 'ckpt.pt'}", f"--data_dir={data_dir}"]
-    with refused("lost/train.bin: run"):
-        sample.main(argv)
-    with refused("and the weights have 11"):
-        sample.main([*argv, "--dataset=tiny_char"])
-    write_nanogpt(tmp_path / "ckpt.pt", theirs, dataset=None)
-    with refused("do not say what their tokens are", "--dataset=NAME"):
-        sample.main(argv)
-
-
-class Harm:
-    def __reduce__(self):
-        return Path.touch, (Path("harm"),)
-
-
-@pytest.mark.parametrize("main", [sample.main, train.main])
-def test_no_foreign_checkpoint_is_unpickled(tmp_path, monkeypatch, main):
-    monkeypatch.chdir(tmp_path)
-    write_nanogpt("ckpt.pt", oracle(**SMALL))
-    torch.save(torch.load("ckpt.pt", weights_only=True) | {"config": Harm()}, "ckpt.pt")
-    with refused("ckpt.pt is refused: it calls for"):
-        main(["--init_from=ckpt.pt"])
-    torch.save({"weights": torch.ones(2)}, "ckpt.pt")
-    with refused("neither a nanoDVA checkpoint"):
-        main(["--init_from=ckpt.pt"])
-    assert not Path("harm").exists()
+    for dataset, words, option in (
+            ("lost", "lost/train.bin: run", []), (None, "do not say what their tokens are", []),
+            ("lost", "and the weights have 11", ["--dataset=tiny_char"])):
+        write_nanogpt(tmp_path / "ckpt.pt", theirs, dataset)
+        with refused(words):
+            sample.main(argv + option)
 
 
 @pytest.mark.parametrize("checkpoint", [
@@ -402,35 +334,32 @@ def test_a_file_that_only_looks_like_a_checkpoint_is_refused(tmp_path, checkpoin
         load_model(str(tmp_path))
 
 
-# ---- version 3 -----------------------------------------------------------------------------------
-
-def as_version_3(state, block):
-    """The state dict with GPT-2's W_q, W_k and, without a bank, W_v in one matrix."""
-    old = dict(state)
-    for name in [name for name in state if block == "gpt2" and ".attn.c_q." in name]:
-        parts = [old.pop(name.replace("c_q", f"c_{part}"), None) for part in "qkv"]
-        old[name.replace("c_q", "c_attn")] = torch.cat([p for p in parts if p is not None])
-    return old
-
-
 @pytest.mark.parametrize("system", [system for system in SYSTEMS
                                     if system["block"] in ("gpt2", "dva")], ids=str)
 def test_a_checkpoint_of_version_3_samples(system, tmp_path):
     model = shaken(tiny(**system))
-    alphabet = {"kind": "char", "alphabet": "".join(chr(97 + i) for i in range(37))}
+    state = model.state_dict()
+    if system["block"] == "gpt2":
+        # W_q, W_k and, without a bank, W_v were one matrix
+        for name in [name for name in state if ".attn.c_q." in name]:
+            parts = [state.pop(name.replace("c_q", f"c_{part}"), None) for part in "qkv"]
+            state[name.replace("c_q", "c_attn")] = torch.cat([p for p in parts if p is not None])
     # Version 3 stored these settings as they were resolved, and its gate
     config = asdict(model.config) | {"gate": "plain", "value_dim": 24,
                                      "rotary": model.config.is_rotary}
-    saved = {"format": 3, "model": as_version_3(model.state_dict(), system["block"]),
-             "model_config": config, "config": {"dataset": "x"}, "tokenizer": alphabet, "step": 9}
+    alphabet = {"kind": "char", "alphabet": "".join(chr(97 + i) for i in range(37))}
+    saved = {"format": 3, "model": state, "model_config": config, "config": {"dataset": "x"},
+             "tokenizer": alphabet, "step": 9}
     torch.save(saved, tmp_path / "best.pt")
-    ours, idx = load_model(tmp_path), tokens(2, 16)
-    assert torch.equal(ours(idx), model(idx))
-    saved["model_config"]["gate"] = "open"
+    idx = tokens(2, 16)
+    assert torch.equal(load_model(tmp_path)(idx), model(idx))
+    config["gate"] = "open"
     torch.save(saved, tmp_path / "best.pt")
     with refused("gate='open' was a setting of version 3"):
         load_model(tmp_path)
 
+
+# ---- our own, and starting from any --------------------------------------------------------------
 
 def test_settings_that_resolve_to_the_same_do_not_contradict_the_weights(run, tmp_path):
     run("auto", block="dva", max_iters=1)
@@ -440,8 +369,6 @@ def test_settings_that_resolve_to_the_same_do_not_contradict_the_weights(run, tm
         with refused(f"{words} contradicts the weights"):
             run("other", init_from=tmp_path / "auto", block="dva", **other)
 
-
-# ---- our own, and starting from any --------------------------------------------------------------
 
 def test_a_folder_that_is_called_gpt2_is_the_folder(run, texts, tmp_path, monkeypatch, hub):
     hub("gpt2", n_layer=4, n_head=1, n_embd=8, vocab_size=50257)
@@ -453,33 +380,22 @@ def test_a_folder_that_is_called_gpt2_is_the_folder(run, texts, tmp_path, monkey
     assert len(texts(out_dir="gpt2")[0]) == 22 < len(texts(init_from="gpt2")[0])
 
 
-def test_more_banks_than_the_default_has_layers(tmp_path, data_dir):
-    rows = prepare_data.read_meta(data_dir / "tiny_char")["vocab_size"]
-    medium = oracle(n_layer=24, n_head=1, n_embd=4, vocab_size=rows)
-    medium.save_pretrained(tmp_path / "medium")
-    settings = dict(init_from=tmp_path / "medium", block="dva", bank_layers=16, qk_dim=2,
-                    block_size=8, dataset="tiny_char", data_dir=data_dir, max_iters=0,
-                    out_dir=tmp_path / "out", eval_iters=1, device="cpu", dtype="float32")
-    train.main(command_line(settings))
-    ours = load_model(tmp_path / "out")
-    assert (ours.config.n_layer, len(ours.banks())) == (24, 16)
+def test_more_banks_than_the_default_has_layers(tmp_path):
+    saved(tmp_path, n_layer=24, n_embd=4)
+    argv = [f"--init_from={tmp_path}", "--block=dva", "--qk_dim=2", "--block_size=8"]
+    cfg, _ = start_from(train.TrainConfig, read_settings(train.TrainConfig,
+                                                         [*argv, "--bank_layers=16"]))
+    assert (cfg.n_layer, cfg.bank_layers) == (24, 16)
     with refused("bank_layers=25: it must be at most n_layer=24"):
-        train.main(command_line(settings | {"bank_layers": 25, "out_dir": tmp_path / "more"}))
+        train.main([*argv, "--bank_layers=25"])
 
 
 def test_a_longer_window_where_weights_hold_no_positions(run, tmp_path):
-    run("only", block="dva", rotary="only", max_iters=2)
-    short, long = load_model(tmp_path / "only"), load_model(tmp_path / "only", block_size=64)
+    run(block="dva", rotary="only", max_iters=2)
+    short, long = load_model(tmp_path / "out"), load_model(tmp_path / "out", block_size=64)
     idx = torch.arange(64)[None] % 23
     with torch.no_grad():
-        difference = short(idx[:, :16]) - long(idx)[:, :16]
-    assert difference.abs().max() < 1e-5
-    _, out = run("longer", init_from=tmp_path / "only", block="dva", rotary="only", block_size=64,
-                 max_iters=1)
-    assert load_checkpoint(tmp_path / "longer" / "last.pt")["model_config"]["block_size"] == 64
-    run("both", block="dva", rotary=True, max_iters=2)
-    with refused("block_size=64", "they have 16 positions"):
-        run("longer", init_from=tmp_path / "both", block="dva", block_size=64)
+        torch.testing.assert_close(short(idx[:, :16]), long(idx)[:, :16], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("error", [ValueError("too many values to unpack"),
@@ -513,28 +429,27 @@ def test_a_text_in_gives_a_text_out(trained, texts):
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_broken_weights_are_refused_before_anything_is_written(run, finished, tmp_path, number):
-    """As a training leaves them that diverged"""
+    """As a training that diverged leaves them."""
     path = tmp_path / "out" / "best.pt"
     broken = load_checkpoint(path)
     broken["model"]["transformer.ln_f.weight"][3] = number
     torch.save(broken, path)
-    words = "transformer.ln_f.weight holds numbers that are not finite"
     for command in (lambda: sample.main([f"--out_dir={path.parent}"]),
                     lambda: explain.main([f"--out_dir={path.parent}"]),
                     lambda: run("new", init_from=path)):
-        with refused(words, "take an earlier checkpoint"):
+        with refused("transformer.ln_f.weight holds numbers that are not finite",
+                     "take an earlier checkpoint"):
             command()
     assert not (tmp_path / "new").exists() and not (path.parent / "explain.html").exists()
 
 
 def test_the_pages_lines_of_python_do_what_they_say(run, tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "interop.md").read_text()
-    code, transformers_code, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    code = code.replace("ROMEO:", "abc")
+    code, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     run("out-demo", block="dva", rotary=True, max_iters=2, value_norm=False)
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code, names)
+    exec(code.replace("ROMEO:", "abc"), names)
     assert capsys.readouterr().out.startswith("abc")
     # What the block adds is W_o of the gated, weighted sum of the values
     attn, x, rotary = names["attn"], names["x"], names["rotary"]
@@ -545,8 +460,7 @@ def test_the_pages_lines_of_python_do_what_they_say(run, tmp_path, monkeypatch, 
 
 
 def test_a_run_starts_from_another_ones_weights_at_step_0(run, trained, tmp_path):
-    _, out = run("tuned", init_from=trained, max_iters=2, lr_decay_iters=2, learning_rate=1e-4,
-                 min_lr=1e-5, dropout=0.0)
+    _, out = run("tuned", init_from=trained, max_iters=2, lr_decay_iters=2)
     lines = comparable(tmp_path / "tuned")
     best = load_checkpoint(trained / "best.pt")["best_val_loss"]
     assert f"starting from the weights of {trained}" in out
@@ -556,12 +470,10 @@ def test_a_run_starts_from_another_ones_weights_at_step_0(run, trained, tmp_path
 
 
 def test_training_goes_on_with_the_tokens_of_the_weights(tmp_path, data_dir, portuguese, capsys):
-    text = (data_dir / "tiny.txt").read_text()
-    (tmp_path / "text.txt").write_text(text * 2)
     for kind in ("gpt2", "gpt2:50250"):
-        prepare_data.main([kind.replace(":", "-"), f"--input={tmp_path / 'text.txt'}",
-                           f"--tokenizer={kind}", f"--data_dir={tmp_path}"])
-    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50257).save_pretrained(tmp_path / "theirs")
+        prepare_data.main([kind.replace(":", "-"), f"--input={data_dir / 'tiny.txt'}",
+                           "--val_fraction=0.2", f"--tokenizer={kind}", f"--data_dir={tmp_path}"])
+    saved(tmp_path / "theirs", vocab_size=50257)
     argv = command_line(dict(init_from=tmp_path / "theirs", data_dir=tmp_path, block_size=16,
                              eval_only=True, eval_iters=1, batch_size=2, device="cpu",
                              dtype="float32", out_dir=tmp_path / "out"))
@@ -572,43 +484,38 @@ def test_training_goes_on_with_the_tokens_of_the_weights(tmp_path, data_dir, por
     with refused("another tokenizer"):
         train.main([*argv, "--dataset=tiny_char", f"--data_dir={data_dir}"])
     # But the folder's own tokens do not
-    save_tokenizer(portuguese, tmp_path / "theirs", "tokenizer.json")
+    portuguese.save(str(tmp_path / "theirs" / "tokenizer.json"))
     with refused("another tokenizer"):
         train.main([*argv, "--dataset=gpt2"])
 
 
-def test_a_data_set_in_the_tokens_of_a_folder(tmp_path, portuguese, capsys):
+def test_a_data_set_in_the_tokens_of_a_folder(run, tmp_path, portuguese):
     from transformers import AutoTokenizer
     text = "A maçã não é do menino. " * 200
     (tmp_path / "text.txt").write_text(text)
-    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=310).save_pretrained(tmp_path / "theirs")
+    saved(tmp_path / "theirs", n_layer=2, n_head=2, n_embd=16, vocab_size=310)
     prepare = ["maca", f"--input={tmp_path / 'text.txt'}", f"--tokenizer={tmp_path / 'theirs'}",
                f"--data_dir={tmp_path}"]
     with refused("has neither tokenizer.json nor vocab.json"):
         prepare_data.main(prepare)
-    save_tokenizer(portuguese, tmp_path / "theirs", "tokenizer.json")
+    portuguese.save(str(tmp_path / "theirs" / "tokenizer.json"))
     prepare_data.main(prepare)
     ids = ids_of(tmp_path / "maca", "train").tolist()
     assert ids == portuguese.encode(text[:int(0.9 * len(text))]).ids
     # Fine-tune on it, and give the result back
-    train.main(command_line(dict(init_from=tmp_path / "theirs", dataset="maca", data_dir=tmp_path,
-                                 block_size=16, max_iters=1, eval_iters=1, batch_size=2,
-                                 gradient_accumulation_steps=1, device="cpu", dtype="float32",
-                                 out_dir=tmp_path / "out")))
+    run(init_from=tmp_path / "theirs", qk_dim=64, dataset="maca", data_dir=tmp_path, max_iters=1)
     convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in ("Não coração de maçã", "ação\n\n  1999  ßßß 漢 x\x00 \U0001f642"):
+    for text in WORDS:
         assert theirs(text)["input_ids"] == portuguese.encode(text).ids
     assert theirs.eos_token_id == load_model(tmp_path / "hf").tokenizer.end_of_text == 1
 
 
-def test_gpt2_with_another_block_keeps_embeddings_positions_and_final_norm(run, tmp_path, data_dir):
-    rows = prepare_data.read_meta(data_dir / "tiny_char")["vocab_size"]
-    theirs = oracle(n_layer=2, n_head=2, n_embd=16, vocab_size=rows)
-    theirs.save_pretrained(tmp_path / "gpt2")
+def test_gpt2_with_another_block_keeps_embeddings_positions_and_final_norm(run, tmp_path):
+    old = saved(tmp_path / "gpt2", **OF_TINY).transformer
     run(init_from=tmp_path / "gpt2", block="dva", bank_layers=1, n_layer=3, max_iters=1,
         learning_rate=0, min_lr=0, weight_decay=0)
-    state, old = load_checkpoint(tmp_path / "out" / "last.pt")["model"], theirs.transformer
+    state = load_checkpoint(tmp_path / "out" / "last.pt")["model"]
     assert torch.equal(state["transformer.wte.weight"], old.wte.weight)
     assert torch.equal(state["transformer.wpe.weight"], old.wpe.weight[:16])
     assert torch.equal(state["transformer.ln_f.bias"], old.ln_f.bias)
