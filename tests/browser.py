@@ -4,6 +4,7 @@ A real browser for the tests of the page: Chromium, spoken to over two pipes.
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -11,14 +12,21 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 QUIET = "document.getElementById('main').ariaBusy === 'false'"
 
 
+def differ(found, expected):
+    """The largest difference between lists of numbers and a tensor, over the largest number."""
+    found, expected = torch.as_tensor(found).flatten(), expected.detach().flatten()
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
 class Browser:
     """
-    Chromium without a window, spoken to over two pipes in its DevTools protocol: JSON messages
-    with a zero byte behind each. It reads them from its file 3, and answers on its file 4.
+    Chromium without a window and its DevTools protocol: JSON messages with a zero byte after each.
+    It reads them from its file 3, and answers on its file 4.
     """
 
     def __init__(self, program, profile):
@@ -39,8 +47,7 @@ class Browser:
         os.close(to_it)
         os.close(from_it)
         self.write, self.read = open(ours, "wb", buffering=0), open(answers, "rb", buffering=0)
-        self.unread = b""
-        self.count, self.session, self.events = 0, {}, []
+        self.unread, self.count, self.session, self.events = b"", 0, {}, []
         pages = self.call("Target.getTargets")["targetInfos"]
         page, = (target["targetId"] for target in pages if target["type"] == "page")
         attached = self.call("Target.attachToTarget", targetId=page, flatten=True)
@@ -67,13 +74,13 @@ class Browser:
         self.write.write(json.dumps(message).encode() + b"\0")
 
     def receive(self):
-        while b"\0" not in self.unread:
+        parts = [self.unread]
+        while b"\0" not in parts[-1]:
             ready, _, _ = select.select([self.read], [], [], 30)
             assert ready, "the browser has not answered for 30 seconds"
-            new = self.read.read(65536)
-            assert new, "the browser has ended"
-            self.unread += new
-        message, _, self.unread = self.unread.partition(b"\0")
+            parts.append(self.read.read(65536))
+            assert parts[-1], "the browser has ended"
+        message, _, self.unread = b"".join(parts).partition(b"\0")
         return json.loads(message)
 
     def value(self, expression):
@@ -93,24 +100,38 @@ class Browser:
 
     def open(self, path):
         """Open the file, and wait until all panels are there or the page says why not."""
-        self.events.clear()
+        self.check()
         self.call("Page.navigate", url=path.as_uri())
         self.until("document.readyState === 'complete'")
         self.until(f"document.getElementById('note').textContent || {QUIET}")
 
-    def press(self, key, text=""):
+    def check(self):
+        """Since the last call there was no dialog or error, and nothing but pages was loaded."""
+        events, self.events = self.events, []
+        for event in events:
+            assert event.get("method") not in ("Page.javascriptDialogOpening", "Log.entryAdded",
+                                           "Runtime.exceptionThrown"), event
+            if event.get("method") == "Network.requestWillBeSent":
+                url = event["params"]["request"]["url"]
+                assert re.match(r"file:.*\.html$|blob:", url), url
+
+    def press(self, key, text="", until=QUIET):
         """Press a key; one that writes something says what."""
         number = {"Tab": 9, "Enter": 13, "Backspace": 8, "Home": 36, "End": 35, "ArrowLeft": 37,
                   "ArrowDown": 40}.get(key, 0)
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
                       windowsVirtualKeyCode=number, text=text if kind == "keyDown" else "")
-        self.until(QUIET)
+        self.until(until)
 
     def text(self, selector):
         """The texts of all elements that a selector finds."""
         found = json.dumps(selector)
         return self.value(f"[...document.querySelectorAll({found})].map(e => e.textContent)")
+
+    def numbers(self, selector):
+        """The numbers in the texts of all elements that a selector finds."""
+        return [float(text.replace("−", "-").rstrip(" %")) for text in self.text(selector)]
 
     def click(self, selector, until=QUIET):
         """Click in the middle of the first element that a selector finds, and wait."""

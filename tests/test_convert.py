@@ -15,13 +15,24 @@ from tools import convert
 pytestmark = pytest.mark.usefixtures("code_folder")
 
 
-def make_run(folder, tokenizer=None, **settings):
-    """A run's folder with a random model in best.pt, and that model."""
+# Tiny Shakespeare's
+ALPHABET = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def exported(folder, tokenizer=None, to="hf", **settings):
+    """A random model, saved as a run in folder / "out", and folder / "hf", its export."""
     shape = dict(vocab_size=65, block_size=64, n_layer=2, n_embd=32, bias=False)
     model = shaken(tiny(**shape | settings))
-    alphabet = "".join(map(chr, range(32, 32 + model.config.vocab_size)))
-    save_run(folder, model, tokenizer or {"kind": "char", "alphabet": alphabet})
-    return model
+    save_run(folder / "out", model, tokenizer or {"kind": "char", "alphabet": ALPHABET})
+    convert.main([str(folder / "out"), f"--to={to}", f"--dest={folder / 'hf'}"])
+    return model, folder / "hf"
+
+
+def loaded(folder, kind="AutoModelForCausalLM", **options):
+    """What transformers makes of a folder: a model in evaluation mode, or a tokenizer."""
+    import transformers
+    found = getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True, **options)
+    return found.eval() if hasattr(found, "eval") else found
 
 
 def error_of(*argv):
@@ -32,29 +43,21 @@ def error_of(*argv):
 @torch.no_grad()
 @pytest.mark.parametrize("bias, gelu", [(False, "exact"), (True, "tanh")])
 def test_a_run_goes_to_transformers_and_comes_back(tmp_path, bias, gelu):
-    from transformers import AutoModelForCausalLM
-    model = make_run(tmp_path / "out", bias=bias, gelu=gelu)
-    convert.main([str(tmp_path / "out"), "--to=hf", f"--dest={tmp_path / 'hf'}"])
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    back = load_model(str(tmp_path / "hf"))
-    idx = torch.randint(65, (2, 64))
+    model, folder = exported(tmp_path, bias=bias, gelu=gelu)
+    theirs, back, idx = loaded(folder), load_model(folder), tokens(2, 64, V=65)
     ours = model(idx)
     assert (theirs(idx).logits - ours).abs().max() < 1e-4
     assert torch.equal(theirs.train()(idx).logits, theirs.eval()(idx).logits)
     assert (back(idx) - ours).abs().max() < 1e-4
-    tokenizer = read_weights(str(tmp_path / "out"))["tokenizer"]
-    assert read_weights(str(tmp_path / "hf"))["tokenizer"] == tokenizer
-    assert "is not empty" in error_of(tmp_path / "out", f"--dest={tmp_path / 'hf'}")
+    assert back.tokenizer.spec == read_weights(tmp_path / "out")["tokenizer"]
+    assert "is not empty" in error_of(tmp_path / "out", f"--dest={folder}")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind, rows, count", [("gpt2", 50304, 50257), ("gpt2:1000", 1000, 1000)])
 def test_a_bpe_run_goes_out_with_its_tokenizer(tmp_path, kind, rows, count):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = make_run(tmp_path / "out", {"kind": kind}, vocab_size=rows, n_embd=16)
-    convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model, folder = exported(tmp_path, {"kind": kind}, vocab_size=rows, n_embd=16)
+    theirs, their_tokenizer = loaded(folder), loaded(folder, "AutoTokenizer")
     ours = Tokenizer({"kind": kind})
     # Rows of padding are gone, and <|endoftext|> is the last token
     assert theirs.config.vocab_size == len(their_tokenizer) == count
@@ -65,9 +68,8 @@ def test_a_bpe_run_goes_out_with_its_tokenizer(tmp_path, kind, rows, count):
         assert their_tokenizer(text)["input_ids"] == ids
         assert their_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     idx = tokens(1, 64, V=count)
-    difference = theirs(idx).logits - model(idx)[..., :count]
-    assert difference.abs().max() < 1e-4
-    assert read_weights(str(tmp_path / "hf"))["tokenizer"] == {"kind": kind}
+    assert (theirs(idx).logits - model(idx)[..., :count]).abs().max() < 1e-4
+    assert read_weights(folder)["tokenizer"] == {"kind": kind}
 
 
 @torch.no_grad()
@@ -76,10 +78,8 @@ def test_a_bpe_run_goes_out_with_its_tokenizer(tmp_path, kind, rows, count):
     dict(block="dva", bank_layers=1, rotary="only", value_dim=20), dict(rotary=True),
     dict(bank_layers=1, rotary="only")], ids=str)
 def test_a_run_that_gpt2_cannot_express_brings_its_model(tmp_path, settings):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = make_run(tmp_path / "out", **settings)
-    convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    model, folder = exported(tmp_path, **settings)
+    theirs = loaded(folder)
     assert type(theirs).__module__.startswith("transformers_modules")
     idx = tokens(2, 64, V=65)
     ours, loss = model(idx), model(idx[:, :-1], targets=idx[:, 1:])
@@ -91,25 +91,18 @@ def test_a_run_that_gpt2_cannot_express_brings_its_model(tmp_path, settings):
     assert theirs.generate(idx, max_new_tokens=9, do_sample=True, num_beams=2).shape == (2, 73)
     # What transformers saves is whole, and comes back as the first folder does
     theirs.save_pretrained(tmp_path / "again")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    tokenizer.save_pretrained(tmp_path / "again")
-    for name in ("hf", "again"):
-        back = load_model(tmp_path / name)
+    loaded(folder, "AutoTokenizer").save_pretrained(tmp_path / "again")
+    for back in map(load_model, (folder, tmp_path / "again")):
         assert torch.equal(back(idx), ours)
         assert back.tokenizer.spec == read_weights(tmp_path / "out")["tokenizer"]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
-    assert torch.equal(again(idx).logits, theirs(idx).logits)
+    assert torch.equal(loaded(tmp_path / "again")(idx).logits, theirs(idx).logits)
 
 
 @torch.no_grad()
 def test_what_transformers_could_get_wrong_of_a_run_that_brings_its_model(tmp_path):
-    from transformers import AutoModelForCausalLM
-    model = make_run(tmp_path / "out", {"kind": "gpt2:300"}, block="dva", vocab_size=320,
-                     bank_layers=1)
-    convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True,
-                                                  dtype=torch.bfloat16).eval()
-    idx = tokens(2, 64, V=300)
+    model, folder = exported(tmp_path, {"kind": "gpt2:300"}, block="dva", vocab_size=320,
+                             bank_layers=1)
+    theirs, idx = loaded(folder, dtype=torch.bfloat16), tokens(2, 64, V=300)
     # Rows of padding are no tokens, but part of the softmax while it was trained
     logits = model(idx)
     difference = theirs(idx).logits - logits[..., :300]
@@ -121,9 +114,8 @@ def test_what_transformers_could_get_wrong_of_a_run_that_brings_its_model(tmp_pa
 def test_the_pages_lines_for_transformers_run(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "interop.md").read_text()
     [code] = re.findall(r"```python\n(from transformers.*?)```", text, re.DOTALL)
-    make_run(tmp_path / "out", block="dva", bank_layers=1)
+    exported(tmp_path, block="dva", bank_layers=1)[1].rename(tmp_path / "demo-hf")
     monkeypatch.chdir(tmp_path)
-    convert.main(["out", "--dest=demo-hf"])
     capsys.readouterr()
     exec(code, {})
     out = capsys.readouterr().out
@@ -133,10 +125,10 @@ def test_the_pages_lines_for_transformers_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("alphabet", ["\n !':EMORabcet", "\t\n\r \xa0e\u0301é\u2003漢\U0001f642"])
 def test_characters_go_out_with_their_tokenizer(tmp_path, alphabet):
     from transformers import AutoTokenizer
-    make_run(tmp_path / "out", {"kind": "char", "alphabet": alphabet}, vocab_size=len(alphabet))
-    convert.main([str(tmp_path / "out"), f"--dest={tmp_path / 'hf'}"])
-    theirs, text = AutoTokenizer.from_pretrained(tmp_path / "hf"), alphabet + alphabet[::-1] * 2
-    trusted = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    _, folder = exported(tmp_path, {"kind": "char", "alphabet": alphabet},
+                         vocab_size=len(alphabet))
+    theirs, text = AutoTokenizer.from_pretrained(folder), alphabet + alphabet[::-1] * 2
+    trusted = loaded(folder, "AutoTokenizer")
     ids = [alphabet.index(character) for character in text]
     for tokenizer in (theirs, trusted):
         assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
@@ -158,16 +150,14 @@ def test_characters_go_out_with_their_tokenizer(tmp_path, alphabet):
 @torch.no_grad()
 @pytest.mark.parametrize("block, banks", KINDS)
 def test_plain_safetensors_of_any_block(tmp_path, block, banks):
-    model = make_run(tmp_path / "out", block=block, bank_layers=banks)
-    convert.main([str(tmp_path / "out"), "--to=safetensors", f"--dest={tmp_path / 'plain'}"])
-    state = load_file(tmp_path / "plain" / "model.safetensors")
+    model, folder = exported(tmp_path, to="safetensors", block=block, bank_layers=banks)
+    state = load_file(folder / "model.safetensors")
     assert state.keys() == model.state_dict().keys() - {"lm_head.weight"}
-    back, idx = load_model(str(tmp_path / "plain")), torch.arange(60).view(2, 30)
+    back, idx = load_model(folder), torch.arange(60).view(2, 30)
     assert torch.equal(back(idx), model(idx))
-    there, here = (read_weights(str(tmp_path / name)) for name in ("plain", "out"))
-    assert there["tokenizer"] == here["tokenizer"]
+    assert back.tokenizer.spec == {"kind": "char", "alphabet": ALPHABET}
     # Whoever may read one of the files may read all
-    assert len({path.stat().st_mode for path in (tmp_path / "plain").iterdir()}) == 1
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
 def test_what_the_user_gets_wrong_is_one_line(tmp_path, monkeypatch):

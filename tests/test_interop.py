@@ -4,44 +4,32 @@ import re
 import pytest
 import torch
 from conftest import ROOT, save_run, shaken, tiny, tokens
+from test_convert import ALPHABET, exported, loaded
 from torch.nn.functional import cross_entropy
 
 from model import generate
 from nanodva.tokenizer import Tokenizer
 from nanodva.weights import load_model
-from tools import convert
 
 pytestmark = pytest.mark.usefixtures("code_folder")
 
-# Tiny Shakespeare's
-ALPHABET = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 # All that plain GPT-2 cannot express: each way to know positions, with a bank and without
 OWN = [dict(block="dva", rotary="only"), dict(block="dva", rotary=False, bank_layers=1),
        dict(block="gpt2", rotary="only", bank_layers=1), dict(block="gpt2", rotary=True)]
-
-
-def exported(folder, tokenizer=None, **settings):
-    """A random model, and folder / "hf", its export for transformers."""
-    shape = dict(vocab_size=65, block_size=64, n_layer=2, n_embd=32, bias=False)
-    model = shaken(tiny(**shape | settings))
-    save_run(folder / "out", model, tokenizer or {"kind": "char", "alphabet": ALPHABET})
-    convert.main([str(folder / "out"), f"--dest={folder / 'hf'}"])
-    return model, folder / "hf"
-
-
-def loaded(folder, kind="AutoModelForCausalLM"):
-    import transformers
-    return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True).eval()
-
-each_block = pytest.mark.parametrize("settings", [dict(block="dva"), dict(block="gpt2")], ids=str)
-each_tokenizer = pytest.mark.parametrize("tokenizer", [None, {"kind": "gpt2:300"}],
-                                         ids=["characters", "words"])
-
 
 @pytest.fixture(scope="module", params=OWN, ids=str)
 def own(request, tmp_path_factory):
     """(model, the folder of its export) of each system that brings its code."""
     return exported(tmp_path_factory.mktemp("own"), **request.param)
+
+
+@pytest.fixture(scope="module", ids=str, params=[
+    (block, words) for block in ("dva", "gpt2") for words in (False, True)])
+def export(request, tmp_path_factory):
+    """(folder, words): the export of a block that reads words, or else characters."""
+    block, words = request.param
+    tokens = dict(tokenizer={"kind": "gpt2:300"}, vocab_size=320) if words else {}
+    return exported(tmp_path_factory.mktemp("export"), block=block, **tokens)[1], words
 
 
 # ---- transformers --------------------------------------------------------------------------------
@@ -103,11 +91,9 @@ def test_the_cache_gives_the_same_texts_from_one_position_per_token(own):
                        theirs.generate(idx, max_new_tokens=9, do_sample=False, use_cache=False))
 
 
-@each_block
-@each_tokenizer
-def test_a_pipeline_writes_texts_in_batches(tmp_path, settings, tokenizer):
+def test_a_pipeline_writes_texts_in_batches(export):
     from transformers import pipeline
-    _, folder = exported(tmp_path, tokenizer, **settings, vocab_size=320 if tokenizer else 65)
+    folder, _ = export
     write = pipeline("text-generation", str(folder), trust_remote_code=True, device="cpu")
     prompts = ["\nA\nB\n", "O", "ALL THE WORLD'S A STAGE"]
     options = dict(max_new_tokens=20, do_sample=False)
@@ -199,29 +185,28 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
         theirs(tokens(1, 65))
 
 
-@each_block
-@each_tokenizer
-def test_an_export_says_its_window_and_its_special_tokens(tmp_path, settings, tokenizer):
+def test_an_export_says_its_window_and_its_special_tokens(export):
     from transformers import AutoConfig, AutoTokenizer
-    _, folder = exported(tmp_path, tokenizer, **settings, vocab_size=320 if tokenizer else 65)
+    folder, words = export
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     # Without its code: the question would be asked on the terminal
     theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert theirs.model_max_length == config.max_position_embeddings == 64
-    assert config.vocab_size == len(theirs) == (300 if tokenizer else 65)
+    assert config.vocab_size == len(theirs) == (300 if words else 65)
     [first, *_, last] = theirs(["A", "A, B, C"], padding=True)["attention_mask"][0]
     assert (first, last) == (0, 1)
-    end = 299 if tokenizer else 0
+    end = 299 if words else 0
     assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == end
     # Generation ends with a text, but not with a line
-    assert config.eos_token_id == (end if tokenizer else None)
+    assert config.eos_token_id == (end if words else None)
 
 
 # ---- other packages ------------------------------------------------------------------------------
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [dict(block="dva", rotary="only", bank_layers=1),
-                                      dict(block="gpt2")], ids=str)
+@pytest.mark.parametrize("settings", [
+    dict(block="dva", rotary="only", n_layer=2, bank_layers=1), dict(block="gpt2", n_layer=1)],
+    ids=str)
 def test_onnxruntime_takes_any_length_up_to_the_window(tmp_path, monkeypatch, settings):
     pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
@@ -269,72 +254,3 @@ def test_peft_trains_saves_loads_and_merges(own, tmp_path):
         assert torch.equal(again(idx).logits, logits)
         again.merge_and_unload().save_pretrained(tmp_path / "merged")
         assert (load_model(tmp_path / "merged")(idx) - logits).abs().max() < 1e-4
-
-
-@torch.no_grad()
-@each_block
-@each_tokenizer
-def test_lm_eval_measures_likelihoods_and_continues_texts(tmp_path, settings, tokenizer):
-    pytest.importorskip("lm_eval", reason="pip install lm_eval")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-    _, folder = exported(tmp_path, tokenizer, **settings, vocab_size=320 if tokenizer else 65)
-    model = load_model(folder)
-    harness = HFLM(str(folder), trust_remote_code=True, device="cpu", batch_size=2,
-                   dtype="float32")
-    assert harness.max_length == 64
-
-    def ask(kind, *requests):
-        method = getattr(harness, kind)
-        return method([Instance(kind, {}, request, 0) for request in requests], disable_tqdm=True)
-
-    pairs = [("O", "H! ROMEO"), ("TO BE, OR NOT", " TO BE"), ("", "A")]
-    for (start, end), (found, _) in zip(pairs, ask("loglikelihood", *pairs), strict=True):
-        start = model.tokenizer.encode(start) or [harness.prefix_token_id]
-        ids = torch.tensor([start + model.tokenizer.encode(end)])
-        logprobs = model(ids)[0].log_softmax(-1)
-        expected = sum(logprobs[i - 1, ids[0, i]] for i in range(len(start), len(ids[0])))
-        assert found == pytest.approx(expected.item(), abs=1e-3)
-    options = {"until": ["E"], "max_gen_toks": 12, "do_sample": False}
-    starts = ["O", "TO BE, OR NOT"]
-    for start, found in zip(starts, ask("generate_until", *((s, options) for s in starts)),
-                            strict=True):
-        text = generate(model, start, 12, temperature=0).removeprefix(start)
-        # A line ends a text of characters
-        assert found == re.split("E" if tokenizer else "[E\n]", text)[0]
-
-
-@torch.no_grad()
-@each_tokenizer
-def test_transformer_lens_takes_plain_gpt2(tmp_path, tokenizer):
-    lens = pytest.importorskip("transformer_lens.model_bridge", reason="pip install "
-                                                                       "transformer_lens")
-    _, folder = exported(tmp_path, tokenizer, vocab_size=320 if tokenizer else 65)
-    bridge, model = lens.TransformerBridge.boot_transformers(str(folder), device="cpu"), \
-        load_model(folder)
-    idx = bridge.to_tokens("OH! ROMEO")
-    assert idx[0].tolist() == [299 if tokenizer else 0] + model.tokenizer.encode("OH! ROMEO")
-    assert (bridge(idx).log_softmax(-1) - model(idx).log_softmax(-1)).abs().max() < 1e-4
-
-
-@each_block
-def test_captums_attributions_add_up(tmp_path, settings):
-    captum = pytest.importorskip("captum.attr", reason="pip install captum")
-    theirs, idx = loaded(exported(tmp_path, **settings)[1]), tokens(1, 20, V=65)
-    method = captum.LayerIntegratedGradients(lambda idx: theirs(idx).logits[:, -1],
-                                             theirs.get_input_embeddings())
-    _, missing = method.attribute(idx, torch.zeros_like(idx), target=7, n_steps=300,
-                                  return_convergence_delta=True)
-    assert missing.abs() < 0.01
-
-
-@torch.no_grad()
-def test_torchao_quantises_every_product_of_a_dva_export(tmp_path):
-    torchao = pytest.importorskip("torchao.quantization", reason="pip install torchao")
-    theirs, idx = loaded(exported(tmp_path, block="dva", n_embd=64)[1]), tokens(4, 64, V=65)
-    products = [m for m in theirs.modules() if isinstance(m, torch.nn.Linear)]
-    exact = theirs(idx, labels=idx).loss
-    torchao.quantize_(theirs, torchao.Int8WeightOnlyConfig())
-    assert len(products) == 2 * 5 + 1
-    assert all("Int8" in type(product.weight).__name__ for product in products)
-    assert 0 < abs(theirs(idx, labels=idx).loss - exact) < 0.02 * exact

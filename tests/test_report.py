@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refused
 
-from nanodva.errors import UserError
 from tools import report
 
 
@@ -16,25 +15,25 @@ def seeds(losses):
     return dict(enumerate(losses))
 
 
-def test_intervals_are_those_of_students_t():
-    def compare(ours, theirs):
-        return report.compare(seeds(ours), seeds(theirs))
-
+@pytest.mark.parametrize("ours, theirs, mean, margin, verdict", [
     # Differences -0.1, -0.2, -0.3: mean -0.2, sd 0.1, t(2) = 4.303, margin 4.303 x 0.1 / sqrt(3)
-    three = compare([1.9, 1.8, 1.7], [2.0, 2.0, 2.0])
-    assert three["mean"] == pytest.approx(-0.2) and three["n"] == 3
-    assert three["high"] - three["mean"] == pytest.approx(0.24843, abs=1e-5)
-    assert three["mean"] - three["low"] == pytest.approx(0.24843, abs=1e-5)
-    assert three["verdict"] == "not told apart"
-    # -0.1, -0.2, -0.3, -0.2, -0.2: sd 0.0707, t(4) = 2.776, margin 0.0878
-    five = compare([1.9, 1.8, 1.7, 1.8, 1.8], [2.0] * 5)
-    assert five["high"] == pytest.approx(-0.2 + 0.08779, abs=1e-5) and five["verdict"] == "better"
-    assert compare([2.0] * 5, [1.9, 1.8, 1.7, 1.8, 1.8])["verdict"] == "worse"
+    ([1.9, 1.8, 1.7], [2.0] * 3, -0.2, 0.24843, "not told apart"),
+    # -0.1, -0.2, -0.3, -0.2, -0.2: sd 0.0707, t(4) = 2.776
+    ([1.9, 1.8, 1.7, 1.8, 1.8], [2.0] * 5, -0.2, 0.08779, "better"),
+    ([2.0] * 5, [1.9, 1.8, 1.7, 1.8, 1.8], 0.2, 0.08779, "worse"),
     # Paired: the seeds differ by much more than the contenders
-    assert compare([1.010, 2.011, 3.012], [1.0, 2.0, 3.0])["verdict"] == "worse"
-    assert compare([1.0], [2.0]) == {"mean": -1.0, "low": None, "high": None, "n": 1,
-                                     "verdict": "not told apart"}
-    assert compare([1.0, None], [1.0, 1.0])["verdict"] == "broken"
+    ([1.010, 2.011, 3.012], [1.0, 2.0, 3.0], 0.011, 0.00248, "worse")])
+def test_intervals_are_those_of_students_t(ours, theirs, mean, margin, verdict):
+    found = report.compare(seeds(ours), seeds(theirs))
+    assert [found[name] for name in ("low", "mean", "high")] == pytest.approx(
+        [mean - margin, mean, mean + margin], abs=1e-5)
+    assert (found["n"], found["verdict"]) == (len(ours), verdict)
+
+
+def test_what_has_no_interval():
+    assert report.compare({1: 1.0}, {1: 2.0}) == {"mean": -1.0, "low": None, "high": None, "n": 1,
+                                                  "verdict": "not told apart"}
+    assert report.compare({1: 1.0, 2: None}, {1: 1.0, 2: 1.0})["verdict"] == "broken"
     # Only the seeds that both have finished
     assert report.compare({1: 5.0, 2: 1.0}, {2: 3.0, 3: 9.0})["mean"] == -2.0
 
@@ -237,7 +236,7 @@ def test_several_runs_are_one_picture_and_unlike_texts_are_named(tmp_path, monke
 def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     write_run(Path("empty"), [])
-    with pytest.raises(UserError, match=re.escape(message)):
+    with refused(message):
         report.main(argv)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["metrics.jsonl"]
 
@@ -245,5 +244,5 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, argv, message):
 @pytest.mark.parametrize("content", [b"garbage\n", b"[]\n", b'{"step": 1}\n\xff\n'])
 def test_damaged_metrics_are_one_line(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+    with refused("metrics.jsonl is damaged"):
         report.main([str(tmp_path)])

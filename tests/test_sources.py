@@ -15,23 +15,18 @@ from prepare_data import PrepareConfig, main
 # ---- files ---------------------------------------------------------------------------------------
 
 def test_files_folders_globs_and_names_with_special_characters(tmp_path, capsys):
-    (tmp_path / "sp ace" / "deep").mkdir(parents=True)
-    for name in ("x[1].txt", "a,b.txt", "deep/c.txt"):
-        (tmp_path / "sp ace" / name).write_text(name * 9)
-    (tmp_path / "sp ace" / "image.png").write_bytes(b"\x89PNG")
-
-    def sources(value):
-        found = find("input", PrepareConfig("mine", value))
-        return [str(Path(source.path).relative_to(tmp_path / "sp ace")) for source in found]
-
+    folder = tmp_path / "sp ace"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("x[1].txt", "a,b.txt", "deep/c.txt", "image.png"):
+        (folder / name).write_text(name * 9)
     texts = ["a,b.txt", "deep/c.txt", "x[1].txt"]
-    assert sources(f"{tmp_path}/sp ace") == texts
-    # A glob may take files that a folder does not offer, but takes no file twice.
-    capsys.readouterr()
-    assert sources(f"{tmp_path}/**") == [*texts, "image.png"]
-    assert "skipped" not in capsys.readouterr().out
-    assert sources(f"{tmp_path}/sp ace/x[1].txt,{tmp_path}/sp ace/a*") == ["x[1].txt", "a,b.txt"]
-    assert sources(f"{tmp_path}/sp ace/a,b.txt") == ["a,b.txt"]
+    # A glob may take files that a folder does not offer, but takes no file twice
+    for value, names in [(folder, texts), (f"{tmp_path}/**", [*texts, "image.png"]),
+                         (f"{folder}/x[1].txt,{folder}/a*", ["x[1].txt", "a,b.txt"]),
+                         (f"{folder}/a,b.txt", ["a,b.txt"])]:
+        found = find("input", PrepareConfig("mine", str(value)))
+        assert [source.path for source in found] == [str(folder / name) for name in names]
+        assert ("skipped" in capsys.readouterr().out) == (value == folder)
 
 
 def test_only_what_is_meant_is_read_from_a_folder(tmp_path, capsys):
@@ -71,21 +66,19 @@ def test_a_folder_without_texts_says_what_is_there(tmp_path):
 def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
     """test_readers.py has that of the other formats."""
     shard = (speeches[0] / "parquet" / "00.parquet").read_bytes()
-
-    def refused(name, data, *arguments):
+    no_column, too_short = "no column 'body': choose with --column= from n text", "each needs at"
+    for name, data, words, *arguments in [
+            # Parquet is known by its first bytes, too
+            ("a.parquet", shard, no_column, "--column=body"),
+            ("download", shard, no_column, "--column=body"),
+            ("a.parquet", shard, "column 'n' of", "--column=n"),
+            ("a.parquet", shard[:1000], "cannot read"),
+            ("a.parquet", shard[:4000] + bytes(400) + shard[4400:], "snappy"),
+            ("a.txt", b"abc\n" * 250_000 + b"x y \xff", "byte 0xff in b'"),
+            ("b.txt", b"", too_short), ("c.jsonl", b"", too_short)]:
         (tmp_path / name).write_bytes(data)
-        return error_of("x", f"--input={tmp_path / name}", *arguments, f"--data_dir={tmp_path}")
-
-    # Parquet is known by its first bytes, too
-    for name in ("a.parquet", "download"):
-        assert "no column 'body': choose with --column= from n text" in \
-            refused(name, shard, "--column=body")
-    assert "column 'n' of" in refused("a.parquet", shard, "--column=n")
-    assert "cannot read" in refused("a.parquet", shard[:1000])
-    assert "snappy" in refused("a.parquet", shard[:4000] + bytes(400) + shard[4400:])
-    assert "byte 0xff in b'" in refused("a.txt", b"abc\n" * 250_000 + b"x y \xff")
-    for name in ("b.txt", "c.jsonl"):
-        assert "each needs at least 2: give more text" in refused(name, b"")
+        assert words in error_of("x_char", f"--input={tmp_path / name}", *arguments,
+                                 f"--data_dir={tmp_path}")
 
 
 # ---- downloads -----------------------------------------------------------------------------------
