@@ -19,27 +19,21 @@ def test_check_and_read_meta_refuse_what_meta_does_not_describe(tmp_path, capsys
     main(check)
     assert "shakespeare_char is sound: 170,532 tokens" in capsys.readouterr().out
     good = contents(folder)
-    meta = json.loads(good["meta.json"])
-
-    def refused(name, data):
-        (folder / name).write_bytes(data)
-        message = error_of(*check)
-        (folder / name).write_bytes(good[name])
-        return message
-
-    assert "bytes, not 170532 tokens" in refused("train.bin", good["train.bin"][:-1])
-    assert "sha256" in refused("train.bin", b"\0" + good["train.bin"][1:])
-    assert "format" in refused("meta.json", json.dumps(meta | {"format": 2}).encode())
-    assert "JSON" in refused("meta.json", b"{")
-    assert "TypeError" in refused("meta.json", b"[]")
-    for key in ("tokenizer", "vocab_size", "dtype", "tokens", "sha256", "bytes"):
-        rest = {name: value for name, value in meta.items() if name != key}
-        assert key in refused("meta.json", json.dumps(rest).encode())
-    impossible = b"\x44\0" + good["val.bin"][2:]
-    digests = meta["sha256"] | {"val": hashlib.sha256(impossible).hexdigest()}
-    (folder / "val.bin").write_bytes(impossible)
-    message = refused("meta.json", json.dumps(meta | {"sha256": digests}).encode())
-    assert "val.bin holds ids above 67, vocab_size is 68" in message
+    train, val, meta = good["train.bin"], b"\x44\0" + good["val.bin"][2:], json.loads(
+        good["meta.json"])
+    digests = meta["sha256"] | {"val": hashlib.sha256(val).hexdigest()}
+    for words, files in [
+            ("bytes, not 170532 tokens", {"train.bin": train[:-1]}),
+            ("sha256", {"train.bin": b"\0" + train[1:]}), ("JSON", {"meta.json": b"{"}),
+            ("format", {"meta.json": meta | {"format": 2}}), ("TypeError", {"meta.json": []}),
+            ("val.bin holds ids above 67, vocab_size is 68",
+             {"val.bin": val, "meta.json": meta | {"sha256": digests}}),
+            *((key, {"meta.json": {name: meta[name] for name in meta if name != key}}) for key in
+              ("tokenizer", "vocab_size", "dtype", "tokens", "sha256", "bytes"))]:
+        for name, data in (good | files).items():
+            data = data if isinstance(data, bytes) else json.dumps(data).encode()
+            (folder / name).write_bytes(data)
+        assert words in error_of(*check)
 
 
 def test_a_missing_file_is_shown_with_its_whole_path_and_a_command_for_a_shell(tmp_path,
@@ -67,22 +61,21 @@ def save_as_nanogpt(folder, text, itos, encode):
 
 
 def test_nanogpts_characters_are_adopted(tmp_path):
-    text = PLAY.read_text()
+    text, adopt = PLAY.read_text(), ["x", "--adopt", f"--data_dir={tmp_path}"]
     # Not in the order of their code points
     itos = dict(enumerate(sorted(set(text[:5000]), reverse=True)))
     stoi = {character: i for i, character in itos.items()}
-    with refused("train.bin is missing or not nanoGPT's: it holds ids in uint16"):
-        main(["x", "--adopt", f"--data_dir={tmp_path}"])
+    assert "train.bin is missing or not nanoGPT's: it holds ids in uint16" in error_of(*adopt)
     save_as_nanogpt(tmp_path / "x", text, itos, lambda part: [stoi[c] for c in part])
     with refused("--adopt"):
         read_meta(tmp_path / "x")
-    main(["x", "--adopt", f"--data_dir={tmp_path}"])
+    main(adopt)
     meta = read_meta(tmp_path / "x", deep=True)
     assert meta["tokenizer"] == {"kind": "char", "alphabet": "".join(itos.values())}
     assert meta["tokens"] == {"train": 4500, "val": 500}
     assert meta["bytes"]["train"] == len(text[:4500].encode())
     assert ids_of(tmp_path / "x", "train").tolist() == [stoi[c] for c in text[:4500]]
-    assert "nothing to adopt" in error_of("x", "--adopt", f"--data_dir={tmp_path}")
+    assert "nothing to adopt" in error_of(*adopt)
 
 
 def test_nanogpts_bpe_is_adopted(tmp_path, bpe):
@@ -99,20 +92,17 @@ class Call:
         return eval, ("1/0",)
 
 
-def test_characters_without_a_meta_pkl_are_not_taken_for_gpt2s_tokens(tmp_path):
-    save_as_nanogpt(tmp_path / "x", PLAY.read_text(), None, lambda part: [7, 99] * len(part))
-    assert "no meta.pkl that names them" in error_of("x", "--adopt", f"--data_dir={tmp_path}")
-    assert not (tmp_path / "x" / "meta.json").exists()
-
-
 @pytest.mark.parametrize("content, words", [
     (pickle.dumps({"itos": Call()}), "it calls for builtins.eval"), (b"no pickle", "meta.pkl"),
     (pickle.dumps({"itos": {0: "ab", 1: "c"}}), "not single characters"),
     (pickle.dumps({"vocab_size": 5}), "KeyError"), (pickle.dumps([1]), "TypeError"),
     (pickle.dumps({"itos": {0: "a", 2: "c"}}), "KeyError"), (b"", "EOFError"),
-    (pickle.dumps({"itos": {0: "a", 1: "b"}}), "ids that meta.pkl lacks (index 7 is out")])
+    (pickle.dumps({"itos": {0: "a", 1: "b"}}), "ids that meta.pkl lacks (index 7 is out"),
+    # Characters, which are not taken for GPT-2's tokens
+    (None, "no meta.pkl that names them")])
 def test_another_meta_pkl_is_refused_and_runs_nothing(tmp_path, content, words):
     save_as_nanogpt(tmp_path / "x", PLAY.read_text(), None, lambda part: [7] * len(part))
-    (tmp_path / "x" / "meta.pkl").write_bytes(content)
+    if content is not None:
+        (tmp_path / "x" / "meta.pkl").write_bytes(content)
     assert words in error_of("x", "--adopt", f"--data_dir={tmp_path}")
     assert not (tmp_path / "x" / "meta.json").exists()

