@@ -36,7 +36,7 @@ RULE = "---------------"
 class SampleConfig:
     init_from: PathName = "resume"  # resume: the run in out_dir; or gpt2, gpt2-xl ..., or a path
     out_dir: PathName = "out"       # the run's folder, with best.pt, last.pt or ckpt.pt
-    dataset: str = ""               # whose tokens to use, for weights that do not say
+    dataset: str = ""               # whose tokenizer to use, for weights that name none
     data_dir: PathName = "data"     # where data sets are
     start: str = "\n"               # prompt (\n ends a line), FILE:prompt.txt, or - for stdin
     interactive: bool = False       # each line of standard input is a prompt, until Ctrl-D
@@ -50,12 +50,12 @@ class SampleConfig:
     seed: int = 1337                # the same seed gives the same texts
     device: str = "auto"            # auto (cuda, else mps, else cpu), or cpu, cuda, cuda:1, mps
     dtype: str = "auto"             # auto, float32, bfloat16, float16
-    compile: bool | str = "auto"    # True: compile the model first; auto: don't
+    compile: bool = False           # compile the model first
 
     def __post_init__(self):
         check(self, least=dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0,
                                stop_token=-1, seed=0),
-              choices=dict(dtype=["auto", *DTYPES], compile=[True, False, "auto"]))
+              choices=dict(dtype=["auto", *DTYPES]))
         if not 0 < self.top_p <= 1:
             fail(f"top_p={self.top_p}: it must be above 0 and at most 1")
         if self.interactive and self.start != SampleConfig.start:
@@ -64,8 +64,8 @@ class SampleConfig:
 
 def read_prompt(start, tokenizer):
     """
-    The prompt: start itself, the text of FILE:path, or standard input for -. If no token is a new
-    line, which is the default, a space or the first character.
+    The prompt: start itself, the text of FILE:path, or standard input for -. If the alphabet lacks
+    the default, a new line, it is a space or the alphabet's first character.
     """
     if start == "\n" and tokenizer.bpe is None:
         alphabet = tokenizer.spec["alphabet"]
@@ -181,7 +181,7 @@ def main(argv=None):
     model = build_model(ModelConfig(**weights["model_config"]), weights).eval()
     dtype = pick_sampling_dtype(cfg.dtype, device, model.num_params())
     model.to(device, getattr(torch, dtype))
-    if cfg.compile is True:
+    if cfg.compile:
         model.compile()
     tokenizer = find_tokenizer(weights, cfg)
     if cfg.stop_token >= tokenizer.vocab_size:

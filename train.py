@@ -53,19 +53,19 @@ class TrainConfig(ModelConfig):
     optimizer: str = "adamw"                 # adamw, or muon: Muon on the blocks' matrices
     learning_rate: float = 6e-4              # the highest, reached after warm-up
     weight_decay: float = 1e-1               # on matrices and embeddings, never on vectors
-    embedding_lr: float = 1.0                # of the embeddings, in learning_rates
-    bank_lr: float = 32.0                    # of the banks' tables, in learning_rates
+    embedding_lr: float = 1.0                # times learning_rate: the embeddings' rate
+    bank_lr: float = 32.0                    # times learning_rate: the rate of banks' tables
     momentum: float = 0.95                   # Muon
     beta1: float = 0.9                       # AdamW
     beta2: float = 0.95                      # AdamW
-    grad_clip: float = 1.0                   # gradient clipping: its largest norm; 0: no clipping
+    grad_clip: float = 1.0                   # clip the gradient's norm to this; 0: no clipping
     decay_lr: bool = True                    # warm-up, then a cosine down to min_lr
     warmup_iters: int = 2000                 # steps of linear warm-up
     lr_decay_iters: int = 600000             # the step at which min_lr is reached
     min_lr: float = 6e-5                     # the schedule's end; usually learning_rate / 10
     eval_interval: int = 2000                # steps between evaluations, each followed by a save
     eval_iters: int = 200                    # batches per evaluation, evenly over each split
-    eval_tokens: int = 0                     # or tokens per evaluation, whatever the batch_size
+    eval_tokens: int = 0                     # instead of eval_iters: tokens per evaluation; 0: off
     eval_train: bool = True                  # evaluate on the train split, too
     eval_only: bool = False                  # evaluate once and stop
     patience: int = 0                        # stop after N evaluations without a better one; 0: no
@@ -223,8 +223,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
     meta = data["meta"]
     known = checkpoint or weights or meta
     # If the weights' tokenizer is only a guess, the data set's is used. Padding adds up to 63 rows.
-    gives_way = known.get("assumed") and 0 <= cfg.vocab_size - meta["vocab_size"] < 64
-    if known["tokenizer"] and not gives_way \
+    may_differ = known.get("assumed") and 0 <= cfg.vocab_size - meta["vocab_size"] < 64
+    if known["tokenizer"] and not may_differ \
             and not same_tokenizer(known["tokenizer"], meta["tokenizer"]):
         fail(f"dataset={cfg.dataset!r} was made with another tokenizer than the checkpoint: its "
              f"ids stand for other text")
@@ -235,7 +235,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
     # -- rank 0 decides for all, and a resumed run keeps what was decided
     flops, setting = sketch.flops_per_token(), cfg.compile
     batch_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    first_step, last_step = step, step if cfg.eval_only else cfg.max_iters
+    first_step = step
+    last_step = step if cfg.eval_only else cfg.max_iters
     dtype = machine.pick_dtype(cfg.dtype, device, cfg.n_embd)
     is_compiled = machine.pick_compile(setting, device, flops * batch_tokens * (last_step - step))
     cfg = change(cfg, **machine.from_all({"dtype": dtype, "compile": is_compiled})[0])
@@ -244,7 +245,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
         f"{', compiled' if cfg.compile else ''}; {cfg.dataset}: {len(data['train']):,} + "
         f"{len(data['val']):,} tokens")
     if cfg.dry_run:
-        # One micro-batch per step is enough to time it
+        # One micro-batch per step is enough to time it, and with the optimizer a little too much
         cfg = change(cfg, gradient_accumulation_steps=WORLD, log_interval=9)
         batch_tokens, last_step = WORLD * cfg.batch_size * cfg.block_size, step + 10
     measured_on = {"data": meta["sha256"]["val"], "windows": count_windows(data["val"], cfg),
@@ -431,7 +432,7 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
 
 
 def read_start(given):
-    """(cfg, checkpoint, weights) of the run: from scratch, on from its checkpoint, or weights."""
+    """(cfg, checkpoint, weights): a run starts from scratch, a checkpoint, or weights."""
     init_from = given.get("init_from", TrainConfig.init_from)
     if init_from == "auto":
         last = Path(given.get("out_dir", TrainConfig.out_dir), "last.pt")
@@ -461,9 +462,9 @@ def tell_end(cfg, device, done):
     if cfg.dry_run and not stopped:
         tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
         seconds = tokens / done["tokens_per_s"]
-        say(f"dry run: {seconds:.3g} s a step, {tqdm.format_interval(seconds * cfg.max_iters)} for "
-            f"{cfg.max_iters} steps without evaluations, {machine.peak_memory(device):.2f} GB; "
-            f"nothing was written")
+        say(f"dry run: at most {seconds:.3g} s a step, "
+            f"{tqdm.format_interval(seconds * cfg.max_iters)} for {cfg.max_iters} steps without "
+            f"evaluations, {machine.peak_memory(device):.2f} GB; nothing was written")
     elif stopped and step == 0:
         say("stopped before the first step: nothing was saved")
     elif not cfg.eval_only and not cfg.dry_run:
@@ -488,9 +489,9 @@ def main(argv=None):
     with ExitStack() as held:
         # Lock the folder, then look. A job that was queued again may meet the end of the old one.
         writes = RANK == 0 and not given.get("eval_only") and not given.get("dry_run")
-        patience = {"auto": 30, "resume": 0}.get(given.get("init_from"))
-        if writes and patience is not None and out_dir.exists():
-            held.enter_context(only_writer(out_dir, patience))
+        wait_s = {"auto": 30, "resume": 0}.get(given.get("init_from"))
+        if writes and wait_s is not None and out_dir.exists():
+            held.enter_context(only_writer(out_dir, wait_s))
         cfg, checkpoint, weights = read_start(given)
         if cfg.decay_lr and not cfg.eval_only and cfg.max_iters != cfg.lr_decay_iters:
             say(f"max_iters={cfg.max_iters} and lr_decay_iters={cfg.lr_decay_iters} differ, so the "
@@ -501,6 +502,10 @@ def main(argv=None):
                 f"--block_size={cfg.block_size} or the size of the model")
         group, memory = machine.process_group(device, cfg.backend), machine.naming_memory(hint)
         with group, memory, Stop() as stop:
+            step = checkpoint["step"] if checkpoint else 0
+            if machine.from_all(step)[0] != step:
+                # Rank 0 has waited for the last save of the old job, and this process has not
+                cfg, checkpoint, weights = read_start(given)
             done = train(cfg, device, stop, checkpoint, weights)
     tell_end(cfg, device, done)
     if done["stopped"]:

@@ -37,9 +37,7 @@ class SeveralHeads(DynamicValueAttention):
 
 
 class HeadsBlock(DVABlock):
-    def __init__(self, config, layer):
-        super().__init__(config, layer)
-        self.attn = SeveralHeads(config, layer)
+    attention = SeveralHeads
 
 
 def first(config, layer):

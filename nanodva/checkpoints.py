@@ -14,7 +14,7 @@ import torch
 
 from model import ModelConfig
 from nanodva.errors import UserError, fail, naming_file, replacing
-from nanodva.machine import say
+from nanodva.machine import naming_memory, say
 from nanodva.settings import build
 
 FORMAT = 4
@@ -39,7 +39,10 @@ def load_file(path):
         # torch.load does not compare the checksums. Files older than torch 1.6 have none.
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
         if not damaged:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with naming_memory("use a machine with more"):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except (FileNotFoundError, PermissionError) as error:
         fail(f"cannot read {path}: {error.strerror}; name another")
     except Exception as error:
@@ -81,7 +84,7 @@ def resume(cls, given):
              f"cannot be resumed")
     # The run may have been moved: it goes on where it was found
     saved = checkpoint["config"] | {"overwrite": False, "eval_only": False, "init_from": "resume",
-                                    "out_dir": str(out_dir)}
+                                    "out_dir": given.get("out_dir", cls.out_dir)}
     removed = saved.keys() - {field.name for field in fields(cls)}
     if removed:
         fail(f"{out_dir}/last.pt is of another version of train.py, which had the settings "
@@ -135,11 +138,11 @@ class RunFolder:
                          buffering=1)
 
     def keep_metrics(self, checkpoint):
-        """Leave in metrics.jsonl the records of what the checkpoint's state has been through."""
+        """Keep in metrics.jsonl only the records up to the checkpoint's step."""
         if self.aside.exists():
             header = self.aside.read_bytes().partition(b"\n")[0]
             if f'"started": {json.dumps(checkpoint["started"])}'.encode() in header:
-                # The run was killed between its first save and this
+                # The run was killed between its first save and renaming its metrics
                 os.replace(self.aside, self.metrics)
             else:
                 say(f"a newer run in {self.path} was killed before its first save, so this "
@@ -150,7 +153,7 @@ class RunFolder:
             with naming_file("read", self.metrics, "move it away, and resume"):
                 old = self.metrics.read_bytes()
         try:
-            # A kill may have cut the last line, after the last line's end
+            # A kill may have left half a line at the end: ignore it
             for line in old[:old.rfind(b"\n") + 1].splitlines(keepends=True):
                 record = json.loads(line)
                 was_evaluated = "val_loss" in record and record["step"] == checkpoint["evaluated"]

@@ -74,7 +74,7 @@ def naming_file(action, path, fix):
     except (OSError, RuntimeError) as error:
         # torch.save puts an error of its own around the disk's
         reason = error if isinstance(error, OSError) else error.__context__
-        # An open file's error names no file; others path, a folder above it, or replacing()'s .tmp
+        # An open file's error names no file; others name path, its .tmp or a folder above it
         named = getattr(reason, "filename", None) or ""
         if not isinstance(reason, OSError) or not f"{path}.tmp".startswith(str(named)):
             raise

@@ -257,10 +257,9 @@ class Stop:
         self.signal = self.signal or number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if RANK == 0:
-            # The terminal may have been closed
+            # The terminal may have been closed; print() would fail inside another print()
             with contextlib.suppress(OSError):
-                print("\nfinishing the step; Ctrl-C again stops at once", file=sys.stderr,
-                      flush=True)
+                os.write(2, b"\nfinishing the step; Ctrl-C again stops at once\n")
 
     def agreed(self, step):
         """

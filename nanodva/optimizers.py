@@ -7,8 +7,8 @@ import math
 import torch
 from torch.optim.adamw import adamw
 
-# The banks' optimizer as their authors set it (arXiv 2606.02780). A row's token is rare; slow
-# moving averages keep updating the row after the token was seen. gamma has the highest rate.
+# The banks' optimizer as their authors set it (arXiv 2606.02780). A token is rare, and so are its
+# row's gradients: their first moving average is short, the second one long.
 TABLE = dict(betas=(0.8, 0.995), eps=1e-10, weight_decay=0.01)
 GAMMA = dict(betas=(0.96, 0.95), eps=1e-10, weight_decay=0.0, lr_multiple=25.0)
 
@@ -88,12 +88,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
     AdamW (arXiv 1711.05101) is torch's fused one. Muon (Keller Jordan et al. 2024,
     kellerjordan.github.io/posts/muon) applies momentum whose singular values are brought near 1,
-    to matrices alone: of a weight (rows, ...) with more dimensions, all but the first are one. Its
-    step is scaled to the size of AdamW's, so one learning rate serves both (arXiv 2502.16982). The
-    numbers are those of torch.optim.Muon, which takes one matrix at a time. Here all matrices of
-    one shape are multiplied together, in the type dtype: a quarter to two thirds of its time for
-    models up to 384 wide. A CPU without instructions for bfloat16 needs a hundred times as long
-    for it as for float32.
+    to matrices alone; weights of more dimensions are flattened to (rows, columns). Its step is
+    scaled to the size of AdamW's, so one learning rate serves both (arXiv 2502.16982). The numbers
+    are those of torch.optim.Muon, which takes one matrix at a time. Here all matrices of one shape
+    are multiplied together, in the type dtype: a quarter to two thirds of torch.optim.Muon's time
+    for models up to 384 wide.
     """
 
     def __init__(self, groups):

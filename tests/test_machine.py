@@ -281,7 +281,7 @@ def test_too_much_memory_is_one_line_and_other_errors_keep_their_traceback():
 
 # ---- signals -------------------------------------------------------------------------------------
 
-def test_stop_keeps_the_first_signal_and_gives_the_handlers_back(capsys):
+def test_stop_keeps_the_first_signal_and_gives_the_handlers_back(capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match="a block's mistake"), Stop() as stop:
         assert stop.signal == 0
@@ -292,4 +292,4 @@ def test_stop_keeps_the_first_signal_and_gives_the_handlers_back(capsys):
         # What breaks after a signal is not called a stop
         raise RuntimeError("a block's mistake")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert capsys.readouterr().err == "\nfinishing the step; Ctrl-C again stops at once\n"
+    assert capfd.readouterr().err == "\nfinishing the step; Ctrl-C again stops at once\n"

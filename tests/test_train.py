@@ -245,7 +245,7 @@ def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(run, finished, 
     status, out = run(dry_run=True, max_iters=36_000_000, **changes)
     assert status == 0 and contents(tmp_path / "out") == finished
     [seconds, hours, minutes, rest, steps] = re.search(
-        r"dry run: (\S+) s a step, (\d+):(\d\d):(\d\d) for (\d+) steps", out).groups()
+        r"dry run: at most (\S+) s a step, (\d+):(\d\d):(\d\d) for (\d+) steps", out).groups()
     expected = 36_000_000 * float(seconds)
     assert int(hours) * 3600 + int(minutes) * 60 + int(rest) == pytest.approx(expected, rel=0.01)
     assert "0.01 M parameters" in out and " GB" in out and "loss" in out
