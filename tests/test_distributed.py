@@ -1,5 +1,6 @@
 """torchrun on the real script: many processes do what one does, and one that fails ends them."""
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -109,6 +110,24 @@ def test_two_machines_survive_a_killed_process(arguments, tmp_path):
         assert ("at step 5" in out) == (name == "killed") and "done: step 12" in out
     assert records(tmp_path / "killed")[0]["world_size"] == 4
     assert runs_differ(tmp_path / "killed", tmp_path / "straight") == 0
+
+
+LATE = """
+original, reads = train.read_start, []
+def late(given):
+    reads.append(given)
+    is_early = os.environ["RANK"] == "1" and len(reads) == 1
+    return original(given | {"init_from": "scratch"} if is_early else given)
+train.read_start = late"""
+
+
+@pytest.mark.slow
+def test_a_process_that_looked_before_the_old_job_ended_looks_again(arguments, trained, tmp_path):
+    """Process 0 alone waits for the lock of a job whose place this one takes."""
+    shutil.copytree(trained, tmp_path / "out")
+    argv = arguments(init_from="auto", max_iters=14, gradient_accumulation_steps=2)
+    out, err = torchrun(tmp_path, LATE, argv, ["--standalone"]).communicate(timeout=100)
+    assert "done: step 14" in out, err
 
 
 FAILING = """

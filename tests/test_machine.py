@@ -186,7 +186,8 @@ def test_heads_that_share_a_query_share_its_memory(monkeypatch):
     ((1, 40, 40, 64, 768), 0, "heads"), ((1, 40, 40, 64, 768), 0.1, "explicit"),
     ((1, 1, 40, 64, 768), 0, "heads"), ((1, 8, 40, 64, 768), 0, "explicit"),
     ((1, 40, 40, 64, 100), 0, "explicit"), ((2, 40, 40, 64, 768), 0, "explicit"),
-    ((12, 40, 40, 64, 64), 0.1, "kernel"), ((2, 40, 40, 320, 320), 0, "explicit")])
+    ((12, 40, 40, 64, 64), 0.1, "kernel"), ((2, 40, 40, 320, 320), 0, "explicit"),
+    ((1, 40, 40, 320, 320), 0, "explicit")])
 def test_a_gpu_gets_a_fused_kernel_if_one_fits(monkeypatch, shape, dropout, chosen):
     """On tensors that only claim to be on a GPU: the choice is tested, not the kernels."""
     calls = []
