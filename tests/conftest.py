@@ -11,6 +11,7 @@ import lzma
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -281,6 +282,16 @@ def losses(monkeypatch):
     return losses
 
 
+@contextmanager
+def full_disk():
+    """A with block in which fill(bytes) is a full disk: from then on no file grows beyond that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def send(number):
     """An action for at_step: this process gets the signal `number`."""
     return lambda: signal.raise_signal(number)
@@ -304,13 +315,6 @@ def comparable(out_dir):
     measured = ("elapsed_s", "tokens_per_s", "peak_gb")
     return [{name: value for name, value in record.items() if name not in measured}
             for record in records(out_dir) if "config" not in record]
-
-
-def without_evaluation_at(step, out_dir):
-    """Cut one record out of the metrics: of the end of a run that later got more steps."""
-    lines = Path(out_dir, "metrics.jsonl").read_text().splitlines(keepends=True)
-    [one] = [line for line in lines if f'"step": {step},' in line and "val_loss" in line]
-    Path(out_dir, "metrics.jsonl").write_text("".join(line for line in lines if line != one))
 
 
 def largest_difference(a, b):

@@ -1,7 +1,6 @@
 """errors.py: what every script prints, how it ends, and files that are written whole."""
 import errno
 import os
-import resource
 import runpy
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, message_of, python
+from conftest import ROOT, full_disk, message_of, python
 
 from nanodva.errors import UserError, fail, naming_file, replacing, run_script
 
@@ -105,17 +104,12 @@ def test_what_the_disk_refuses_names_the_file_and_the_fix(action, path, use, rea
                                    lambda file: torch.save(torch.zeros(5000), file)])
 @pytest.mark.parametrize("before", [None, b"old"])
 def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, write, before):
-    """A limit on the size of a file stands for the full disk."""
     path = tmp_path / "a  b.pt"
     if before:
         path.write_bytes(before)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        with pytest.raises(UserError) as caught, replacing(path) as file:
-            write(file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk() as fill, pytest.raises(UserError) as caught, replacing(path) as file:
+        fill(10_000)
+        write(file)
     fix = "what it held before is untouched" if before else "name another place"
     assert str(caught.value) == f"cannot write {path}: {os.strerror(errno.EFBIG)}; {fix}"
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] \

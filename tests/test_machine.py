@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, refused, runs_differ, shaken, tiny, tokens, without_evaluation_at
+from conftest import KINDS, refused, runs_differ, shaken, tiny, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import Cache, attend, attend_in_heads, explicit_attention
@@ -120,9 +120,9 @@ def test_logits_with_a_cache_are_those_without(name, kind, dtype):
 def test_a_run_trains_saves_resumes_and_samples(run, texts, tmp_path, name, dtype):
     settings = dict(device=name, dtype=dtype, block="dva", bank_layers=1, optimizer="muon")
     run("straight", **settings)
-    run("parts", max_iters=6, **settings)
+    # An evaluation is due at this step, so the longer run has it, too
+    run("parts", max_iters=5, **settings)
     run("parts", init_from="resume", max_iters=12)
-    without_evaluation_at(6, tmp_path / "parts")
     # A GPU may add up in another order
     allowed = 0 if name == "cpu" else 1e-2
     assert runs_differ(tmp_path / "straight", tmp_path / "parts") <= allowed
@@ -150,7 +150,8 @@ def both_ways(function, q, k, v, upstream, *width):
 
 @each_device
 @pytest.mark.parametrize("dtype, allowed", [(torch.float64, 1e-13), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("D, backend", [(64, None), (64, "aot_eager"), (32, None), (256, None)])
+@pytest.mark.parametrize("D, backend", [
+    (64, None), (32, None), (256, None), pytest.param(64, "aot_eager", marks=pytest.mark.slow)])
 def test_a_value_in_heads_is_mixed_as_the_whole(name, dtype, allowed, backend, D):
     inputs = wide_inputs(1, D, dtype, name)
     in_heads = attend_in_heads

@@ -7,19 +7,10 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
-from conftest import (
-    ROOT,
-    TINY,
-    comparable,
-    contents,
-    records,
-    refused,
-    runs_differ,
-    send,
-    without_evaluation_at,
-)
+from conftest import ROOT, TINY, comparable, contents, records, refused, runs_differ, send
 
 import prepare_data
 import train
@@ -49,10 +40,10 @@ def test_resume_is_exact(run, tmp_path, at_step, block, banks, optimizer, dtype)
 
 
 def test_resume_with_more_steps(run, trained, tmp_path):
-    run("parts", max_iters=7)
+    # An evaluation is due at this step, so the longer run has it, too
+    run("parts", max_iters=5)
     status, out = run("parts", init_from="resume", max_iters=12)
-    assert status == 0 and "at step 7, max_iters=12 (was 7)\n" in out
-    without_evaluation_at(7, tmp_path / "parts")
+    assert status == 0 and "at step 5, max_iters=12 (was 5)\n" in out
     assert runs_differ(trained, tmp_path / "parts") == 0
     out = run("parts", init_from="resume", max_iters=14)[1]
     assert "max_iters=14 and lr_decay_iters=12 differ" in out and "--lr_decay_iters=14" in out
@@ -64,13 +55,11 @@ def test_a_signal_in_the_last_step_loses_no_evaluation(run, trained, tmp_path, a
     assert runs_differ(trained, tmp_path / "out") == 0
 
 
-@pytest.mark.parametrize("function", ["learning_rate", "seed_dropout"])
-def test_a_stop_does_not_lose_the_best_model_at_its_step(run, tmp_path, at_step, losses, function):
+@pytest.mark.parametrize("step, function", [(4, "seed_dropout"), (5, "learning_rate")])
+def test_a_stop_does_not_lose_the_best_model_at_its_step(run, tmp_path, at_step, losses, step,
+                                                         function):
     """Stopped at step 5 before its evaluation or during it, which is the best; then come worse."""
-    if function == "seed_dropout":
-        at_step(4, send(signal.SIGTERM))
-    else:
-        at_step(5, send(signal.SIGTERM), function="learning_rate")
+    at_step(step, send(signal.SIGTERM), function)
     assert run()[0] == 143
     losses(2, 3, 4)
     run(init_from="resume")
@@ -135,49 +124,41 @@ def test_resume_with_other_settings_says_so_and_means_it(run, finished, tmp_path
     assert steps == list(range(14))
 
 
-@pytest.mark.parametrize("before, after", [
-    (dict(max_iters=25, eval_interval=10), dict(max_iters=35)),
-    (dict(max_iters=12), dict(max_iters=20, batch_size=8)),
-    (dict(max_iters=12), dict(max_iters=20, gradient_accumulation_steps=6, eval_interval=3)),
-    (dict(max_iters=12, log_interval=5), dict(max_iters=20, log_interval=1, eval_train=False)),
-    (dict(max_iters=12), dict(max_iters=20, eval_iters=3, dtype="bfloat16", eval_interval=4))],
-    ids=str)
-def test_every_number_in_the_metrics_stays_right(run, tmp_path, before, after):
+@pytest.mark.parametrize("before, after, evaluated", [
+    (dict(max_iters=25, eval_interval=10), dict(max_iters=35), [30, 35]),
+    (dict(max_iters=12), dict(max_iters=20, gradient_accumulation_steps=6, eval_interval=3),
+     [15, 18, 20]),
+    (dict(max_iters=12, log_interval=5), dict(max_iters=20, log_interval=1, eval_train=False),
+     [15, 20]),
+    # Step 12 is evaluated again, on other windows
+    (dict(max_iters=12), dict(max_iters=16, batch_size=8, dtype="bfloat16", eval_interval=4),
+     [12, 16])], ids=str)
+def test_every_number_in_the_metrics_stays_right(run, tmp_path, before, after, evaluated):
     """Of the time before a resume and of the time after it, whatever has changed."""
-    shape = dict(lr_decay_iters=40, dropout=0)
-    run(**shape | before)
+    run(lr_decay_iters=40, dropout=0, **before)
     first = comparable(tmp_path / "out")
     run(init_from="resume", **after)
     lines = comparable(tmp_path / "out")
     assert lines[:len(first)] == first
+    assert [line["step"] for line in lines[len(first):] if "val_loss" in line] == evaluated
     # The tokens are those that were read
     a, b = (TINY | change for change in (before, before | after))
     a, b = (16 * c["batch_size"] * c["gradient_accumulation_steps"] for c in (a, b))
     end = before["max_iters"]
     for line in lines:
-        step = line["step"]
-        assert line["tokens"] == min(step, end) * a + max(0, step - end) * b
-    evaluated = [line["step"] for line in lines[len(first):] if "val_loss" in line]
-    interval = (TINY | before | after)["eval_interval"]
-    again = end % interval == 0 and {"eval_iters", "batch_size"} & after.keys()
-    assert evaluated == [step for step in range(end, after["max_iters"] + 1)
-                         if (step > end or again)
-                         and (step % interval == 0 or step == after["max_iters"])]
+        assert line["tokens"] == min(line["step"], end) * a + max(0, line["step"] - end) * b
 
 
 def test_resume_in_another_place_with_a_preset(trained, tmp_path, monkeypatch):
     """out_dir counts wherever it is given; min_lr fits this learning_rate, and not the default."""
-    shutil.copytree(trained, tmp_path / "moved")
-    before = contents(trained)
-    (tmp_path / "more.py").write_text(f"out_dir = {str(tmp_path / 'moved')!r}\nmax_iters = 13\n"
-                                      "min_lr = 2e-3\n")
-    train.main([str(tmp_path / "more.py"), "--init_from=resume"])
-    assert load_checkpoint(tmp_path / "moved" / "last.pt")["step"] == 13
-    # The default is a place, too
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained, "out")
-    train.main(["--init_from=resume", "--max_iters=13"])
-    assert load_checkpoint("out/last.pt")["step"] == 13
+    before = contents(trained)
+    Path("more.py").write_text("out_dir = 'moved'\nmax_iters = 13\nmin_lr = 2e-3\n")
+    # The default is a place, too
+    for folder, preset in (("moved", ["more.py"]), ("out", ["--max_iters=13"])):
+        shutil.copytree(trained, folder)
+        train.main([*preset, "--init_from=resume"])
+        assert load_checkpoint(f"{folder}/last.pt")["step"] == 13
     assert contents(trained) == before
 
 
@@ -200,11 +181,11 @@ def test_a_best_loss_counts_on_the_data_it_was_measured_on(run, finished, data_d
     assert load_checkpoint(kept)["best_val_loss"] == before["best_val_loss"]
 
 
-@pytest.mark.parametrize("change", [dict(eval_iters=3), dict(dtype="bfloat16")])
-def test_a_best_loss_counts_for_its_windows_and_its_dtype(run, finished, tmp_path, change):
-    out = run(init_from="resume", max_iters=13)[1]
-    assert "the best starts again" not in out and "on other text" not in out
-    assert "the best starts again" in run(init_from="resume", max_iters=14, **change)[1]
+def test_a_best_loss_counts_for_its_windows_and_its_dtype(run, finished):
+    for steps, change, again in ((13, {}, False), (14, dict(eval_iters=3), True),
+                                 (15, dict(dtype="bfloat16"), True)):
+        out = run(init_from="resume", max_iters=steps, **change)[1]
+        assert ("the best starts again" in out) == again and "on other text" not in out
 
 
 def test_a_run_in_float16_can_leave_it_and_come_back(run, tmp_path):
@@ -262,12 +243,6 @@ def test_where_nothing_can_be_resumed_nothing_is_made(run, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_the_weights_of_a_run_of_version_3_can_be_trained_on(run, finished, tmp_path):
-    path = tmp_path / "out" / "best.pt"
-    save(load_checkpoint(path) | {"format": 3}, path)
-    assert run("new", init_from=tmp_path / "out", max_iters=1)[0] == 0
-
-
 def test_a_run_of_before_a_setting_existed_goes_on(run, finished, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
     del checkpoint["config"]["patience"], checkpoint["config"]["value_norm"]
@@ -291,13 +266,19 @@ def test_a_best_that_is_not_the_runs_own_does_not_count(run, finished, tmp_path,
     assert load_checkpoint(best)["best_val_loss"] == loss and f"best val loss {loss:.4f}" in out
 
 
-def test_a_cut_last_line_of_the_metrics_is_dropped_and_other_damage_is_named(run, finished,
-                                                                             tmp_path):
+def test_damaged_metrics(run, finished, tmp_path):
+    """A kill may cut the last line, and those of a run that was to begin are not needed."""
     metrics = tmp_path / "out" / "metrics.jsonl"
-    metrics.write_bytes(metrics.read_bytes() + b'{"step": 12, "loss')
-    run(init_from="resume", max_iters=13)
+    for rest in (b"x", b"[]\n", b'{"started": 1}\n{"step'):
+        metrics.write_bytes(metrics.read_bytes() + b'{"step": 12, "loss')
+        (tmp_path / "out" / "metrics.jsonl.new").write_bytes(rest)
+        run(init_from="resume", max_iters=13)
     steps = [record["step"] for record in records(tmp_path / "out") if "train_loss" in record]
     assert steps == list(range(13))
     metrics.write_bytes(b"\0" * 100 + b"\n")
     with refused("metrics.jsonl is damaged"):
+        run(init_from="resume", max_iters=14)
+    metrics.unlink()
+    metrics.mkdir()
+    with refused("cannot read", "metrics.jsonl", "move it away"):
         run(init_from="resume", max_iters=14)

@@ -3,7 +3,7 @@ import contextlib
 import io
 import re
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from nanodva.errors import UserError
 from nanodva.settings import PathName, build, load_settings, read_settings
 from prepare_data import PrepareConfig
 from sample import SampleConfig
+from tools import race
 from tools.convert import ConvertConfig
 from tools.explain import ExplainConfig
 from tools.race import RaceConfig
@@ -177,40 +178,24 @@ def test_a_wrong_preset_is_named_and_never_executed(preset, tmp_path, text, word
     assert not harm.exists()
 
 
-# ---- help, and tools -----------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("cls, main", [(TrainConfig, train.main), (SampleConfig, sample.main),
-                                       (PrepareConfig, prepare_data.main)])
-def test_help_lists_every_setting_with_its_meaning(cls, main, capsys):
+@pytest.mark.parametrize("cls, main, without", [
+    (TrainConfig, train.main, ()), (SampleConfig, sample.main, ()),
+    (PrepareConfig, prepare_data.main, ()), (RaceConfig, race.main, race.DECIDED)])
+def test_help_lists_every_setting_with_its_meaning(cls, main, without, capsys):
     status, out = ending_of(main, ["--help"], capsys)
     assert status == 0
+    found = {name: (shown, kind) for name, shown, kind in re.findall(
+        r"^  --(\w+)=(.*?) +(int|float|bool|str|path|text) +\S.{3,}$", out, re.M)}
+    assert found.keys() == {setting.name for setting in fields(cls)} - set(without)
     for setting in fields(cls):
-        [(shown, kind)] = re.findall(
-            rf"^  --{setting.name}=(.*?) +(int|float|bool|str|path|text) +\S.{{3,}}$", out, re.M)
-        is_text = setting.type in (str, PathName)
-        assert shown == (repr(setting.default) if is_text else str(setting.default))
-        assert kind == getattr(setting.type, "__name__", "text")
-
-
-@dataclass
-class Inner:
-    size: int = 1       # a size
-    seed: int = 2       # a seed
-
-
-@dataclass
-class Outer(Inner):
-    size: int = 3       # another size
-
-
-def test_a_tool_inherits_settings_but_for_those_that_it_decides_itself(capsys):
-    assert asdict(load_settings(Outer, ["--seed=5"])) == {"size": 3, "seed": 5}
-    with refused("seed on the command line: this tool decides it"):
-        read_settings(Outer, ["--seed=3"], without={"seed"})
-    with pytest.raises(SystemExit):
-        read_settings(Outer, ["--help"], without={"seed"})
-    out = capsys.readouterr().out
-    assert re.search("--size=3 .* another size", out) and "--seed" not in out
+        if setting.name not in without:
+            is_text = setting.type in (str, PathName)
+            default = repr(setting.default) if is_text else str(setting.default)
+            assert found[setting.name] == (default, getattr(setting.type, "__name__", "text"))
+    # A tool may declare a setting again
+    assert ("chooses the settings" in out) == (cls is RaceConfig)
 
 
 # ---- hundreds of command lines that nobody would write -------------------------------------------
