@@ -22,8 +22,8 @@ contenders = (
     + "dva at the rate of dva in equal time=dva:learning_rate=0.012,"
     + "dva of 3 x 40 in equal time=dva:n_layer=3:n_embd=40:match=time,"
     + "dva of as many parameters 6 layers=dva:n_layer=6,"
-    + "gpt2 AdamW=gpt2:optimizer=adamw:learning_rate=3e-3|6e-3|1.2e-2,"
-    + "dva AdamW=dva:optimizer=adamw:learning_rate=3e-3|6e-3|1.2e-2,"
+    + "gpt2 AdamW=gpt2:optimizer=adamw:learning_rate=6e-3|1.2e-2|2.4e-2:warmup=0.1|0.03,"
+    + "dva AdamW=dva:optimizer=adamw:learning_rate=6e-3|1.2e-2|2.4e-2:warmup=0.1|0.03,"
     + "gpt2 bank=gpt2+bank,"
     + "dva bank=dva+bank")
 against = "gpt2 of 1 x 48 in equal time,gpt2 of 1 x 64 in equal time,gpt2 AdamW,gpt2 bank"
