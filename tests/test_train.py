@@ -135,35 +135,25 @@ def test_every_block_trains_saves_and_samples(run, texts, tmp_path, block):
     assert text.startswith("ab") and len(text) == 42
 
 
-class Terminal(io.StringIO):
+@pytest.fixture
+def terminal():
     """A terminal that does not tell its size, as a new pseudo-terminal."""
-
-    def __init__(self):
-        super().__init__()
-        self.descriptor, self.other = os.openpty()
-
-    def isatty(self):
-        return True
-
-    def fileno(self):
-        return self.descriptor
-
-    def close(self):
-        os.close(self.descriptor)
-        os.close(self.other)
-        super().close()
+    ends, stream = os.openpty(), io.StringIO()
+    stream.isatty, stream.fileno = lambda: True, lambda: ends[0]
+    yield stream
+    for end in ends:
+        os.close(end)
 
 
 @pytest.mark.parametrize("err, out", [("terminal", "terminal"), ("terminal", "file"),
                                       ("file", "file")])
-def test_a_terminal_gets_a_bar_with_the_loss_and_a_file_gets_lines(run, tmp_path, monkeypatch,
-                                                                   err, out):
-    with Terminal() as terminal, io.StringIO() as file:
-        kinds = {"terminal": terminal, "file": file}
-        monkeypatch.setattr(sys, "stderr", kinds[err])
-        monkeypatch.setattr(sys, "stdout", kinds[out])
-        run()
-        shown, written = terminal.getvalue(), file.getvalue()
+def test_a_terminal_gets_a_bar_with_the_loss_and_a_file_gets_lines(run, terminal, tmp_path,
+                                                                   monkeypatch, err, out):
+    kinds = {"terminal": terminal, "file": io.StringIO()}
+    monkeypatch.setattr(sys, "stderr", kinds[err])
+    monkeypatch.setattr(sys, "stdout", kinds[out])
+    run()
+    shown, written = (stream.getvalue() for stream in kinds.values())
     losses = [f"loss {record['train_loss']:.4f}" for record in records(tmp_path / "out")
               if "train_loss" in record]
     # Each log line once: in the bar, or as a line of its own
@@ -171,10 +161,8 @@ def test_a_terminal_gets_a_bar_with_the_loss_and_a_file_gets_lines(run, tmp_path
     assert all(f"{loss}, lr" in written for loss in losses) == ("file" == out)
     assert ", lr" not in shown and "step 5: train loss" in (written if out == "file" else shown)
     # Of many processes one shows a bar
-    with Terminal() as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        monkeypatch.setattr(machine, "RANK", 1)
-        assert list(machine.bar(range(3))) == [0, 1, 2] and terminal.getvalue() == ""
+    monkeypatch.setattr(machine, "RANK", 1)
+    assert list(machine.bar(range(3))) == [0, 1, 2] and terminal.getvalue() == shown
 
 
 def test_evaluating_and_logging_never_change_the_training(run, trained, tmp_path):
