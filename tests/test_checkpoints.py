@@ -316,15 +316,11 @@ def test_the_last_step_is_saved_whatever_the_interval(run, tmp_path, steps):
 
 # ---- by the clock --------------------------------------------------------------------------------
 
-@pytest.fixture
-def always_due(monkeypatch):
-    """As if each step took a minute."""
-    monkeypatch.setattr(checkpoints.RunFolder, "is_due", lambda self, interval: interval > 0)
-
-
-def test_a_run_is_saved_by_the_clock_without_an_evaluation(run, tmp_path, at_step, always_due):
+def test_a_run_is_saved_by_the_clock_without_an_evaluation(run, tmp_path, at_step, monkeypatch):
     """A run that is killed before its first evaluation has something, too."""
     seen = []
+    # As if each step took a minute
+    monkeypatch.setattr(checkpoints.RunFolder, "is_due", lambda self, interval: interval > 0)
     for step in (2, 7):
         at_step(step, lambda: seen.append(load_checkpoint(tmp_path / "out" / "last.pt")["step"]))
     run(eval_interval=650)
@@ -340,10 +336,9 @@ def test_a_run_is_saved_by_the_clock_without_an_evaluation(run, tmp_path, at_ste
 @pytest.mark.parametrize("since, took, interval, due", [
     (16, 0.1, 15, True), (14, 0.1, 15, False), (16, 0.4, 15, False), (21, 0.4, 15, True),
     (1e6, 0.1, 0, False)])
-def test_saves_by_the_clock_take_two_percent_of_the_time_at_most(run, tmp_path, since, took,
-                                                                 interval, due):
-    (tmp_path / "out").mkdir()
-    folder = checkpoints.RunFolder(train.TrainConfig(out_dir=str(tmp_path / "out")), None)
+def test_saves_by_the_clock_take_two_percent_of_the_time_at_most(tmp_path, since, took, interval,
+                                                                 due):
+    folder = checkpoints.RunFolder(train.TrainConfig(out_dir=str(tmp_path)), None)
     folder.saved_at, folder.save_s = time.monotonic() - since, took
     assert folder.is_due(interval) == due
 
