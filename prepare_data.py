@@ -15,26 +15,26 @@ The input is a file, a folder or a glob, or several with commas between them; do
 each kind of file is read. A finished data set stays as it is until the new one is complete. The
 same input always gives the same bytes.
 """
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 # Imported first: it reports a missing package in one line
-from nanodva.errors import check_folder, fail, only_writer, run_script
+from nanodva.errors import fail, only_writer, run_script
 
 # isort: split
 import numpy as np
 
-from nanodva import dataset
+from nanodva import dataset, readers
 from nanodva.dataset import SPLITS, read_meta
-from nanodva.readers import END_LINE, characters, open_text, read_parquet, read_plain, read_texts
+from nanodva.readers import END_LINE, characters, open_text
 from nanodva.settings import PathName, check, load_settings
-from nanodva.sources import BUILT_IN, fetched, find_sources, plain, sha256
+from nanodva.sources import BUILT_IN, find_sources, plain
 from nanodva.tokenizer import END_OF_TEXT, Tokenizer, bpe_size, read_tokenizer
 
 OPENWEBTEXT = "hf:Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c"
@@ -52,21 +52,18 @@ class PrepareConfig:
     val_fraction: float = -1.0  # share of val; -1 is 0.1, and for openwebtext nanoGPT's 0.0005
     max_tokens: int = 0        # stop after the document that reaches it; 0 takes everything
     num_proc: int = 0          # threads that encode; by default the number of cores
-    check: bool = False        # prepare nothing: verify sizes, sha256 and ids of what is there
+    check: bool = False        # prepare nothing: verify the sizes and sha256 of what is there
     adopt: bool = False        # prepare nothing: describe nanoGPT's train.bin, val.bin, meta.pkl
     data_dir: PathName = "data"  # where data sets live
 
     def __post_init__(self):
-        sets = f"choose from {', '.join(BUILT_IN)}, or a name of your own with --input=PATH"
-        if not self.name:
-            fail(f"which data set? python prepare_data.py NAME: {sets}")
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            fail(f"name={self.name!r}: use letters, digits, '-', '_' and '.' only, and begin with "
-                 "a letter or a digit; the folder it goes to is --data_dir")
+        is_known = self.name in BUILT_IN or self.input or self.check or self.adopt
+        if not is_known or not re.fullmatch(r"\w[\w.-]*", self.name):
+            fail(f"name={self.name!r}: choose from {', '.join(BUILT_IN)}, or with --input=PATH a "
+                 "name of your own of letters, digits, '-', '_' and '.'; the folder it goes to is "
+                 "--data_dir")
         if self.name == "openwebtext" and not self.input:
             self.input = OPENWEBTEXT
-        if not (self.name in BUILT_IN or self.input or self.check or self.adopt):
-            fail(f"name={self.name!r}: {sets}")
         if self.val_input and (not self.input or self.val_fraction != -1):
             fail(f"val_input={self.val_input!r}: it goes with --input=PATH, the text for train, "
                  "and without --val_fraction")
@@ -77,15 +74,10 @@ class PrepareConfig:
         if self.val_fraction == -1:
             self.val_fraction = 0.0005 if self.name == "openwebtext" else 0.1
         if not 0 < self.val_fraction < 1:
-            fail(f"val_fraction={self.val_fraction}: it must lie between 0 and 1, since train.py "
-                 "needs both splits; --val_input=PATH names texts of your own for val")
+            fail(f"val_fraction={self.val_fraction}: it must lie between 0 and 1; "
+                 "--val_input=PATH names texts of your own for val")
         check(self, least={"max_tokens": 0, "num_proc": 0})
         self.num_proc = self.num_proc or os.cpu_count()
-        try:
-            "".encode(self.encoding or "utf-8")
-        except LookupError:
-            fail(f"encoding={self.encoding!r}: Python knows latin-1, cp1252, utf-16 and many more, "
-                 "but not this one")
 
 
 def find_spec(tokenizer):
@@ -111,15 +103,15 @@ def find_spec(tokenizer):
 
 # ---- what belongs to train, and what to val ------------------------------------------------------
 
-def measure(source, config):
+def measure(path, config):
     """
     (length, is_separated) of one text: how many of its characters max_tokens allows, and whether
     lines that are <|endoftext|> separate documents in them.
     """
-    length, is_separated, before, left = 0, False, "", config.max_tokens or sys.maxsize
+    length, is_separated, before, left = 0, False, "", config.max_tokens or math.inf
     tokenizer = Tokenizer(config.spec) if config.max_tokens and not config.is_char else None
-    with open_text(source, config) as file:
-        for text in whole_words(characters(file)):
+    with open_text(path, config) as file:
+        for text in whole_words(characters(file, left if config.is_char else math.inf)):
             is_separated = is_separated or END_LINE in before + text
             before = text[-len(END_LINE):]
             if tokenizer:
@@ -127,19 +119,16 @@ def measure(source, config):
                 left -= len(ids)
                 # The last token may end inside a character.
                 text = tokenizer.decode(ids).decode(errors="ignore")
-            else:
-                text = text[:left]
-                left -= len(text)
             length += len(text)
             if left == 0:
                 break
     return length, is_separated and not config.is_char
 
 
-def read_single_text(source, config, length):
+def read_single_text(path, config, length):
     """Yield the first `length` characters of one text in pieces: (text, "train"), (text, "val")."""
     boundary = int(length * (1 - config.val_fraction))
-    with open_text(source, config) as file:
+    with open_text(path, config) as file:
         for count, split in [(boundary, "train"), (length - boundary, "val")]:
             for text in whole_words(characters(file, count)):
                 yield text, split
@@ -158,21 +147,21 @@ def whole_words(pieces):
         yield "".join(held)
 
 
-def read_documents(sources, val_sources, config):
-    """Yield each document with its split: (text, "train") or (text, "val"); val_sources first."""
+def read_documents(paths, val_paths, config):
+    """Yield each document with its split: (text, "train") or (text, "val"); val_paths first."""
     import xxhash
     is_plays = config.name in ("plays", "plays_char") and not config.input
-    for position, source in enumerate([*val_sources, *sources]):
+    for position, path in enumerate([*val_paths, *paths]):
         separator, ending = config.separator, ""
         if config.is_char:
             # Characters have no end-of-text. What separates documents in a file stays.
-            ending = separator or ("\n" if source.kind in (".csv", ".tsv") else "")
-        elif source.reader is read_plain:
+            ending = separator or ("\n" if readers.suffix_of(path) in (".csv", ".tsv") else "")
+        elif readers.reader_of(path) is readers.read_plain:
             separator = separator or END_LINE
-        for text in read_texts(fetched(source), config, separator):
+        for text in readers.read_texts(path, config, separator):
             text = plain(text) if is_plays else text
             # A hash rather than a random number: equal documents are in the same split.
-            is_val = position < len(val_sources) if val_sources else \
+            is_val = position < len(val_paths) if val_paths else \
                 xxhash.xxh3_64_intdigest(text.encode()) < config.val_fraction * 2**64
             yield text + ending, "val" if is_val else "train"
 
@@ -189,39 +178,38 @@ def until(max_tokens, documents, counted):
 
 # ---- making a data set ---------------------------------------------------------------------------
 
-def prepare(config, folder, partial):
-    """Make the data set in the folder `partial`, and move it to `folder` when it is complete."""
-    sources, val_sources = find_sources(config, folder)
-    readers = {source.reader for source in [*sources, *val_sources]}
-    for name, default, reader in ("column", "text", read_plain), ("encoding", "", read_parquet):
-        if readers == {reader} and getattr(config, name) != default:
-            fail(f"--{name}={getattr(config, name)!r} means nothing for {sources[0].path}: leave "
-                 "it out")
-    is_single = len(sources) == 1 and sources[0].reader is read_plain and not (
-        val_sources or config.separator or sources[0].path.startswith("hf:"))
+def prepare(config, paths, val_paths, partial):
+    """Make the data set in the folder `partial`."""
+    everything = [*paths, *val_paths]
+    kinds = {readers.reader_of(path) for path in everything}
+    for name, default, kind in [("column", "text", readers.read_plain),
+                                ("encoding", "", readers.read_parquet)]:
+        if kinds == {kind} and getattr(config, name) != default:
+            fail(f"--{name}={getattr(config, name)!r} means nothing for {paths[0]}: leave it out")
+    is_single = len(everything) == 1 and kinds == {readers.read_plain} and not (
+        config.separator or config.input.startswith("hf:"))
     if is_single:
         # A single text is read twice: its length decides where to split it.
-        length, is_separated = measure(sources[0], config)
+        length, is_separated = measure(paths[0], config)
         is_single = not is_separated
 
     max_tokens = 0 if is_single else config.max_tokens
-    counted = ("train",) if val_sources else SPLITS
+    counted = ("train",) if val_paths else SPLITS
 
     def read(doing):
-        documents = read_single_text(sources[0], config, length) if is_single else \
-            read_documents(sources, val_sources, config)
-        return shown(documents, doing)
+        from tqdm import tqdm
+        documents = read_single_text(paths[0], config, length) if is_single else \
+            read_documents(paths, val_paths, config)
+        # A character is a token. What follows may hold others than the alphabet.
+        documents = until(max_tokens, documents, counted) if config.is_char else documents
+        return tqdm(documents, doing, unit=" texts", disable=None)
 
-    if config.is_char:
+    if config.spec == {"kind": "char"}:
         # The ids follow from all characters, so these need a pass of their own.
         alphabet = set()
-        for text, _ in until(max_tokens, read("reading"), counted):
+        for text, _ in read("reading"):
             alphabet.update(text)
-        lacking = alphabet - set(config.spec.setdefault("alphabet", "".join(sorted(alphabet))))
-        if lacking:
-            fail(f"tokenizer={config.tokenizer!r} lacks {len(lacking)} of the characters: "
-                 f"{''.join(sorted(lacking))[:100]!r}; take them out of the text, or train from "
-                 "the start with --tokenizer=char")
+        config.spec["alphabet"] = "".join(sorted(alphabet))
     tokenizer = Tokenizer(config.spec)
     # Each document ends with end-of-text; a single text does not, and characters lack that token.
     has_end = tokenizer.end_of_text is not None and not is_single
@@ -229,67 +217,22 @@ def prepare(config, folder, partial):
     encoded = dataset.encode_all(read("encoding"), tokenizer.spec, config.num_proc, end)
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
     count, marks, first = dataset.write_ids(until(max_tokens, encoded, counted), partial, dtype)
-    if config.separator and count <= len(sources) + len(val_sources):
-        fail(f"--separator={config.separator!r} does not occur in {sources[0].path}")
+    if config.separator and count <= len(everything):
+        fail(f"--separator={config.separator!r} does not occur in {paths[0]}")
     if marks and END_OF_TEXT not in config.separator:
         print(f"{END_OF_TEXT} is {marks:,} times inside the texts, as ordinary tokens: if it ends "
               f"a document there, add --separator='{END_OF_TEXT}'")
-    source = describe(config.name, [*sources, *val_sources])
+    if not is_single and not val_paths:
+        dataset.balance(partial, first, dtype, config.val_fraction, end)
+    names = [path if path.startswith("hf:") else os.path.basename(path) for path in everything]
+    source = {"name": config.name, "files": names[:100]}
     if not is_single:
         source["documents"] = count
-        if not val_sources:
-            partial = dataset.balance(partial, first, dtype, config.val_fraction, end)
     tokens = dataset.write_meta(partial, tokenizer, dtype, source)["tokens"]
     # A model learns from a token and the one after it
     if min(tokens.values()) < 2:
         fail(f"{config.name}: {tokens['train']:,} tokens for train and {tokens['val']:,} for val, "
-             "and each needs at least 2: give more text" +
-             ("" if val_sources else f", or another --val_fraction than {config.val_fraction}"))
-    # meta.json is removed first and written last, so that a half-replaced set is never read.
-    (folder / "meta.json").unlink(missing_ok=True)
-    for name in ("train.bin", "val.bin", "meta.json"):
-        os.replace(partial / name, folder / name)
-
-
-def shown(documents, doing):
-    """The documents, with a bar that counts their characters on a terminal."""
-    from tqdm import tqdm
-    with tqdm(desc=doing, unit=" characters", unit_scale=True, disable=None) as bar:
-        for text, split in documents:
-            bar.update(len(text))
-            yield text, split
-
-
-def describe(name, sources):
-    """What meta.json says about the sources."""
-    paths = [source.path for source in sources]
-    names = [path if path.startswith("hf:") else os.path.basename(path) for path in paths]
-    found = {"name": name, "files": [names[0], "...", names[-1]] if len(names) > 100 else names}
-    if len(paths) == 1 and not paths[0].startswith("hf:"):
-        found["sha256"] = sha256(paths[0])
-    return found
-
-
-@contextmanager
-def workplace(folder):
-    """
-    A new folder inside `folder`, to which no other process writes. It is removed at the end, and so
-    are the folders around it that are new and empty.
-    """
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with only_writer(folder, setting="data_dir"):
-            # A killed process leaves its own
-            for old in folder.glob(".partial-*"):
-                shutil.rmtree(old, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-                yield Path(partial)
-    finally:
-        if created and list(folder.glob("*")) == [folder / "lock"]:
-            (folder / "lock").unlink()
-        for path in created:
-            with suppress(OSError):
-                path.rmdir()
+             "and each needs at least 2: give more text, or another --val_fraction")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -300,22 +243,35 @@ def main(argv=None):
         argv[0] = f"--name={argv[0]}"
     config = load_settings(PrepareConfig, argv)
     folder = Path(config.data_dir) / config.name
-    check_folder("data_dir", folder.parent)
     try:
         if config.adopt:
             dataset.adopt(folder)
         elif not config.check:
-            with workplace(folder) as partial:
-                prepare(config, folder, partial)
+            make(config, folder)
         meta = read_meta(folder, deep=config.check)
     except OSError as error:
         fail(f"{error.filename or config.data_dir}: {error.strerror or error}; choose another "
              "place with --data_dir")
     name = f"{folder} is sound" if config.check else folder
-    documents = meta.get("source", {}).get("documents")
+    documents = meta["source"].get("documents")
     print(f"{name}: {meta['tokens']['train']:,} tokens for train, {meta['tokens']['val']:,} for "
           f"val; {f'{documents:,} documents; ' if documents else ''}{meta['dtype']}, vocabulary "
           f"{meta['vocab_size']:,}")
+
+
+def make(config, folder):
+    """Make the data set in a new folder inside `folder`, and move it there when it is complete."""
+    paths, val_paths = find_sources(config, folder)
+    with only_writer(folder, setting="data_dir"):
+        # A killed process leaves its own
+        for old in folder.glob(".partial-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+            prepare(config, paths, val_paths, Path(partial))
+            # meta.json is removed first and written last, so that a half-replaced set is never read
+            (folder / "meta.json").unlink(missing_ok=True)
+            for name in ("train.bin", "val.bin", "meta.json"):
+                os.replace(Path(partial, name), folder / name)
 
 
 if __name__ == "__main__":

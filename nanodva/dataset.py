@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanodva.errors import check_folder, fail, replacing
+from nanodva.errors import fail, replacing
 from nanodva.readers import PIECE
-from nanodva.sources import BUILT_IN, sha256
+from nanodva.sources import sha256
 from nanodva.tokenizer import END_OF_TEXT, Tokenizer
 
 SPLITS = ("train", "val")
@@ -78,41 +78,35 @@ def balance(folder, first, dtype, val_fraction, end):
     Split a small set again if the documents' hashes have left val empty or far from its share.
 
     `first` is what write_ids() has returned for the folder. The documents of the lowest hashes go
-    to val, and of the next one only its last part; equal documents are treated alike. Returns the
-    folder with the better split.
+    to val, and of the next one only its last part; equal documents are treated alike.
     """
-    tokens, ids, parts, weights = Counter(), {}, [], Counter()
+    tokens, weights, share = Counter(), Counter(), {}
     for split, count in first:
         tokens[split] += count
-    share = tokens["val"] / max(1, tokens.total())
-    if len(first) > FEW or val_fraction / 2 <= share <= 2 * val_fraction and share < 1:
-        return folder
+    found = tokens["val"] / max(1, tokens.total())
+    if len(first) > FEW or val_fraction / 2 <= found <= 2 * val_fraction and found < 1:
+        return
     import xxhash
-    for split in SPLITS:
-        path = folder / f"{split}.bin"
-        ids[split] = np.memmap(path, dtype, "r") if tokens[split] else np.array([], dtype)
+    ids, documents = {split: np.fromfile(folder / f"{split}.bin", dtype) for split in SPLITS}, []
     for split, count in first:
-        parts.append(ids[split][:count])
-        ids[split] = ids[split][count:]
-    hashes = [xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts]
-    for number, part in zip(hashes, parts, strict=True):
-        weights[number] += len(part)
-    wanted, share = val_fraction * tokens.total(), {}
+        document, ids[split] = ids[split][:count], ids[split][count:]
+        number = xxhash.xxh3_64_intdigest(document.tobytes())
+        documents.append((number, document))
+        weights[number] += count
+    wanted = val_fraction * tokens.total()
     for number in sorted(weights):
         share[number] = min(1, wanted / max(1, weights[number]))
         wanted -= share[number] * weights[number]
 
     def halves():
-        for number, part in zip(hashes, parts, strict=True):
-            cut = len(part) - round(share[number] * len(part))
+        for number, document in documents:
+            cut = len(document) - round(share[number] * len(document))
             # The first half of a document ends as a whole one does
-            yield np.append(part[:cut], end if 0 < cut < len(part) else end[:0]), "train", 0
-            yield part[cut:], "val", 0
+            ending = end if 0 < cut < len(document) else end[:0]
+            yield np.append(document[:cut], ending), "train", 0
+            yield document[cut:], "val", 0
 
-    balanced = folder / "balanced"
-    balanced.mkdir()
-    write_ids(halves(), balanced, dtype)
-    return balanced
+    write_ids(halves(), folder, dtype)
 
 
 # ---- meta.json -----------------------------------------------------------------------------------
@@ -142,47 +136,30 @@ def write_meta(folder, tokenizer, dtype, source):
 def read_meta(folder, deep=False):
     """
     The meta.json of a prepared data set as a dict. Raises UserError if a file is missing or has
-    another size than meta.json states; with `deep` also for another sha256 or an impossible id.
+    another size than meta.json states, and with `deep` also for another sha256.
     """
     folder = Path(folder)
-    check_folder("data_dir", folder.parent)
-    command = ["python", "prepare_data.py", folder.name]
-    command += [] if folder.name in BUILT_IN else ["--input=PATH"]
-    command += [] if str(folder.parent) == "data" else [f"--data_dir={folder.parent}"]
-    again = f"run {shlex.join(command)}"
-    for name in ("train.bin", "val.bin", "meta.json"):
-        if not (folder / name).is_file():
-            if name == "meta.json":
-                again += ", or with --adopt if nanoGPT has prepared it"
-            # The whole path, since the user may be in another folder
-            fail(f"no {(folder / name).absolute()}: {again}")
+    command = ["python", "prepare_data.py", folder.name, f"--data_dir={folder.parent}"]
+    again = (f"run {shlex.join(command)}, with --input=PATH for a text of your own, or with "
+             "--adopt for nanoGPT's .bin files")
+    path = folder / "meta.json"
+    if not path.exists():
+        # The whole path, since the user may be in another folder
+        fail(f"no {path.absolute()}: {again}")
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        check_files(folder, meta, deep)
-    except (ValueError, TypeError, KeyError) as error:
+        meta = json.loads(path.read_bytes())
+        if meta["format"] != 1:
+            raise ValueError(f"its format is {meta['format']!r}, this program's is 1")
+        for split, count in meta["tokens"].items():
+            path = folder / f"{split}.bin"
+            if path.stat().st_size != count * np.dtype(meta["dtype"]).itemsize:
+                raise ValueError(f"{path.name} does not hold {count} tokens of {meta['dtype']}")
+            if deep and sha256(path) != meta["sha256"][split]:
+                raise ValueError(f"{path.name} has another sha256")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         fail(f"{folder} is not what its meta.json describes ({type(error).__name__}: {error}): "
              f"{again}")
     return meta
-
-
-def check_files(folder, meta, deep):
-    """Raise ValueError, TypeError or KeyError if the files are not what meta describes."""
-    if meta["format"] != 1:
-        raise ValueError(f"its format is {meta['format']!r}, this program's is 1")
-    if "kind" not in meta["tokenizer"]:
-        raise ValueError("its tokenizer has no kind")
-    dtype, rows = np.dtype(meta["dtype"]), meta["vocab_size"]
-    for split in SPLITS:
-        path, tokens, digest = folder / f"{split}.bin", meta["tokens"][split], meta["sha256"][split]
-        if not isinstance(meta["bytes"][split], int) or not isinstance(rows, int):
-            raise ValueError("its bytes and its vocab_size must be whole numbers")
-        size = path.stat().st_size
-        if size != tokens * dtype.itemsize:
-            raise ValueError(f"{path.name} has {size} bytes, not {tokens} tokens of {dtype}")
-        if deep and sha256(path) != digest:
-            raise ValueError(f"{path.name} has another sha256")
-        if deep and np.memmap(path, dtype, "r").max() >= rows:
-            raise ValueError(f"{path.name} holds ids above {rows - 1}, vocab_size is {rows}")
 
 
 def open_data(cfg):
@@ -221,31 +198,21 @@ class PlainUnpickler(pickle.Unpickler):
 
 def adopt(folder):
     """Write the meta.json of a data set that nanoGPT has prepared: its .bin files and meta.pkl."""
-    dtype, spec = np.dtype("uint16"), {"kind": "gpt2"}
-    for path in (folder / f"{split}.bin" for split in SPLITS):
-        if not path.is_file() or path.stat().st_size == 0 or path.stat().st_size % dtype.itemsize:
-            fail(f"{path.absolute()} is missing or not nanoGPT's: it holds ids in {dtype}")
+    path, spec = folder / "meta.pkl", {"kind": "gpt2"}
     if (folder / "meta.json").exists():
         fail(f"{folder} has a meta.json already: nothing to adopt")
-    path = folder / "meta.pkl"
-    # nanoGPT's data sets in GPT-2's tokens have none.
-    if path.exists():
-        try:
+    try:
+        # nanoGPT's data sets in GPT-2's tokens have none
+        if path.exists():
             itos = PlainUnpickler(io.BytesIO(path.read_bytes())).load()["itos"]
             spec = {"kind": "char", "alphabet": "".join(itos[i] for i in range(len(itos)))}
             if len(spec["alphabet"]) != len(itos):
                 raise ValueError("its tokens are not single characters")
-        # A damaged pickle may raise anything.
-        except Exception as error:
-            fail(f"{path} is not nanoGPT's ({type(error).__name__}: {error}), and only dicts of "
-                 "numbers and text are read: prepare the text again, with --input=PATH")
-    elif max(np.memmap(folder / f"{split}.bin", dtype).max() for split in SPLITS) < 256:
-        fail(f"{folder} has ids below 256 only, as of characters, and no meta.pkl that names them: "
-             "put nanoGPT's there, or prepare the text again, with --input=PATH")
-    try:
-        write_meta(folder, Tokenizer(spec), dtype,
-                   {"name": folder.name, "files": ["train.bin", "val.bin"]})
-    except IndexError as error:
-        owner = "meta.pkl" if spec["kind"] == "char" else "GPT-2 (without a meta.pkl)"
-        fail(f"{folder} holds ids that {owner} lacks ({error}): prepare the text again, with "
-             "--input=PATH")
+        elif max(np.memmap(folder / f"{split}.bin", "uint16").max() for split in SPLITS) < 256:
+            raise ValueError("ids below 256 only, as of characters, and no meta.pkl names them")
+        write_meta(folder, Tokenizer(spec), np.dtype("uint16"), {"name": folder.name})
+    # A damaged pickle may raise anything
+    except Exception as error:
+        fail(f"{folder} does not hold nanoGPT's train.bin and val.bin of uint16, and a meta.pkl of "
+             f"dicts, numbers and text if these are characters ({type(error).__name__}: {error}): "
+             "prepare the text again, with --input=PATH")

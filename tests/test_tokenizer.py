@@ -54,12 +54,12 @@ def test_characters():
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (4, None)
     assert tokenizer.encode("é🙂a") == [2, 3, 0] and tokenizer.encode("") == []
     assert tokenizer.decode([2, 3]) == "é🙂".encode()
-    with pytest.raises(ValueError, match="character 'z' is not in the alphabet 'abé🙂'"):
+    with pytest.raises(ValueError, match="alphabet 'abé🙂' lacks 'yz'"):
         tokenizer.encode("azy")
     chinese = "".join(map(chr, range(0x4E00, 0x9E00)))
-    with pytest.raises(ValueError, match="character 'z' is not in.* 20,480 characters") as error:
+    with pytest.raises(ValueError, match="lacks 'z'") as error:
         Tokenizer({"kind": "char", "alphabet": chinese}).encode("z")
-    assert len(str(error.value)) < 200
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("kind", ["gpt2:256", "gpt2:50258", "gpt2:", "gpt2:4e3", "gpt2:-5",
