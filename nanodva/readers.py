@@ -113,8 +113,9 @@ def open_text(path, config, newline=None):
     with open_bytes(path) as file:
         head = file.peek(4096)[:4096]
         encoding = encoding_of(head, config.encoding)
-        # PDF and RTF may be ASCII. ZIP, as in .docx and .epub, and tar hold zeros, as UTF-16 does.
-        if head.startswith((b"%PDF-", b"{\\rtf")) or encoding == "utf-8" and b"\0" in head:
+        # As in UTF-16, tar and ZIP, which is also what .docx and .epub are
+        has_zeros = encoding == "utf-8" and not config.encoding and b"\0" in head
+        if has_zeros or head.startswith((b"%PDF-", b"{\\rtf")):
             fail(f"{path} is not plain {encoding} text: it begins {head[:20]}; {WAY_OUT}")
         yield io.TextIOWrapper(file, encoding, newline=newline)
 

@@ -11,7 +11,6 @@ import json
 import re
 import sys
 from dataclasses import asdict, fields
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -47,26 +46,18 @@ def load_model(source, **changes):
         print(weights["assumed"], file=sys.stderr)
     config = build(ModelConfig, weights["model_config"] | changes)
     weights["model"] = fit_weights(weights, config)
-    model = build_model(config, weights, LoadedGPT).eval()
-    model.tokenizer_spec = weights["tokenizer"]
+    model = build_model(config, weights).eval()
+    model.tokenizer = Tokenizer(weights["tokenizer"]) if weights["tokenizer"] else None
     return model
 
 
-class LoadedGPT(GPT):
-    """The GPT of load_model(). Its Tokenizer is made at its first use: logits need none."""
-
-    @cached_property
-    def tokenizer(self):
-        return Tokenizer(self.tokenizer_spec) if self.tokenizer_spec else None
-
-
-def build_model(config, weights=None, kind=GPT):
+def build_model(config, weights=None):
     """
     A GPT with the settings in config and, if given, the weights that fit_weights() returned. Blocks
     without weights are initialised. Raises UserError for settings that the block refuses.
     """
     try:
-        model = kind(config)
+        model = GPT(config)
     except ConfigError as error:
         fail(error)
     if weights:
@@ -111,30 +102,28 @@ def fit_weights(weights, config, origin=None):
     each setting was given.
     """
     theirs, state = ModelConfig(**weights["model_config"]), dict(weights["model"])
-    free = ("block_size", "dropout", "gelu")
+    free, contradictions = ("block_size", "dropout", "gelu"), {}
     fixed = [field.name for field in fields(ModelConfig) if field.name not in free]
     if config.block != theirs.block:
         fixed = ["n_embd", "vocab_size", "bias"]
         state = {name: p for name, p in state.items() if not name.startswith("transformer.h.")}
-
-    def refuse(name, reason):
-        where = f" ({name} is set {origin[name]})" if origin and name in origin else ""
-        fail(f"{name}={getattr(config, name)!r} contradicts the weights of {weights['source']}: "
-             f"{reason}{where}")
-
     for name in fixed:
         resolved = RESOLVED.get(name, [name])
         if any(getattr(config, each) != getattr(theirs, each) for each in resolved):
-            refuse(name, f"they have {name}={getattr(theirs, name)!r}; leave it out, or train from "
-                         f"scratch")
+            contradictions[name] = (f"they have {name}={getattr(theirs, name)!r}; leave it out, or "
+                                    f"train from scratch")
     positions = "transformer.wpe.weight"
     if config.rotary == "only":
         state.pop(positions, None)
     if positions in state:
-        if config.block_size > len(state[positions]):
-            refuse("block_size", f"they have {len(state[positions])} positions, and more cannot be "
-                                 f"invented; use at most that many")
         state[positions] = state[positions][:config.block_size]
+        if len(state[positions]) < config.block_size:
+            contradictions["block_size"] = (f"they have {len(state[positions])} positions, and "
+                                            f"more cannot be invented; use at most that many")
+    for name, reason in contradictions.items():
+        where = f" ({name} is set {origin[name]})" if origin and name in origin else ""
+        fail(f"{name}={getattr(config, name)!r} contradicts the weights of {weights['source']}: "
+             f"{reason}{where}")
     return state
 
 
@@ -193,22 +182,20 @@ def read_weights(source):
 def config_of(state, settings):
     """The ModelConfig of these settings, which must be those of the state dict's weights."""
     kinds = {field.name: field.type for field in fields(ModelConfig)}
-    settings = dict(settings)
-    if settings.pop("gate", "plain") != "plain":
-        fail("gate='open' was a setting of version 3, which ended with it: sample with that "
-             "version, or train a dva block from scratch")
+    # Version 3 had another gate
+    settings = {name: value for name, value in settings.items()
+                if (name, value) != ("gate", "plain")}
     unknown = ", ".join(settings.keys() - kinds.keys())
     if unknown:
         fail(f"unknown settings, as of another version: {unknown}")
     settings = {name: coerce(name, value, kinds[name], "in them")
                 for name, value in settings.items()}
     config = build(ModelConfig, settings | {"dropout": 0.0})
-    wanted = {name: list(p.shape) for name, p in outline(config).state_dict().items()}
-    found = {name: list(p.shape) for name, p in state.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            fail(f"{name} is {found.get(name, 'absent')}, and by the settings "
-                 f"{wanted.get(name, 'absent')}")
+    model = outline(config)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        fail(str(error)[:400])
     return config
 
 
@@ -220,9 +207,9 @@ def plain_names(state):
     """
     plain = {}
     for name, p in state.items():
-        # A mask is (1, 1, T, T), and the score of a masked position is one number
+        # A mask is (1, 1, T, T); masked_bias is the score of a masked position
         is_mask = name.endswith(".attn.bias") and p.dim() == 4
-        if not is_mask and not (name.endswith(".attn.masked_bias") and p.dim() == 0):
+        if not is_mask and not name.endswith(".attn.masked_bias"):
             plain[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = p
     if "transformer.wte.weight" in plain:
         plain.setdefault("lm_head.weight", plain["transformer.wte.weight"])
@@ -237,18 +224,17 @@ def plain_names(state):
 def read_checkpoint(path):
     """read_weights() of a .pt file, ours or nanoGPT's."""
     found = load_file(path)
-    if isinstance(found, dict) and isinstance(found.get("model"), dict):
-        settings = found.get("config")
-        dataset = settings.get("dataset") if isinstance(settings, dict) else None
-        if found.get("format") in (3, FORMAT) and isinstance(found.get("model_config"), dict):
-            weights = {key: found[key] for key in ("model", "model_config", "tokenizer")}
-            return weights | {"dataset": dataset}
-        if isinstance(found.get("model_args"), dict):
-            # nanoGPT's first checkpoints had biases without saying so
-            config = {"bias": True} | found["model_args"] | {"gelu": "exact"}
-            return {"model": found["model"], "model_config": config, "tokenizer": None,
-                    "dataset": dataset}
-    fail(f"{path} is neither a nanoDVA checkpoint of format 3 or {FORMAT} nor one of nanoGPT")
+    try:
+        run = dict(found.get("config") or {})
+        weights = {"model": dict(found["model"]), "dataset": run.get("dataset"), "tokenizer": None}
+        if found.get("format") in (3, FORMAT):
+            return weights | {"model_config": dict(found["model_config"]),
+                              "tokenizer": found["tokenizer"]}
+        # nanoGPT's first checkpoints had biases without saying so
+        config = {"bias": True, **found["model_args"], "gelu": "exact"}
+        return weights | {"model_config": config}
+    except (AttributeError, LookupError, TypeError, ValueError):
+        fail(f"{path} is neither a nanoDVA checkpoint of format 3 or {FORMAT} nor one of nanoGPT")
 
 
 # ---- GPT-2 in Hugging Face format ----------------------------------------------------------------
@@ -275,8 +261,6 @@ def read_folder(folder):
         theirs, state = dict(json.loads((folder / "config.json").read_bytes())), read_state(folder)
     except ImportError:
         fail(f"{folder} needs the package safetensors:  pip install safetensors")
-    except UserError:
-        raise
     except Exception as error:
         # json, safetensors and torch raise a dozen kinds of error for a damaged file
         fail(f"{folder} is damaged, or no model in Hugging Face format: {str(error)[:200]}")
@@ -300,9 +284,8 @@ def read_folder(folder):
     if rows == PADDED and (spec is None or spec["kind"] == "gpt2"):
         # Padded rows are no tokens, and would take part in the softmax
         rows = TOKENS
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            if name in weights:
-                weights[name] = weights[name][:TOKENS]
+        for name in weights.keys() & {"transformer.wte.weight", "lm_head.weight"}:
+            weights[name] = weights[name][:TOKENS]
     config = {"n_layer": theirs.get("n_layer"), "n_head": theirs.get("n_head"),
               "n_embd": theirs.get("n_embd"), "block_size": theirs.get("n_positions"),
               "vocab_size": rows, "bias": True,
@@ -319,4 +302,4 @@ def read_state(folder):
             files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if (folder / files[0]).exists():
             return {key: p for file in files for key, p in load(folder / file).items()}
-    fail(f"no model.safetensors and no pytorch_model.bin next to {folder / 'config.json'}")
+    raise FileNotFoundError("no model.safetensors and no pytorch_model.bin")
