@@ -1,6 +1,4 @@
-"""
-A real browser for the tests of the page: Chromium, spoken to over two pipes.
-"""
+"""A real browser for the tests of the page: Chromium, spoken to over two pipes."""
 import fcntl
 import json
 import os
@@ -91,7 +89,6 @@ class Browser:
         return answer["result"].get("value")
 
     def until(self, condition):
-        """Wait until a JavaScript expression is true."""
         began = time.perf_counter()
         while not self.value(condition):
             assert time.perf_counter() - began < 60, (
@@ -125,12 +122,10 @@ class Browser:
         self.until(until)
 
     def text(self, selector):
-        """The texts of all elements that a selector finds."""
         found = json.dumps(selector)
         return self.value(f"[...document.querySelectorAll({found})].map(e => e.textContent)")
 
     def numbers(self, selector):
-        """The numbers in the texts of all elements that a selector finds."""
         return [float(text.replace("−", "-").rstrip(" %")) for text in self.text(selector)]
 
     def click(self, selector, until=QUIET):
@@ -145,7 +140,6 @@ class Browser:
         self.until(until)
 
     def copy(self):
-        """The text of the coloured copy under the text."""
         return "\n".join(self.text(".reading .paint > div")).removesuffix("\u2009")
 
     def choose(self, name, value):
@@ -157,7 +151,6 @@ class Browser:
 
     @contextmanager
     def another_tab(self):
-        """A with block in which another tab is in front."""
         ours, self.session = self.session, {}
         tab = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.call("Target.activateTarget", targetId=tab)

@@ -36,7 +36,6 @@ def loaded(folder, kind="AutoModelForCausalLM", **options):
 
 
 def error_of(*argv):
-    """The message with which convert.py refuses the arguments."""
     return message_of(convert.main, [*map(str, argv)])
 
 

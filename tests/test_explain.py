@@ -1,7 +1,4 @@
-"""
-The page that holds the model: in a real browser it computes what model.py does, its parts are those
-of autograd and add up to the logit, it takes real keys, and text stays text.
-"""
+"""The page that holds the model: in a real browser it computes what model.py does."""
 import json
 import random
 import shutil
@@ -37,7 +34,6 @@ def load(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, gpt2_files):
-    """{name: folder} of small runs."""
     folder = tmp_path_factory.mktemp("runs")
     models = {
         "dva": (build(block="dva", bank_layers=1), CHARACTERS.spec),
@@ -47,14 +43,10 @@ def runs(tmp_path_factory, gpt2_files):
     return {name: save_run(folder / name, *parts) for name, parts in models.items()}
 
 
-@pytest.fixture
-def ours(tmp_path, data_dir):
-    """ours(name, block): the folder of a run on the data set tiny_char."""
-    def ours(name, block):
-        meta = json.loads((data_dir / "tiny_char" / "meta.json").read_text())
-        model = build(block=block, vocab_size=meta["vocab_size"])
-        return save_run(tmp_path / name, model, meta["tokenizer"], "tiny_char")
-    return ours
+def save_of_tiny_char(folder, data_dir, block):
+    meta = json.loads((data_dir / "tiny_char" / "meta.json").read_text())
+    model = build(block=block, vocab_size=meta["vocab_size"])
+    return save_run(folder, model, meta["tokenizer"], "tiny_char")
 
 
 @pytest.fixture
@@ -392,9 +384,9 @@ def test_the_reader_who_differs_most_comes_first(browser, show):
     assert browser.value("document.getElementById('banks').hidden")
 
 
-def test_against_another_run(browser, show, ours, data_dir):
+def test_against_another_run(browser, show, tmp_path, data_dir):
     """The default text is one that neither wrote; where one of them did, the page says so."""
-    folders = [ours("first", "dva"), ours("second", "gpt2")]
+    folders = [save_of_tiny_char(tmp_path / block, data_dir, block) for block in ("dva", "gpt2")]
     model, other = show(folders[0], "abc", against=folders[1], data_dir=data_dir), load(folders[1])
     tokenizer = tool.load(folders[0], tool.ExplainConfig())[1]
     text = browser.value("$('passage').value")
@@ -422,7 +414,6 @@ def test_against_another_run(browser, show, ours, data_dir):
 
 @pytest.mark.parametrize("run", ["dva", "bpe"])
 def test_text_stays_text(browser, show, runs, tmp_path, run):
-    """A run's name, a prompt and a note that would become elements and end the data."""
     attacker = tmp_path / "<" / "script><img src=x onerror=alert(1)>"
     shutil.copytree(runs[run], attacker)
     # The beginning is outside the window, where many tokens are one piece of text
@@ -437,7 +428,6 @@ def test_text_stays_text(browser, show, runs, tmp_path, run):
 
 @pytest.fixture
 def narrow(browser):
-    """The browser with a narrow window."""
     browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800,
                  deviceScaleFactor=1, mobile=False)
     yield browser
@@ -445,7 +435,6 @@ def narrow(browser):
 
 
 def test_what_is_typed_lies_on_its_coloured_copy(narrow, show):
-    """With text from the right, empty lines and characters of two widths."""
     show("dva", TEXT)
     for text in (TEXT, "the\n\n\n", "שלום שלום שלום שלום\nthe 你好 " * 9, "Q unknown Z", ""):
         narrow.choose("text", text)
@@ -490,8 +479,8 @@ def test_a_long_text_is_cut_with_a_line_and_stays_quick(browser, show):
     assert 20 < painted < 40 * 60
 
 
-def test_the_guessing_game(browser, show, ours, data_dir):
-    show(ours("first", "dva"), "abc", data_dir=data_dir)
+def test_the_guessing_game(browser, show, tmp_path, data_dir):
+    show(save_of_tiny_char(tmp_path / "ours", data_dir, "dva"), "abc", data_dir=data_dir)
     for tries, right in ((1, True), (2, False)):
         browser.click("#play")
         assert browser.text("#question") == ["What comes next? Guess."]

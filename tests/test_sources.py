@@ -106,7 +106,6 @@ def test_a_name_on_the_hub_is_never_taken_for_a_folder(tmp_path, monkeypatch):
 
 
 def test_tiny_shakespeare_is_downloaded_once(tmp_path, monkeypatch):
-    """Another text stands for it."""
     copy = tmp_path / "copy.txt"
     shutil.copyfile(PLAY, copy)
     monkeypatch.setattr(sources, "SHAKESPEARE", copy.as_uri())

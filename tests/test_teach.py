@@ -1,7 +1,4 @@
-"""
-The page that learns: in a real browser its gradients are autograd's, its steps are those of
-nanodva/optimizers.py, and what it saves is the same model in Python.
-"""
+"""The page that learns: in a real browser, compared with autograd and nanodva/optimizers.py."""
 import base64
 import io
 import json
@@ -35,7 +32,6 @@ def build(**system):
 
 @pytest.fixture(scope="module")
 def page(browser, tmp_path_factory):
-    """The browser, which shows a page that can learn."""
     folder = tmp_path_factory.mktemp("page")
     alphabet = "".join(sorted(set(TEXT)))
     model = build(block="dva", rotary="only", bank_layers=1, vocab_size=len(alphabet))
@@ -46,22 +42,14 @@ def page(browser, tmp_path_factory):
     return browser
 
 
-def start(page, expression):
-    """Begin what a JavaScript promise does; finish() waits for it, as long as it may take."""
-    page.value(f"window.result = undefined; ({expression}).then(x => {{ result = x; }},"
-               f" error => {{ result = {{ error: error.message }}; }}); 0")
-
-
-def finish(page):
+def learn(page, settings, text=TEXT, also=""):
+    """What teach() gives, after more time perhaps than the browser has for an answer."""
+    page.value(f"window.result = undefined;"
+               f"teach({{...{json.dumps(settings)}, text: {json.dumps(text)}, {also}}}).then("
+               f"({{ weights, ...rest }}) => {{ result = {{ ...rest, weights: [...weights] }}; }},"
+               f"({{ message }}) => {{ result = {{ error: message }}; }}); 0")
     page.until("window.result !== undefined")
     return page.value("result")
-
-
-def learn(page, settings, text=TEXT, also=""):
-    """What teach() gives for these settings."""
-    start(page, f"teach({{...{json.dumps(settings)}, text: {json.dumps(text)}, {also}}})"
-                f".then(({{ weights, ...rest }}) => ({{ ...rest, weights: [...weights] }}))")
-    return finish(page)
 
 
 # In the page: steps on given batches, from given weights. Each gives its loss, its gradients before
@@ -178,7 +166,6 @@ def test_what_the_page_cannot_learn_is_one_line(page, changes, text, message):
 
 
 def test_the_kernels_are_their_source(tmp_path):
-    """The bytes in tools/ are what the pinned assembler makes of tools/kernel.ts."""
     assembler = shutil.which("asc") or shutil.which("asc", path=ROOT / "node_modules" / ".bin")
     if not assembler:
         pytest.skip("no assembler on this machine: npm install assemblyscript@0.28.20")
@@ -205,7 +192,6 @@ def panel(page):
 
 
 def give(panel, text=TEXT, steps=20):
-    """A text to learn, in so many steps."""
     panel.choose("lesson", text)
     panel.until("$('plan').textContent.startsWith('about')")
     panel.value(f"$('steps').value = {steps}; 0")
@@ -323,7 +309,6 @@ def test_text_to_learn_stays_text(panel):
 
 @pytest.mark.parametrize("block", ["dva", "gpt2"])
 def test_what_was_learned_goes_home(panel, tmp_path, block):
-    """Trained in the browser, sampled in Python: as a folder, and as a page."""
     begin(panel, block)
     panel.until(IS_OVER)
     saved, name, packed, logits, ids = panel.value("""(async () => {
@@ -373,7 +358,4 @@ def test_the_speedrun_in_a_browser(page):
     if SHAKESPEARE is None:
         pytest.skip("no Tiny Shakespeare on this machine")
     page.open(page.home)
-    start(page, f"teach({{ text: {json.dumps(SHAKESPEARE.read_text())} }})"
-                f".then(({{ val_loss, seconds }}) => ({{ val_loss, seconds }}))")
-    page.until("window.result !== undefined")
-    assert page.value("result.val_loss") <= 1.886
+    assert learn(page, {}, SHAKESPEARE.read_text())["val_loss"] <= 1.886
