@@ -64,7 +64,7 @@ def results_of(name="2x16", against=(), **facts):
             "evaluated": 64}
     return {"name": name, "command": "python -m tools.race", "dataset": "tiny",
             "dtype": "float32", "plan": plan, "seeds": 2,
-            "against": list(against), "contenders": facts}
+            "choosing": 2, "against": list(against), "contenders": facts}
 
 
 def rows_of(text):

@@ -657,7 +657,7 @@ def save(race):
     """Write what is known to results.json, and return it."""
     results = {"name": race.rules.name, "command": race.command, "dataset": race.rules.dataset,
                "dtype": race.shared["dtype"], "plan": race.plan,
-               "timing": race.timing, "seeds": race.rules.seeds,
+               "timing": race.timing, "choosing": race.rules.choosing, "seeds": race.rules.seeds,
                "against": list(filter(None, race.rules.against.split(","))),
                "contenders": facts_of(race)}
     write_json(results, race.folder / "results.json")

@@ -89,13 +89,14 @@ def table(results):
         f"# {results['name']}\n", f"```sh\n{results['command']}\n```\n",
         f"Data set {results['dataset']}, {plan['data']['tokens']['train']:,} tokens, sha256 of "
         f"train.bin {plan['data']['sha256']['train'][:12]}. {plan['machine']}, "
-        f"{results['dtype']}. One seed chose the settings by its loss on {plan['evaluated']:,} "
-        f"tokens, every second window of the validation split. Losses, in nats per token, are "
-        f"those of other seeds on as many tokens between these: mean ± standard deviation. "
+        f"{results['dtype']}. {results['choosing']} seed(s) chose the settings by the mean loss on "
+        f"{plan['evaluated']:,} tokens, every second window of the validation split. Losses, in "
+        f"nats per token, are those of other seeds on as many tokens between these: mean ± "
+        f"standard deviation. "
         f"Differences are taken seed by seed; brackets give the 95 % confidence interval of their "
         f"mean (Student's t, seeds alone, uncorrected for multiple comparisons). Seconds are those "
         f"of one thread with a core of its own.\n", markdown(rows),
-        "What was tried with one seed, and its loss; * marks what was chosen:\n"]
+        "What was tried, and its mean loss on those windows; * marks what was chosen:\n"]
     for label, fact in facts.items():
         tried = [f"{described(trial, fact)}: "
                  f"{'broken' if trial['loss'] is None else format(trial['loss'], '.4f')}"
