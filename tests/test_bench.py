@@ -97,12 +97,14 @@ def test_a_contender_has_a_third_of_banks_unless_it_says_how_many():
     assert bench.contender("dva+bank:n_layer=3", shape).bank_layers == 1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_step_learns_and_counts_every_micro_batch(optimizer, dtype):
+@pytest.mark.parametrize("optimizer, dtype, compiled", [
+    ("adamw", "float32", False), ("muon", "bfloat16", False), ("muon", "float16", False),
+    pytest.param("muon", "bfloat16", True, marks=pytest.mark.slow)])
+def test_a_step_learns_in_every_precision(optimizer, dtype, compiled):
     cfg = build(bench.TrainConfig, dict(
         block="dva", n_layer=2, n_embd=16, qk_dim=4, block_size=8, vocab_size=19, batch_size=2,
-        gradient_accumulation_steps=2, optimizer=optimizer, dtype=dtype, learning_rate=1e-2))
+        gradient_accumulation_steps=2, optimizer=optimizer, dtype=dtype, learning_rate=1e-2,
+        compile=compiled))
     step = bench.training_step(cfg, torch.device("cpu"))
     losses = [step() for _ in range(20)]
     assert statistics.mean(losses[-3:]) < losses[0] - 0.3

@@ -106,7 +106,7 @@ def test_what_transformers_could_get_wrong_of_a_run_that_brings_its_model(tmp_pa
     logits = model(idx)
     difference = theirs(idx).logits - logits[..., :300]
     assert difference.norm() < 0.04 * logits.norm()
-    assert theirs.generation_config.eos_token_id == 299
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == 299
     assert theirs.gpt.lm_head.weight is theirs.gpt.transformer.wte.weight
 
 
@@ -127,7 +127,9 @@ def test_characters_go_out_with_their_tokenizer(tmp_path, alphabet):
     _, folder = exported(tmp_path, {"kind": "char", "alphabet": alphabet},
                          vocab_size=len(alphabet))
     theirs, text = AutoTokenizer.from_pretrained(folder), alphabet + alphabet[::-1] * 2
-    trusted = loaded(folder, "AutoTokenizer")
+    trusted, config = loaded(folder, "AutoTokenizer"), loaded(folder, "AutoConfig")
+    # Generation does not end with a line
+    assert config.eos_token_id is None and config.max_position_embeddings == 64
     ids = [alphabet.index(character) for character in text]
     for tokenizer in (theirs, trusted):
         assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text

@@ -6,11 +6,10 @@ import shlex
 import textwrap
 
 import pytest
-from conftest import PLAY, ROOT, records
+from conftest import PLAY, ROOT, prepare, records
 from test_race import no_processes
 
 import model
-import prepare_data
 from model import DynamicValueAttention
 from tools import race
 
@@ -37,13 +36,10 @@ def type_in(arguments):
 
 
 @pytest.fixture
-def lesson(tmp_path_factory, tmp_path, monkeypatch):
+def lesson(tmp_path, monkeypatch):
     """A folder with the presets and, as plays_char, one of the plays."""
-    folder = tmp_path_factory.getbasetemp() / "exercises"
-    if not folder.exists():
-        prepare_data.main(["plays_char", f"--input={PLAY}", f"--data_dir={folder}"])
-    for name, path in ("config", ROOT / "config"), ("data", folder):
-        (tmp_path / name).symlink_to(path)
+    prepare(tmp_path / "data", "plays_char", f"--input={PLAY}")
+    (tmp_path / "config").symlink_to(ROOT / "config")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(race, "workers", no_processes)
     monkeypatch.setattr(race, "wait", lambda connections, seconds: connections)
@@ -116,7 +112,6 @@ def test_a_block_of_ones_own(lesson, tmp_path, monkeypatch):
     names = dict(vars(model))
     exec(code, names)
     monkeypatch.setattr(model, "BLOCKS", names["BLOCKS"])
-    [command] = COMMANDS[6]
-    type_in(command)
+    type_in(*COMMANDS[6])
     table = (tmp_path / "out" / "race" / "plays_char-tokens" / "table.md").read_text()
     assert "| mine |" in table and "| dva |" in table

@@ -23,15 +23,6 @@ def own(request, tmp_path_factory):
     return exported(tmp_path_factory.mktemp("own"), **request.param)
 
 
-@pytest.fixture(scope="module", ids=str, params=[
-    (block, words) for block in ("dva", "gpt2") for words in (False, True)])
-def export(request, tmp_path_factory):
-    """(folder, words): the export of a block that reads words, or else characters."""
-    block, words = request.param
-    tokens = dict(tokenizer={"kind": "gpt2:300"}, vocab_size=320) if words else {}
-    return exported(tmp_path_factory.mktemp("export"), block=block, **tokens)[1], words
-
-
 # ---- transformers --------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -91,9 +82,12 @@ def test_the_cache_gives_the_same_texts_from_one_position_per_token(own):
                        theirs.generate(idx, max_new_tokens=9, do_sample=False, use_cache=False))
 
 
-def test_a_pipeline_writes_texts_in_batches(export):
+@pytest.mark.parametrize("block", ["dva", "gpt2"])
+@pytest.mark.parametrize("settings", [{}, dict(tokenizer={"kind": "gpt2:300"}, vocab_size=320)],
+                         ids=["characters", "words"])
+def test_a_pipeline_writes_texts_in_batches(tmp_path, block, settings):
     from transformers import pipeline
-    folder, _ = export
+    _, folder = exported(tmp_path, block=block, **settings)
     write = pipeline("text-generation", str(folder), trust_remote_code=True, device="cpu")
     prompts = ["\nA\nB\n", "O", "ALL THE WORLD'S A STAGE"]
     options = dict(max_new_tokens=20, do_sample=False)
@@ -183,22 +177,6 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
             theirs.generate(idx[:1], max_new_tokens=5, **options)
     with pytest.raises(ValueError, match="65 positions do not fit into the window of 64"):
         theirs(tokens(1, 65))
-
-
-def test_an_export_says_its_window_and_its_special_tokens(export):
-    from transformers import AutoConfig, AutoTokenizer
-    folder, words = export
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    # Without its code: the question would be asked on the terminal
-    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    assert theirs.model_max_length == config.max_position_embeddings == 64
-    assert config.vocab_size == len(theirs) == (300 if words else 65)
-    [first, *_, last] = theirs(["A", "A, B, C"], padding=True)["attention_mask"][0]
-    assert (first, last) == (0, 1)
-    end = 299 if words else 0
-    assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == end
-    # Generation ends with a text, but not with a line
-    assert config.eos_token_id == (end if words else None)
 
 
 # ---- other packages ------------------------------------------------------------------------------

@@ -500,8 +500,3 @@ def test_no_process_is_left_of_a_race_that_is_ended(argv, tmp_path, ending, line
 def test_a_wrong_race_is_one_line_and_leaves_nothing(argv, tmp_path, changes, message):
     assert message in message_of(race.main, argv(**changes))
     assert not list(tmp_path.rglob("*.json*"))
-
-
-def test_a_block_of_ones_own_races(argv, here):
-    race.main(argv(contenders="gpt2:learning_rate=0.01,mean:learning_rate=0.01", seeds=1))
-    assert "| mean:learning_rate=0.01 |" in (FOLDER / "table.md").read_text()
