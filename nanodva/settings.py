@@ -32,10 +32,6 @@ ARITHMETIC = {ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Add: operator.
 NO_VALUE = (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError)
 
 
-class Given(dict):
-    """{name: value} of the settings that the user gave; .origin is {name: where, in words}."""
-
-
 def load_settings(cls, argv=None):
     """The dataclass cls, filled from its defaults, from presets and from arguments."""
     return build(cls, read_settings(cls, argv))
@@ -43,13 +39,12 @@ def load_settings(cls, argv=None):
 
 def read_settings(cls, argv=None, without=()):
     """
-    What presets and arguments set, in the order given (a later one wins), as a Given dict. Raises
+    {name: value} of what presets and arguments set, in the order given: a later one wins. Raises
     UserError for an unknown setting, a wrong value, and the names in `without`, which the tool
     decides itself. --help prints and exits.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    kinds, given = {field.name: field.type for field in fields(cls)}, Given()
-    given.origin = {}
+    kinds, given = {field.name: field.type for field in fields(cls)}, {}
     if "--help" in argv or "-h" in argv:
         print_help(cls, without)
         raise SystemExit(0)
@@ -73,7 +68,6 @@ def read_settings(cls, argv=None, without=()):
                 hint = f"did you mean {close[0]!r}? " if close else ""
                 fail(f"unknown setting {name!r} {where}: {hint}see --help")
             given[name] = coerce(name, value, kinds[name], where)
-            given.origin[name] = where
     return given
 
 

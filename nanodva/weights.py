@@ -90,40 +90,39 @@ def start_from(cls, given):
         shared = ("n_layer", "n_embd", "block_size", "vocab_size", "bias")
         theirs = {name: theirs[name] for name in shared}
     cfg = build(cls, theirs | given)
-    weights["model"] = fit_weights(weights, cfg, given.origin)
+    weights["model"] = fit_weights(weights, cfg)
     return cfg, weights
 
 
-def fit_weights(weights, config, origin=None):
+def fit_weights(weights, config):
     """
     The state dict of read_weights() for the ModelConfig `config`: its first block_size positions,
     and without the blocks if config asks for another kind. dropout and gelu have no weights and
-    may differ. Raises UserError for a setting that contradicts the weights; `origin` tells where
-    each setting was given.
+    may differ. Raises UserError for a setting that contradicts the weights.
     """
     theirs, state = ModelConfig(**weights["model_config"]), dict(weights["model"])
-    free, contradictions = ("block_size", "dropout", "gelu"), {}
-    fixed = [field.name for field in fields(ModelConfig) if field.name not in free]
+    fixed = [field.name for field in fields(ModelConfig)
+             if field.name not in ("block_size", "dropout", "gelu")]
     if config.block != theirs.block:
         fixed = ["n_embd", "vocab_size", "bias"]
         state = {name: p for name, p in state.items() if not name.startswith("transformer.h.")}
+
+    def refuse(name, reason):
+        fail(f"{name}={getattr(config, name)!r} contradicts the weights of {weights['source']}: "
+             f"they have {reason}")
+
     for name in fixed:
         resolved = RESOLVED.get(name, [name])
         if any(getattr(config, each) != getattr(theirs, each) for each in resolved):
-            contradictions[name] = (f"they have {name}={getattr(theirs, name)!r}; leave it out, or "
-                                    f"train from scratch")
+            refuse(name, f"{name}={getattr(theirs, name)!r}; leave it out, or train from scratch")
     positions = "transformer.wpe.weight"
     if config.rotary == "only":
         state.pop(positions, None)
     if positions in state:
         state[positions] = state[positions][:config.block_size]
         if len(state[positions]) < config.block_size:
-            contradictions["block_size"] = (f"they have {len(state[positions])} positions, and "
-                                            f"more cannot be invented; use at most that many")
-    for name, reason in contradictions.items():
-        where = f" ({name} is set {origin[name]})" if origin and name in origin else ""
-        fail(f"{name}={getattr(config, name)!r} contradicts the weights of {weights['source']}: "
-             f"{reason}{where}")
+            refuse("block_size", f"{len(state[positions])} positions, and more cannot be invented; "
+                                 f"use at most that many")
     return state
 
 
