@@ -255,7 +255,8 @@ class Stop:
 
     def keep(self, number, frame):
         self.signal = self.signal or number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.SIGINT in self.before:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if RANK == 0:
             # The terminal may have been closed; print() would fail inside another print()
             with contextlib.suppress(OSError):

@@ -295,3 +295,15 @@ def test_stop_keeps_the_first_signal_and_gives_the_handlers_back(capfd):
         raise RuntimeError("a block's mistake")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert capfd.readouterr().err == "\nfinishing the step; Ctrl-C again stops at once\n"
+
+
+def test_stop_leaves_a_signal_ignored_that_nohup_has_set_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
