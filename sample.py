@@ -129,10 +129,7 @@ def encode_prompt(prompt, tokenizer, block_size=None):
     """
     if prompt == "<|endoftext|>" and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
-    try:
-        ids = tokenizer.encode(prompt)
-    except ValueError as error:
-        fail(error)
+    ids = tokenizer.encode(prompt)
     if not ids:
         fail("start is empty: give at least one character, or leave it out for a new line")
     if block_size and len(ids) > block_size:

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from dataclasses import asdict, fields
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -46,18 +47,26 @@ def load_model(source, **changes):
         print(weights["assumed"], file=sys.stderr)
     config = build(ModelConfig, weights["model_config"] | changes)
     weights["model"] = fit_weights(weights, config)
-    model = build_model(config, weights).eval()
-    model.tokenizer = Tokenizer(weights["tokenizer"]) if weights["tokenizer"] else None
+    model = build_model(config, weights, LoadedGPT).eval()
+    model.tokenizer_spec = weights["tokenizer"]
     return model
 
 
-def build_model(config, weights=None):
+class LoadedGPT(GPT):
+    """The GPT of load_model(). Its Tokenizer is made at its first use: logits need none."""
+
+    @cached_property
+    def tokenizer(self):
+        return Tokenizer(self.tokenizer_spec) if self.tokenizer_spec else None
+
+
+def build_model(config, weights=None, kind=GPT):
     """
     A GPT with the settings in config and, if given, the weights that fit_weights() returned. Blocks
     without weights are initialised. Raises UserError for settings that the block refuses.
     """
     try:
-        model = GPT(config)
+        model = kind(config)
     except ConfigError as error:
         fail(error)
     if weights:

@@ -30,6 +30,7 @@ import sample
 import train
 from model import generate
 from nanodva.checkpoints import FORMAT, load_checkpoint
+from nanodva.errors import fail
 from nanodva.settings import read_settings
 from nanodva.weights import OPENAI, load_model, read_weights, start_from
 from tools import convert, explain
@@ -126,12 +127,14 @@ def test_shards_and_pickled_files_come_in(tmp_path, size, count, pickled):
         load_model(str(tmp_path))
 
 
-def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path):
+def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path, monkeypatch):
     theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50304)
     with torch.no_grad():
         # These would win every time
         theirs.transformer.wte.weight[50257:] *= 100
     theirs.save_pretrained(tmp_path)
+    # Logits need no file of a tokenizer
+    monkeypatch.setattr("nanodva.tokenizer.gpt2_tokens", lambda: fail("no network"))
     ours, idx = load_model(str(tmp_path)), torch.arange(100).view(2, 50)
     with torch.no_grad():
         logits = theirs(idx).logits
@@ -140,6 +143,8 @@ def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path
         expected = F.cross_entropy(logits, idx[:, 1:].flatten()).item()
         assert ours(idx[:, :-1], idx[:, 1:]).item() == pytest.approx(expected, abs=1e-5)
     assert generate(ours, idx[:, :4], 20, temperature=5.0).max() < 50257
+    with refused("no network"):
+        generate(ours, "a", 1)
 
 
 def test_a_row_for_an_added_token_is_never_sampled(tmp_path, texts):
