@@ -52,4 +52,4 @@ def last(config, layer):
 model.BLOCKS |= {"heads": HeadsBlock, "first": first, "last": last}
 
 if __name__ == "__main__":
-    run_script(race.main)
+    run_script(lambda: race.main(script="docs/trials.py"))

@@ -677,11 +677,11 @@ def publish(results, folder):
         print(error)
 
 
-def main(argv=None):
+def main(argv=None, script="-m tools.race"):
     began = time.time()
     argv = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in argv if not word.startswith("--jobs=")]
-    command = "python -m tools.race " + shlex.join(words)
+    command = f"python {script} {shlex.join(words)}"
     rules = build(RaceConfig, read_settings(RaceConfig, argv, without=DECIDED))
     device, data = pick_device(rules.device), open_data(rules)
     half = len(data["val"]) // 2
