@@ -20,6 +20,6 @@ contenders = (
     + "dva of as many parameters 72 wide=dva:n_embd=72,"
     + "gpt2 of 2 layers in equal time=gpt2:n_layer=2:match=time,"
     + "dva in equal time=dva:match=time,"
-    + "gpt2 AdamW=gpt2:optimizer=adamw:learning_rate=1.2e-2|2.4e-2,"
-    + "dva AdamW=dva:optimizer=adamw:learning_rate=1.2e-2|2.4e-2")
+    + "gpt2 AdamW=gpt2:optimizer=adamw:learning_rate=1.2e-2|2.4e-2:warmup=0.1|0.03,"
+    + "dva AdamW=dva:optimizer=adamw:learning_rate=1.2e-2|2.4e-2:warmup=0.1|0.03")
 against = "gpt2 of 2 x 72 in equal time,gpt2 AdamW"

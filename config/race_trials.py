@@ -10,14 +10,11 @@ qk_dim = 16
 seeds = 3
 contenders = (
     "gpt2=gpt2:rotary=True:learning_rate=0.024,"
-    + "dva 3 x 96=dva:n_embd=96:match=time:learning_rate=0.024,"
-    + "two heads=heads:n_head=2:n_embd=96:match=time:learning_rate=0.024,"
-    + "four heads=heads:n_head=4:n_embd=96:match=time:learning_rate=0.024,"
-    + "GPT-2 block first=first:n_head=6:n_embd=96:match=time:learning_rate=0.024,"
-    + "GPT-2 block last=last:n_head=6:n_embd=96:match=time:learning_rate=0.024,"
-    + "3 x 72 and value_dim 144=dva:n_embd=72:value_dim=144:match=time:learning_rate=0.024,"
-    + "2 x 128=dva:n_layer=2:n_embd=128:match=time:learning_rate=0.024,"
-    + "5 x 64=dva:n_layer=5:n_embd=64:match=time:learning_rate=0.024,"
-    + "qk_dim 32=dva:n_embd=96:qk_dim=32:match=time:learning_rate=0.024,"
-    + "with a bank=dva+bank:n_embd=96:match=time:learning_rate=0.024:bank_lr=64")
+    + "dva 3 x 96=dva:momentum=0.9:n_embd=96:match=time:learning_rate=0.024,"
+    + "two heads=heads:momentum=0.9:n_head=2:n_embd=96:match=time:learning_rate=0.024,"
+    + "four heads=heads:momentum=0.9:n_head=4:n_embd=96:match=time:learning_rate=0.024,"
+    + "GPT-2 block first=first:momentum=0.9:n_head=6:n_embd=96:match=time:learning_rate=0.024,"
+    + "GPT-2 block last=last:momentum=0.9:n_head=6:n_embd=96:match=time:learning_rate=0.024,"
+    + "values 144 wide=dva:momentum=0.9:n_embd=72:value_dim=144:match=time:learning_rate=0.024,"
+    + "with a bank=dva+bank:momentum=0.9:n_embd=96:match=time:learning_rate=0.024:bank_lr=64")
 against = "dva 3 x 96"
