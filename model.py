@@ -90,9 +90,9 @@ def rotary_table(block_size, width):
 
 def rotate(x, rotary):
     """
-    Rotate the pairs of channels of queries or keys x (..., T, D) by the rows of a rotary_table
-    for their T positions, rotary (2, T, D). The product of a rotated query and a rotated
-    key then depends on the distance between their positions, not on the positions themselves.
+    Rotate the pairs of channels of queries or keys x (..., T, D) by the rows of a rotary_table for
+    their T positions, rotary (2, T, D). The product of a rotated query and a rotated key then
+    depends on the distance between their positions, not on the positions themselves.
     """
     cos, sin = (part.to(x.dtype) for part in rotary)
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin

@@ -78,6 +78,10 @@ class PrepareConfig:
                  "--val_input=PATH names texts of your own for val")
         check(self, least={"max_tokens": 0, "num_proc": 0})
         self.num_proc = self.num_proc or os.cpu_count()
+        try:
+            "".encode(self.encoding or "utf-8")
+        except LookupError as error:
+            fail(f"encoding={self.encoding!r}: {error}; Python knows latin-1, cp1252, utf-16 ...")
 
 
 def find_spec(tokenizer):

@@ -53,8 +53,8 @@ class TrainConfig(ModelConfig):
     optimizer: str = "adamw"                 # adamw, or muon: Muon on the blocks' matrices
     learning_rate: float = 6e-4              # the highest, reached after warm-up
     weight_decay: float = 1e-1               # on matrices and embeddings, never on vectors
-    embedding_lr: float = 1.0                # times learning_rate: the embeddings' rate
-    bank_lr: float = 32.0                    # times learning_rate: the rate of banks' tables
+    embedding_lr: float = 1.0                # rate of the embeddings, a multiple of learning_rate
+    bank_lr: float = 32.0                    # rate of the banks' tables, a multiple, too
     momentum: float = 0.95                   # Muon
     beta1: float = 0.9                       # AdamW
     beta2: float = 0.95                      # AdamW

@@ -258,9 +258,10 @@ class Stop:
         if signal.SIGINT in self.before:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if RANK == 0:
-            # The terminal may have been closed; print() would fail inside another print()
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nfinishing the step; Ctrl-C again stops at once\n")
+            # The terminal may have been closed, or the signal may interrupt another print()
+            with contextlib.suppress(OSError, RuntimeError):
+                print("\nfinishing the step; Ctrl-C again stops at once", file=sys.stderr,
+                      flush=True)
 
     def agreed(self, step):
         """

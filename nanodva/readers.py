@@ -76,8 +76,7 @@ def reading(path, way_out=WAY_OUT):
         near = error.object[max(0, error.start - 30):error.start + 10]
         fail(f"{path} is not {error.encoding}: byte {error.object[error.start]:#x} in "
              f"{bytes(near)}; {way_out}")
-    # LookupError: no such encoding
-    except (OSError, EOFError, UnicodeError, LookupError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError) as error:
         fail(f"cannot read {path}: {type(error).__name__}: {str(error)[:200]}")
 
 
@@ -223,7 +222,7 @@ def read_csv(path, config):
         try:
             table.fieldnames = [name.strip() for name in table.fieldnames or []]
             for row in table:
-                # The reader puts what is beyond the columns under None, and None where it ends
+                # DictReader has extra fields under the key None, and None for missing ones
                 if any(row.pop(None, [])) or row.get(config.column, "") is None:
                     raise csv.Error("it has more or fewer columns than the first line")
                 yield text_in(row, config.column, path)

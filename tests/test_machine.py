@@ -283,7 +283,7 @@ def test_too_much_memory_is_one_line_and_other_errors_keep_their_traceback():
 
 # ---- signals -------------------------------------------------------------------------------------
 
-def test_stop_keeps_the_first_signal_and_gives_the_handlers_back(capfd):
+def test_stop_keeps_the_first_signal_and_gives_the_handlers_back(capsys):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match="a block's mistake"), Stop() as stop:
         assert stop.signal == 0
@@ -294,7 +294,7 @@ def test_stop_keeps_the_first_signal_and_gives_the_handlers_back(capfd):
         # What breaks after a signal is not called a stop
         raise RuntimeError("a block's mistake")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert capfd.readouterr().err == "\nfinishing the step; Ctrl-C again stops at once\n"
+    assert capsys.readouterr().err == "\nfinishing the step; Ctrl-C again stops at once\n"
 
 
 def test_stop_leaves_a_signal_ignored_that_nohup_has_set_so():

@@ -182,7 +182,8 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path, hub, monkeypa
 def portuguese():
     """Byte-pair tokens of another language, as the package tokenizers trains them."""
     from tokenizers import ByteLevelBPETokenizer
-    text = "Não é português? Ação, coração e canção: o menino não comeu a maçã.\n\n 1999 ßß 漢字"
+    text = ("Não é português? Ação, coração e canção: o menino não comeu a maçã."
+            "\n\n 1999 ßß 漢字")
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator([text] * 3, vocab_size=310, show_progress=False,
                                special_tokens=["<s>", "<|endoftext|>", "<pad>"])

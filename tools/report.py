@@ -92,10 +92,9 @@ def table(results):
         f"{results['dtype']}. {results['choosing']} seed(s) chose the settings by the mean loss on "
         f"{plan['evaluated']:,} tokens, every second window of the validation split. Losses, in "
         f"nats per token, are those of other seeds on as many tokens between these: mean ± "
-        f"standard deviation. "
-        f"Differences are taken seed by seed; brackets give the 95 % confidence interval of their "
-        f"mean (Student's t, seeds alone, uncorrected for multiple comparisons). Seconds are those "
-        f"of one thread with a core of its own.\n", markdown(rows),
+        f"standard deviation. Differences are taken seed by seed; brackets give the 95 % "
+        f"confidence interval of their mean (Student's t, seeds alone, uncorrected for multiple "
+        f"comparisons). Seconds are those of one thread with a core of its own.\n", markdown(rows),
         "What was tried, and its mean loss on those windows; * marks what was chosen:\n"]
     for label, fact in facts.items():
         tried = [f"{described(trial, fact)}: "
