@@ -133,9 +133,10 @@ class RunFolder:
                 how = f"start from its weights with --init_from={self.path} and another --out_dir"
             fail(f"{self.path} holds a run, {' and '.join(saved)}: {how}, replace it with "
                  f"--overwrite=True, or give another --out_dir")
-        self.is_new = saved and not checkpoint
-        self.file = open(self.aside if self.is_new else self.metrics, "a" if checkpoint else "w",
-                         buffering=1)
+        # The file that the records go to
+        self.records = self.aside if saved and not checkpoint else self.metrics
+        if not checkpoint:
+            self.records.write_bytes(b"")
 
     def keep_metrics(self, checkpoint):
         """Keep in metrics.jsonl only the records up to the checkpoint's step."""
@@ -190,22 +191,21 @@ class RunFolder:
 
     def log(self, record):
         """Append a record, a dict, to the metrics."""
-        with naming_file("write", self.metrics, saved_so_far(self.path)):
-            self.file.write(json.dumps(record) + "\n")
+        with naming_file("write", self.records, saved_so_far(self.path)):
+            # Somebody may have moved or deleted the folder
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.records, "a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def save(self, name, checkpoint):
         """Write the checkpoint to a file of the folder."""
         began = time.monotonic()
-        if not self.path.exists():
-            # Somebody moved or deleted the folder: only the metrics so far are elsewhere
-            self.path.mkdir(parents=True)
-            self.file = open(self.aside if self.is_new else self.metrics, "a", buffering=1)
+        self.path.mkdir(parents=True, exist_ok=True)
         save(checkpoint, self.path / name)
-        if name == "last.pt" and self.is_new:
-            self.is_new = False
-            self.file.close()
-            os.replace(self.aside, self.metrics)
-            self.file = open(self.metrics, "a", buffering=1)
+        if name == "last.pt":
+            if self.records.exists():
+                os.replace(self.records, self.metrics)
+            self.records = self.metrics
         self.saved_at = time.monotonic()
         self.save_s = self.saved_at - began
 
