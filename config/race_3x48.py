@@ -21,5 +21,7 @@ contenders = (
     + "gpt2 of 2 layers in equal time=gpt2:n_layer=2:match=time,"
     + "dva in equal time=dva:match=time,"
     + "gpt2 AdamW=gpt2:optimizer=adamw:learning_rate=1.2e-2|2.4e-2:warmup=0.1|0.03,"
-    + "dva AdamW=dva:optimizer=adamw:learning_rate=1.2e-2|2.4e-2:warmup=0.1|0.03")
-against = "gpt2 of 2 x 72 in equal time,gpt2 AdamW"
+    + "dva AdamW=dva:optimizer=adamw:learning_rate=1.2e-2|2.4e-2:warmup=0.1|0.03,"
+    + "gpt2 bank=gpt2+bank,"
+    + "dva bank=dva+bank")
+against = "gpt2 of 2 x 72 in equal time,gpt2 AdamW,gpt2 bank"
