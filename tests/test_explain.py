@@ -154,6 +154,22 @@ def test_the_page_computes_what_model_py_does(browser, show, tmp_path, system):
         assert differ(found["parts"], expected) < 1e-5
 
 
+def check_expected(browser, model, ids):
+    """The panel shows the ten most probable tokens after these ids; the logits are returned."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0, -1]
+    shown = browser.numbers("#expected b")[:10]
+    assert shown == pytest.approx((100 * logits.softmax(dim=-1)).topk(10).values.tolist(), abs=0.06)
+    return logits
+
+
+def contributed(browser):
+    """What panel 2 says that each token contributed, in the order of the text."""
+    rows = zip(browser.text("#givers small"), browser.numbers("#givers b"), strict=True)
+    # Positions and biases have no number
+    return [x for _, x in sorted((int(number), x) for number, x in rows if number)]
+
+
 def test_the_looks_and_the_readers_are_those_of_each_pairs_own_value(browser, show):
     """The brute force that the fast way avoids: all (T, T, M) values of the pairs."""
     model, ids, inputs, values = show(DVA, TEXT[:12]), CHARACTERS.encode(TEXT[:12]), [], []
@@ -185,55 +201,49 @@ def test_the_looks_and_the_readers_are_those_of_each_pairs_own_value(browser, sh
     assert browser.text("#cosine") == [f"Cosine of the two values: {cosines[0]:.2f}."]
 
 
-def without(model, *pieces):
-    """The model with pieces taken away, as a hack in Python would do it."""
+def without(model, piece):
+    """The model with a piece taken away, as a hack in Python would do it."""
     blocks = model.transformer.h
-    if "layer" in pieces:
+    if piece == "layer":
         del blocks[1]
-    if "rotary" in pieces:
+    if piece == "rotary":
         model.rotary = None
     for block in blocks:
-        if "gate" in pieces:
+        if piece == "gate":
             block.attn.c_gate.register_forward_hook(lambda module, x, out: torch.ones_like(out))
-        if "norm" in pieces:
+        if piece == "norm":
             block.attn.norm = torch.nn.Identity()
-        if "mlp" in pieces:
+        if piece == "mlp":
             block.mlp.register_forward_hook(lambda module, x, out: torch.zeros_like(out))
     return model
-
-
-@pytest.mark.parametrize("block, pieces", [("dva", ["layer", "rotary", "gate", "norm"]),
-                                           ("gpt2", ["layer", "rotary", "mlp"])])
-def test_each_switch_takes_away_what_it_says(browser, show, tmp_path, block, pieces):
-    show(dict(block=block, n_layer=3, rotary=True))
-    ids = CHARACTERS.encode(TEXT)[:30]
-    for piece in pieces:
-        page = compute(browser, ids, [(29, 3)], away={piece: 1})
-        model = without(load(tmp_path / "run"), piece)
-        assert differ(page["logits"], model(torch.tensor([ids]))[0]) < 1e-5
-        found = page["parts"][0]
-        assert sum(found["parts"]) + found["positions"] == pytest.approx(page["logits"][29][3])
 
 
 LOSSES = "#losses tr + tr td:nth-child(2)"
 
 
-def test_a_switch_changes_all_panels_and_the_loss(browser, show, tmp_path):
-    model, idx = show(), torch.tensor([CHARACTERS.encode(TEXT[:40])])
-    browser.choose("passage", TEXT[:40])
-    before = browser.text("#expected b")
+@pytest.mark.parametrize("block, pieces", [("dva", ["layer", "rotary", "gate", "norm"]),
+                                           ("gpt2", ["layer", "rotary", "mlp"])])
+def test_each_switch_takes_away_what_it_says_in_all_panels(browser, show, tmp_path, block, pieces):
+    text = TEXT[:30]
+    model = show(dict(block=block, n_layer=3, rotary=True), text)
+    idx = torch.tensor([CHARACTERS.encode(text)])
+    browser.choose("passage", text)
     browser.click("summary:has(+ form)")
-    pieces = ["gate", "norm", "rotary"]
     for piece in pieces:
-        browser.click(f"#switches [name={piece}]")
-    losses = [reader(idx[:, :-1], idx[:, 1:]).item()
-              for reader in (model, without(load(tmp_path / "run"), *pieces))]
-    assert browser.numbers(LOSSES) == pytest.approx(losses, abs=6e-4)
-    assert "the gates and the value's norm" in browser.text("#changed")[0]
-    assert browser.text("#expected b") != before and len(browser.text("#endings p")) == 2
-    for piece in pieces:
-        browser.click(f"#switches [name={piece}]")
-    assert browser.text("#expected b") == before
+        if piece == "layer":
+            browser.choose("without", "1")
+        else:
+            browser.click(f"#switches [name={piece}]")
+        changed = without(load(tmp_path / "run"), piece)
+        found = browser.value("state.ids.map((_, i) => [...state.model.logits(state.memory, i)])")
+        assert differ(found, changed(idx)[0]) < 1e-5
+        assert abs(browser.numbers("#sum td")[2]) < 1e-5
+        losses = [reader(idx[:, :-1], idx[:, 1:]).item() for reader in (model, changed)]
+        assert browser.numbers(LOSSES) == pytest.approx(losses, abs=6e-4)
+        assert len(browser.text("#endings p")) == 2
+        # The model as a whole again
+        browser.choose("chosen", "0")
+    check_expected(browser, model, idx[0].tolist())
 
 
 # Spaces of which JavaScript and Python think differently, contractions, digits, long words, joined
@@ -272,22 +282,6 @@ def test_both_tokenizers_give_pythons_ids(browser, show, tmp_path):
     assert "It does not know “世”, so it leaves that out." in browser.text("#origin")[0]
 
 
-def check_expected(browser, model, ids):
-    """Panel 1 shows the ten most probable tokens after these ids, which are returned."""
-    with torch.no_grad():
-        best = model(torch.tensor([ids]))[0, -1].softmax(dim=-1).topk(10)
-    shown = browser.numbers("#expected b")[:10]
-    assert shown == pytest.approx((100 * best.values).tolist(), abs=0.06)
-    return best.indices.tolist()
-
-
-def contributed(browser):
-    """What panel 2 says that each token contributed, in the order of the text."""
-    rows = zip(browser.text("#givers small"), browser.numbers("#givers b"), strict=True)
-    # Positions and biases have no number
-    return [x for _, x in sorted((int(number), x) for number, x in rows if number)]
-
-
 def test_typing_and_continuing_by_key(browser, show, tmp_path):
     model, text = show(DVA, "the c"), "the cat sat"
     while browser.value("document.activeElement.id") != "text":
@@ -297,7 +291,7 @@ def test_typing_and_continuing_by_key(browser, show, tmp_path):
     browser.press("Backspace")
     assert browser.value("$('text').value") == text
     ids = CHARACTERS.encode(text)
-    best, *_ = check_expected(browser, model, ids)
+    best = check_expected(browser, model, ids).argmax().item()
     assert browser.text("#question") == [
         f"It expects “{browser.text('#expected bdi')[0]}” next."]
     parts, logit = tool.parts_of(load(tmp_path / "run"), ids, best)
@@ -309,8 +303,7 @@ def test_typing_and_continuing_by_key(browser, show, tmp_path):
     browser.press("ArrowLeft", until=f"state.place === {len(ids) - 1} && {QUIET}")
     assert browser.text("#question")[0].endswith("here, and “t” came.")
     assert browser.text("#expected label:has(:checked) bdi") == ["t"]
-    best = check_expected(browser, model, ids[:-1])
-    logits = model(torch.tensor([ids[:-1]]))[0, -1].detach()
+    logits = check_expected(browser, model, ids[:-1])
     came = 100 * logits.softmax(dim=-1)[ids[-1]].item()
     assert browser.numbers("#expected label:has(:checked) b") == [pytest.approx(came, abs=0.06)]
     # The next token in the list by key, a third by click, and the difference of two
@@ -322,10 +315,10 @@ def test_typing_and_continuing_by_key(browser, show, tmp_path):
     browser.choose("against", str(ids[-1]))
     assert browser.text("#wanted") == browser.text("#expected label:nth-child(3) bdi")
     assert browser.numbers("#sum td")[:2] == pytest.approx(
-        [(logits[best[2]] - logits[ids[-1]]).item()] * 2, abs=1e-5)
-    browser.click("#text")
+        [(logits.topk(3).values[-1] - logits[ids[-1]]).item()] * 2, abs=1e-5)
 
     # Continue and stop, by key: as sample.py does at temperature 0, with more than the window
+    browser.click("#text")
     browser.press("End")
     browser.choose("temperature", "0")
     browser.press("Tab")
@@ -343,19 +336,18 @@ def test_typing_and_continuing_by_key(browser, show, tmp_path):
 
 def test_continue_writes_at_the_cursor_until_stop_as_the_seed_says(browser, show):
     show(DVA, "the cat sat on")
-    texts = []
+    written = []
     for seed in ("1", "1", "2"):
         browser.choose("text", "the cat sat on")
-        browser.value("$('text').focus(); $('text').setSelectionRange(7, 7); 0")
+        browser.value("$('text').setSelectionRange(7, 7)")
         browser.choose("seed", seed)
         browser.click("#go", until="state.ids.length > 30")
         browser.click("#stop")
-        texts.append(browser.value("$('text').value"))
-        assert texts[-1].startswith("the cat") and texts[-1].endswith(" sat on")
-        assert browser.value("$('text').selectionStart") == len(texts[-1]) - 7
-        assert 30 < len(texts[-1]) < 207 and not browser.value("$('go').disabled")
-    length = min(map(len, texts)) - 7
-    assert texts[0][:length] == texts[1][:length] != texts[2][:length]
+        text, cursor = browser.value("[$('text').value, $('text').selectionStart]")
+        assert text.startswith("the cat") and text.endswith(" sat on") and cursor == len(text) - 7
+        assert 30 < len(text) < 207 and not browser.value("$('go').disabled")
+        written.append(text[7:24])
+    assert written[0] == written[1] != written[2]
 
 
 @pytest.fixture
@@ -531,7 +523,7 @@ def test_a_block_that_the_page_does_not_know(browser, write, tmp_path, block):
     browser.open(page)
     assert browser.text("#note") == [""] and f"“{block}”" in browser.text("#model")[0]
     model, ids, embedding = load(tmp_path / "run"), CHARACTERS.encode(TEXT[:40]), []
-    _, second, *_ = check_expected(browser, model, ids)
+    second = check_expected(browser, model, ids).topk(2).indices[1].item()
     model.transformer.wte.register_forward_hook(
         lambda module, given, out: embedding.append(out.detach().requires_grad_()) or embedding[0])
     logit = model(torch.tensor([ids]))[0, -1, second]

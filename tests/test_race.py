@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +62,21 @@ def argv(data_dir, tmp_path, monkeypatch):
 FOLDER = Path("out", "race", "tiny_char-tokens")
 
 
-def lines_of(folder=FOLDER):
-    return race.read_lines(folder / "runs.jsonl")
+def lines_of():
+    return race.read_lines(FOLDER / "runs.jsonl")
 
 
-def results_of(folder=FOLDER):
-    return json.loads((folder / "results.json").read_text())
+def results_of():
+    return json.loads((FOLDER / "results.json").read_text())
 
 
-def made_again(config):
-    """The line of a run with these settings, in a folder of its own."""
-    return race.carry_out(build(train.TrainConfig, config | {"out_dir": "again"}), 160, True)
+def assert_the_same_again():
+    """A run whose weights were kept has the losses that it has in this process, uninterrupted."""
+    weights = next(Path("out", "race_runs").rglob("best.pt"))
+    config = torch.load(weights, weights_only=True)["config"] | {"out_dir": "again"}
+    again = race.carry_out(build(train.TrainConfig, config), 160, True)
+    [line] = [line for line in lines_of() if line["seed"] == config["seed"]]
+    assert (line["val"], line["test"]) == (again["val"], again["test"])
 
 
 @pytest.fixture
@@ -161,8 +165,7 @@ def test_a_worker_comes_to_what_this_process_comes_to(argv, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     race.main(argv(contenders="gpt2:learning_rate=0.01", seeds=1, max_iters=4))
     assert not multiprocessing.active_children()
-    [weights] = Path("out", "race_runs").rglob("best.pt")
-    assert lines_of() == [made_again(torch.load(weights, weights_only=True)["config"])]
+    assert_the_same_again()
 
 
 # ---- what is chosen ----------------------------------------------------------------------------
@@ -291,16 +294,15 @@ def test_every_second_window_chooses_and_the_others_are_reported(argv, here, dat
 @pytest.fixture
 def timed(argv, here, monkeypatch, capsys):
     """
-    timed(seconds, slower): (results, seconds that passed, what was printed, seeds of the runs) of
-    a race of 2 minutes whose steps take so many seconds when they are timed, and `slower` times
-    that in its runs.
+    timed(seconds, slower): (results, seconds that passed, what was printed) of a race of 2 minutes
+    whose steps take so many seconds when they are timed, and `slower` times that in its runs.
     """
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name, value in dict(EVALUATED=64, STARTING=0, outline=lambda cfg: None).items():
         monkeypatch.setattr(race, name, value)
 
     def timed(seconds, slower=1.0, **changes):
-        now, entries, name = [0.0], [], f"{seconds}-{slower}"
+        now, entries = [0.0], []
         monkeypatch.setattr(time, "time", lambda: now[0])
 
         def measure(entry, settings):
@@ -317,11 +319,9 @@ def timed(argv, here, monkeypatch, capsys):
 
         monkeypatch.setattr(race, "measure", measure)
         monkeypatch.setattr(race, "carry_out", carry_out)
-        race.main(argv(minutes=2, name=name, contenders="gpt2,dva", seeds=5, lrs="0.01,0.02",
-                       max_iters=2000, **changes))
-        folder = Path("out", "race", name)
-        seeds = [line["seed"] for line in lines_of(folder)]
-        return results_of(folder), now[0], capsys.readouterr().out, seeds
+        race.main(argv(minutes=2, contenders="gpt2,dva", seeds=5, lrs="0.01,0.02", max_iters=2000,
+                       **changes))
+        return results_of(), now[0], capsys.readouterr().out
 
     return timed
 
@@ -331,7 +331,7 @@ def timed(argv, here, monkeypatch, capsys):
     (0.02, 16, [5], range(101, 2000)), (0.1, 16, [2, 3, 4], range(100, 140)),
     (0.5, 256, [2], range(1, 2000))])
 def test_a_race_is_shrunk_to_its_minutes(timed, seconds, width, seeds, steps):
-    results, passed, printed, _ = timed(seconds, n_embd=width)
+    results, passed, printed = timed(seconds, n_embd=width)
     count = results["contenders"]["gpt2"]["tokens"] // 64
     assert results["seeds"] in seeds and count in steps and 60 < passed < 120
     assert f"2 minutes have time for {results['seeds']} seeds and {count} steps" in printed
@@ -347,36 +347,24 @@ def test_a_race_is_shrunk_to_its_minutes(timed, seconds, width, seeds, steps):
 
 @pytest.mark.parametrize("slower, count", [(1.0, 5), (1.35, 4), (9.0, 2)])
 def test_a_slower_machine_gets_fewer_seeds_and_is_told(timed, slower, count):
-    results, passed, printed, seeds = timed(0.02, slower)
+    results, passed, printed = timed(0.02, slower)
     assert results["seeds"] == count and (passed <= 120 or count == 2)
     assert printed.count("too slow for 5 seeds") == (slower > 1)
     # Four runs to choose, then seed by seed
-    assert seeds == [1337] * 4 + [1338 + i // 2 for i in range(2 * count)]
+    assert [line["seed"] for line in lines_of()] == [1337] * 4 + [
+        1338 + i // 2 for i in range(2 * count)]
 
 
 # ---- stops and kills ---------------------------------------------------------------------------
-
-LONG = dict(max_iters=400, contenders="gpt2", lrs="0.01", seeds=1, rounds=1)
-linux = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="reads /proc")
-
-
-def start_race(argv):
-    """A race in a process and a process group of its own."""
-    return subprocess.Popen([sys.executable, ROOT / "tools" / "race.py", *argv], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-
 
 def processes(folder):
     """The folders in /proc of all processes but this one that have this current folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         # It may have ended meanwhile, or be another user's
-        try:
-            is_there = os.readlink(path / "cwd") == str(folder)
-        except OSError:
-            continue
-        if is_there and int(path.name) != os.getpid():
-            found.append(path)
+        with suppress(OSError):
+            if os.readlink(path / "cwd") == str(folder) and int(path.name) != os.getpid():
+                found.append(path)
     return found
 
 
@@ -387,44 +375,23 @@ def wait_until(condition, seconds=120):
     return condition()
 
 
-def is_training(folder, lines, runs=1):
-    """Have so many runs below the folder written so many lines?"""
-    counts = [path.read_text().count("\n") for path in folder.rglob("metrics.jsonl")]
-    return sum(count >= lines for count in counts) >= runs
-
-
 @pytest.mark.slow
-@linux
-def test_a_race_that_is_told_to_stop_ends_its_worker_and_goes_on_later(argv, here, tmp_path):
-    process = start_race(argv(**LONG))
-    assert wait_until(lambda: is_training(tmp_path, 20))
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in err
-    assert "Traceback" not in err and not processes(tmp_path)
-    [last] = tmp_path.rglob("last.pt")
-    checkpoint = torch.load(last, weights_only=True)
-    assert 0 < checkpoint["step"] < 400 and lines_of() == []
-
-    # It goes on, and comes to what an uninterrupted run comes to
-    race.main(argv(**LONG))
-    [line] = lines_of()
-    assert next(tmp_path.rglob("log.txt")).read_text().count("step 0: loss") == 1
-    again = made_again(checkpoint["config"])
-    assert (again["val"], again["test"]) == (line["val"], line["test"])
-
-
-@linux
-@pytest.mark.slow
-@pytest.mark.parametrize("ending, lines, status, message", [
-    # Either while the workers start, or while both train
-    *[("terminate", lines, 128 + signal.SIGTERM, "the same command goes on") for lines in (0, 5)],
-    *[("kill", lines, -signal.SIGKILL, "") for lines in (0, 5)],
-    ("a worker's kill", 5, 2, "error: a worker died")])
-def test_no_process_is_left_of_a_race_that_is_ended(argv, tmp_path, ending, lines, status, message):
-    process = start_race(argv(**LONG | dict(jobs=2, lrs="0.01,0.03", max_iters=20_000)))
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="reads /proc")
+# Either while the workers start, or while both train. Of two runs, how many have to start again?
+@pytest.mark.parametrize("ending, lines, status, message, again", [
+    ("terminate", 0, 128 + signal.SIGTERM, "the same command goes on", 0),
+    ("terminate", 20, 128 + signal.SIGTERM, "the same command goes on", 0),
+    ("kill", 0, -signal.SIGKILL, "", 0), ("kill", 20, -signal.SIGKILL, "", 2),
+    ("a worker's kill", 20, 2, "error: a worker died", 1)])
+def test_a_race_that_is_ended_leaves_no_process_and_goes_on_later(argv, here, tmp_path, ending,
+                                                                  lines, status, message, again):
+    words = argv(max_iters=400, contenders="gpt2", lrs="0.01", rounds=1, jobs=2)
+    process = subprocess.Popen([sys.executable, ROOT / "tools" / "race.py", *words], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
     assert wait_until(lambda: len(processes(tmp_path)) >= 4)
-    assert wait_until(lambda: lines == 0 or is_training(tmp_path, lines, runs=2))
+    assert wait_until(lambda: 2 * (lines > 0) == sum(
+        path.read_text().count("\n") >= lines for path in tmp_path.rglob("metrics.jsonl")))
     if ending == "a worker's kill":
         worker = next(path for path in processes(tmp_path)
                       if "spawn_main" in (path / "cmdline").read_text())
@@ -435,6 +402,12 @@ def test_no_process_is_left_of_a_race_that_is_ended(argv, tmp_path, ending, line
     assert process.returncode == status and message in err and "Traceback" not in err
     # Its workers see that a race was killed a moment later
     assert wait_until(lambda: not processes(tmp_path), seconds=20 if ending == "kill" else 0)
+    assert lines_of() == []
+
+    race.main(words)
+    logs = [path.read_text() for path in tmp_path.rglob("log.txt")]
+    assert sum(log.count("step 0: loss") for log in logs) == 2 + again
+    assert_the_same_again()
 
 
 # ---- what the user gets wrong ------------------------------------------------------------------
