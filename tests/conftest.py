@@ -43,6 +43,8 @@ gc.freeze()
 gc.set_threshold(100_000, 20, 20)
 
 torch.set_num_threads(1)
+# A shell that runs the tests in the background has them ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 # A real text of 190 kB that every machine has: make installs it for the demo

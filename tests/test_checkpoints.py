@@ -1,6 +1,5 @@
 """A run's folder: nothing in it is lost, half written, or opened that could do harm."""
 import errno
-import json
 import os
 import pickle
 import platform
@@ -252,11 +251,12 @@ def test_best_is_only_replaced_by_better(run, tmp_path, losses, monkeypatch, alw
     # at steps 0, 3, 6, 9 and 11
     losses(9, 3, 2, 5, 4)
     run(max_iters=11, eval_interval=3, always_save_checkpoint=always)
-    best, last = (load_checkpoint(tmp_path / "out" / name) for name in ("best.pt", "last.pt"))
-    assert (best["step"], best["best_val_loss"]) == (6, 2)
-    assert (last["step"], last["best_val_loss"]) == (11, 2)
     assert [step for name, step in seen if name == "best.pt"] == [3, 6]
     assert [step for name, step in seen if name == "last.pt"] == saved
+    best, last = (load_checkpoint(tmp_path / "out" / name) for name in ("best.pt", "last.pt"))
+    assert best["best_val_loss"] == last["best_val_loss"] == 2
+    # Weights to sample from, and all that it takes to go on
+    assert "optimizer" in last and "optimizer" not in best
     # Resumed, the best so far is known; at steps 12 and 15
     losses(1.9, 2.5)
     run(init_from="resume", max_iters=15)
@@ -264,14 +264,13 @@ def test_best_is_only_replaced_by_better(run, tmp_path, losses, monkeypatch, alw
 
 
 @pytest.mark.parametrize("tuned, values, best", [
-    (True, (1, 2, 3, 4), (0, 1)), (True, (4, 3, 5, 6), (5, 3)), (False, (1, 2, 3, 4), (5, 2)),
-    (False, (1, 1, 0.5, 1), (10, 0.5))])
+    (True, (1, 2, 3, 4), (0, 1)), (True, (4, 3, 5, 6), (5, 3)), (False, (1, 2, 3, 4), (5, 2))])
 def test_what_is_called_best_is_on_the_disk(run, trained, tmp_path, losses, tuned, values, best):
     """At steps 0, 5, 10 and 12; random weights are not worth a name, those to fine-tune are."""
     losses(*values)
-    out = run("tuned", init_from=trained if tuned else "scratch", always_save_checkpoint=False)[1]
+    out = run(init_from=trained if tuned else "scratch", always_save_checkpoint=False)[1]
     assert f"best val loss {best[1]:.4f}" in out
-    saved = load_checkpoint(tmp_path / "tuned" / "best.pt")
+    saved = load_checkpoint(tmp_path / "out" / "best.pt")
     assert (saved["step"], saved["best_val_loss"]) == best
 
 
@@ -334,8 +333,7 @@ def test_a_run_is_saved_by_the_clock_without_an_evaluation(run, tmp_path, at_ste
 
 
 @pytest.mark.parametrize("since, took, interval, due", [
-    (16, 0.1, 15, True), (14, 0.1, 15, False), (16, 0.4, 15, False), (21, 0.4, 15, True),
-    (1e6, 0.1, 0, False)])
+    (16, 0.1, 15, True), (14, 0.1, 15, False), (16, 0.4, 15, False), (21, 0.4, 15, True)])
 def test_saves_by_the_clock_take_two_percent_of_the_time_at_most(tmp_path, since, took, interval,
                                                                  due):
     folder = checkpoints.RunFolder(train.TrainConfig(out_dir=str(tmp_path)), None)
@@ -358,37 +356,21 @@ def test_a_second_interrupt_during_the_save_keeps_the_checkpoint_before(run, tmp
     assert set(contents(tmp_path / "out")) == {"best.pt", "last.pt", "metrics.jsonl"}
 
 
-@pytest.mark.parametrize("limit, full", [(2500, "metrics.jsonl"), (50_000, "last.pt")])
-def test_a_stop_that_cannot_save_says_so(run, tmp_path, at_step, limit, full):
-    """And is not called a stop."""
-    with full_disk() as fill:
-        at_step(7, lambda: (signal.raise_signal(signal.SIGTERM), fill(limit)))
-        with refused(f"cannot write {tmp_path / 'out' / full}: {os.strerror(errno.EFBIG)}"):
-            run(log_interval=1 if full == "metrics.jsonl" else 50, max_iters=100)
-    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 5
-
-
-@pytest.mark.parametrize("limit, full", [(3000, "metrics.jsonl"), (10_000, "best.pt"),
-                                         (200_000, "last.pt")])
-def test_a_full_disk_leaves_the_checkpoints_whole(run, tmp_path, at_step, limit, full):
-    """metrics.jsonl takes more than 3 kB here, best.pt about 110 and last.pt about 330."""
-    run("straight", n_embd=32)
-    at_step(3, send(signal.SIGTERM))
-    run(n_embd=32)
-    before = contents(tmp_path / "out")
-    # Without a line for each step metrics.jsonl is not the first to grow
-    interval = 1 if full == "metrics.jsonl" else 5
-    with full_disk() as fill, refused(f"{full}: {os.strerror(errno.EFBIG)}; ") as caught:
-        fill(limit)
-        run(init_from="resume", log_interval=interval)
-    assert ("is untouched" in str(caught.value)) == (full == "last.pt")
-    after = contents(tmp_path / "out")
-    assert after["last.pt"] == before["last.pt"]
-    assert set(after) - {"best.pt"} == {"last.pt", "metrics.jsonl"}
-    assert ("best.pt" in after) == (full == "last.pt")
+@pytest.mark.parametrize("limit, full, is_stopped", [
+    (2500, "metrics.jsonl", True), (50_000, "last.pt", True), (10_000, "best.pt", False)])
+def test_a_full_disk_is_named_is_no_stop_and_leaves_the_checkpoints_whole(
+        run, trained, tmp_path, at_step, limit, full, is_stopped):
+    """metrics.jsonl has about 4 kB in step 7, best.pt 40 and last.pt 110."""
+    at_step(7, lambda: (fill(limit), is_stopped and signal.raise_signal(signal.SIGTERM)))
+    with full_disk() as fill, refused(f"cannot write {tmp_path / 'out' / full}: "
+                                      f"{os.strerror(errno.EFBIG)}; "):
+        run()
+    assert set(contents(tmp_path / "out")) == {"best.pt", "last.pt", "metrics.jsonl"}
+    for name in ("best.pt", "last.pt"):
+        assert load_checkpoint(tmp_path / "out" / name)["step"] == 5
     # There is room again
     assert run(init_from="resume")[0] == 0
-    assert runs_differ(tmp_path / "straight", tmp_path / "out") == 0
+    assert runs_differ(trained, tmp_path / "out") == 0
 
 
 # ---- safe to open --------------------------------------------------------------------------------
@@ -418,10 +400,10 @@ DAMAGED = {
     "another format": ({"format": 1}, "nanoDVA checkpoint")}
 
 
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_only_checkpoints_are_opened_and_none_can_run_code(trained, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("content, words", DAMAGED.values(), ids=list(DAMAGED))
+def test_only_checkpoints_are_opened_and_none_can_run_code(trained, tmp_path, monkeypatch, content,
+                                                           words):
     monkeypatch.chdir(tmp_path)
-    content, words = DAMAGED[kind]
     if callable(content):
         Path("last.pt").write_bytes(content((trained / "last.pt").read_bytes()))
     else:
@@ -432,17 +414,8 @@ def test_only_checkpoints_are_opened_and_none_can_run_code(trained, tmp_path, mo
     assert not Path("harm").exists()
 
 
-def test_a_checkpoint_holds_tensors_numbers_and_text_alone(trained):
-    """Which is all that weights_only reads; and best.pt has no optimizer in it."""
-    best, last = (load_checkpoint(trained / name) for name in ("best.pt", "last.pt"))
-    assert last.keys() - best.keys() == {"optimizer", "scaler", "tokens", "evaluated", "elapsed_s"}
-    assert json.loads(json.dumps(best["config"])) == best["config"]
-
-
-@pytest.mark.parametrize("name", ["a", "a/b"])
-def test_a_folder_that_is_deleted_during_a_run_is_made_again(run, at_step, tmp_path, name):
+def test_a_folder_that_is_deleted_during_a_run_is_made_again(run, at_step, tmp_path):
     at_step(7, lambda: shutil.rmtree(tmp_path / "a"))
-    status, _ = run(name)
-    last = load_checkpoint(tmp_path / name / "last.pt")
-    assert status == 0 and last["step"] == 12
-    assert records(tmp_path / name)[-1]["step"] == 12
+    assert run("a/b")[0] == 0
+    assert load_checkpoint(tmp_path / "a" / "b" / "last.pt")["step"] == 12
+    assert records(tmp_path / "a" / "b")[-1]["step"] == 12

@@ -171,8 +171,7 @@ def test_parameters_that_are_not_used_are_named(place):
 
 def test_accumulation_that_does_not_divide_is_refused(run, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "WORLD", 3)
-    for steps in (4, 1):
-        with refused(f"gradient_accumulation_steps={steps} does not divide among 3 processes",
-                     "use a multiple of 3"):
-            run(gradient_accumulation_steps=steps)
+    with refused("gradient_accumulation_steps=4 does not divide among 3 processes",
+                 "use a multiple of 3"):
+        run(gradient_accumulation_steps=4)
     assert not (tmp_path / "out").exists()

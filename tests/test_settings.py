@@ -68,11 +68,9 @@ def test_the_later_one_wins_among_presets_and_arguments(preset):
 @pytest.mark.parametrize("argument, name, value", [
     ("--max_iters=1e1", "max_iters", 10), ("--weight_decay=0", "weight_decay", 0.0),
     ("--compile", "compile", True), ("--compile=auto", "compile", "auto"),
-    ("--compile=false", "compile", False), ("--eval_only", "eval_only", True),
-    ("--eval_only=true", "eval_only", True), ("--eval_only=False", "eval_only", False),
+    ("--compile=false", "compile", False), ("--eval_only=true", "eval_only", True),
     ("--dataset=3", "dataset", "3"), ("--out_dir=a=b=c", "out_dir", "a=b=c"),
-    ("--out_dir='q'", "out_dir", "'q'"), ("--wandb_run_name=", "wandb_run_name", ""),
-    ("--out_dir=true", "out_dir", "true"), ("--out_dir=--x", "out_dir", "--x"),
+    ("--wandb_run_name=", "wandb_run_name", ""), ("--out_dir=true", "out_dir", "true"),
     ("--gradient_accumulation_steps=5*8", "gradient_accumulation_steps", 40),
     ("--learning_rate=6e-4", "learning_rate", 6e-4), ("--learning_rate=1", "learning_rate", 1.0),
     ("--n_layer= 3", "n_layer", 3), ("--n_layer=2**3-1", "n_layer", 7),
@@ -120,8 +118,8 @@ WHOLE = "it must be a whole number below 2**63"
       for name in ("n_layer", "out_dir")),
     ("--n_layer=six", "n_layer='six' on the command line: " + WHOLE),
     *((f"--n_layer={value}", WHOLE) for value in (
-        "2.5", "nan", "True", "1e300", "1" + "0" * 5000, "9**9**9", "1/0", "[1]", "(-8)**0.5",
-        "__import__('os')", "-" * 20000 + "1", "(" * 500 + "1" + ")" * 500, "1e30")),
+        "2.5", "nan", "True", "1" + "0" * 5000, "9**9**9", "1/0", "[1]", "(-8)**0.5",
+        "__import__('os')", "-" * 20000 + "1", "1e30")),
     ("--n_layer=" + "*".join(["9" * 4000] * 3), "n_layer=inf"),
     *((f"--learning_rate={value}", "it must be a number")
       for value in ("True", "fast", "1e999", "10**400")),
@@ -133,10 +131,8 @@ WHOLE = "it must be a whole number below 2**63"
     ("--block=dvaa", "block='dvaa': choose from gpt2"),
     ("--dataset=", "dataset is empty: give a name, as in --dataset=openwebtext"),
     ("--seed=-1", "seed=-1: it must be at"), ("--batch_size=0", "batch_size=0: it must"),
-    ("--dropout=-0.1", "dropout=-0.1: it must be at least 0"), ("--max_iters=-1", "max_iters=-1"),
-    ("--dropout=1", "dropout=1.0: it must be below 1"), ("--bank_lr=-1", "bank_lr=-1.0"),
+    ("--dropout=1", "dropout=1.0: it must be below 1"), ("--beta2=1", "beta2=1.0: it must"),
     ("--bank_layers=13", "bank_layers=13: it must be at most n_layer=12"),
-    ("--beta2=1", "beta2=1.0: it must be below 1"), ("--backend=mpi", "backend='mpi'"),
     ("--min_lr=1", "min_lr=1.0 is above learning_rate=0.0006"),
     ("--dtype=float8", "dtype='float8': choose from auto, float32"),
     ("--init_from=nowhere", "init_from='nowhere': choose from "),
@@ -156,8 +152,7 @@ NO_LITERAL = "is neither a literal nor arithmetic on literals"
     ("n_layer = 'six'", WHOLE), ("out_dir = 3", "it must be text"),
     ("import os", "line 1: this is code; a preset holds assignments like 'n_layer = 6'"),
     *((code, "line 1: this is code") for code in (
-        "1 + 1", "import time, os", "if True: n_layer = 6", "__import__('os').mkdir('{harm}')",
-        "n_layer: int = 6", "n_layer = n_head = 6")),
+        "1 + 1", "import time, os", "if True: n_layer = 6", "__import__('os').mkdir('{harm}')")),
     ("x = __import__('os').mkdir('{harm}')", "line 1: \"__import__('os').mkdir('"),
     ("n_layer = 1\nout_dir = open('{harm}', 'w').name", "line 2: \"open('"),
     ("n_layer = batch_size", "line 1: 'batch_size' " + NO_LITERAL),
@@ -200,7 +195,6 @@ def test_help_lists_every_setting_with_its_meaning(cls, main, without, capsys):
 # ---- hundreds of command lines that nobody would write -------------------------------------------
 
 NAMES = [setting.name for setting in fields(TrainConfig)]
-NUMBERS = [setting.name for setting in fields(TrainConfig) if setting.type in (int, float)]
 ODD = ["True", "None", "auto", "1e999", "1j", "[]", "b'x'", "'\''", "9" * 5000, "n_layer", "~x/y",
        "str(time.time())", " if ", *"+-*/%@,()=~", "**", "//", "<<"]
 parts = st.integers().map(repr) | st.floats().map(repr) | st.text(max_size=8) | st.sampled_from(ODD)
@@ -208,43 +202,23 @@ values = st.lists(parts, min_size=1, max_size=6).map("".join)
 assignments = st.builds("{}{}{}".format, st.sampled_from(NAMES) | st.text(max_size=8),
                         st.sampled_from(["=", " = ", ":", "+=", " "]), values)
 lines = assignments | st.sampled_from(["# text", '"""text"""', "import time", "pass", "if", "\tx"])
-many = hypothesis_settings(max_examples=100, deadline=None, derandomize=True, database=None,
-                           suppress_health_check=list(HealthCheck))
-
-
-def settings_or_one_line(cls, argv):
-    """The settings, valid in themselves, that argv gives; None after one line, or after --help."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            cfg = load_settings(cls, argv)
-    except UserError as error:
-        assert "\n" not in str(error) and len(str(error)) < 1000
-        return None
-    except SystemExit as end:
-        assert end.code == 0 and {"--help", "-h"} & set(argv)
-        return None
-    assert build(cls, asdict(cfg)) == cfg
-    return cfg
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
-@many
+@hypothesis_settings(max_examples=100, deadline=None, derandomize=True, database=None,
+                     suppress_health_check=list(HealthCheck))
 @given(st.lists(assignments.map("--{}".format) | st.text(max_size=10), max_size=4),
        st.lists(lines, max_size=6).map("\n".join) | st.binary(max_size=40))
 def test_any_command_line_and_any_preset_gives_settings_or_one_line(preset, argv, text):
-    for cls in (TrainConfig, SampleConfig, PrepareConfig):
-        settings_or_one_line(cls, argv)
-    settings_or_one_line(TrainConfig, [preset(text)])
-
-
-@many
-@given(st.dictionaries(st.sampled_from(NUMBERS), st.integers(0, 20), max_size=5))
-def test_what_is_written_is_what_is_read(preset, values):
-    """The same from a preset, from the command line and from the dataclass itself."""
-    try:
-        expected = build(TrainConfig, values)
-    except UserError:
-        expected = None
-    argv = [f"--{name}={value}" for name, value in values.items()]
-    for words in (argv, [preset("\n".join(argv).replace("--", ""))]):
-        assert settings_or_one_line(TrainConfig, words) == expected
+    """The settings, valid in themselves; or else an error, or --help."""
+    path = preset(text)
+    for cls, words in ((TrainConfig, argv), (SampleConfig, argv), (PrepareConfig, argv),
+                       (TrainConfig, [path])):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                cfg = load_settings(cls, words)
+            assert build(cls, asdict(cfg)) == cfg
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+        except SystemExit as end:
+            assert end.code == 0 and {"--help", "-h"} & set(words)

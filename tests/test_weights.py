@@ -19,6 +19,7 @@ from conftest import (
     ids_of,
     oracle,
     refused,
+    save_run,
     shaken,
     tiny,
     tokens,
@@ -31,7 +32,6 @@ import train
 from model import generate
 from nanodva.checkpoints import FORMAT, load_checkpoint
 from nanodva.errors import fail
-from nanodva.settings import read_settings
 from nanodva.weights import OPENAI, load_model, read_weights, start_from
 from tools import convert, explain
 
@@ -55,23 +55,21 @@ def assert_same_model(ours, theirs):
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
 
 
-def write_nanogpt(path, theirs, dataset="tiny_char", prefix="", masks=False, **changes):
-    """The transformers model as nanoGPT would have saved it."""
+def write_nanogpt(folder, theirs, dataset="tiny_char", prefix="", **changes):
+    """The transformers model as nanoGPT would have saved it; with a prefix come masks, too."""
     state = {}
     for name, p in theirs.state_dict().items():
-        if name.endswith("bias") and not changes.get("bias", True):
-            continue
-        transposed = name.startswith("transformer.h.") and p.dim() == 2
-        state[prefix + name] = p.T.contiguous() if transposed else p.clone()
-    if masks:
-        for layer in range(theirs.config.n_layer):
-            mask = torch.ones(1, 1, 128, 128).tril()
-            state[f"{prefix}transformer.h.{layer}.attn.bias"] = mask
+        is_matrix = name.startswith("transformer.h.") and p.dim() == 2
+        if changes.get("bias", True) or not name.endswith("bias"):
+            state[prefix + name] = p.T.contiguous() if is_matrix else p.clone()
+    for layer in range(theirs.config.n_layer if prefix else 0):
+        state[f"{prefix}transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 128, 128).tril()
     args = {name: getattr(theirs.config, name)
             for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     torch.save({"model": state, "optimizer": {"state": {}, "param_groups": []}, "iter_num": 7,
                 "model_args": {"block_size": 128, "dropout": 0.2} | args | changes,
-                "best_val_loss": torch.tensor(1.5), "config": {"dataset": dataset}}, path)
+                "best_val_loss": torch.tensor(1.5), "config": {"dataset": dataset}},
+               folder / "ckpt.pt")
 
 
 # ---- GPT-2 from Hugging Face ---------------------------------------------------------------------
@@ -103,68 +101,54 @@ def test_openais_names_come_from_the_hubs_cache_in_the_sizes_of_their_config(hub
         assert_same_model(ours, theirs)
 
 
-@pytest.mark.parametrize("size, count", [("1GB", 1), ("20KB", 11)])
-@pytest.mark.parametrize("pickled", [False, True])
-def test_shards_and_pickled_files_come_in(tmp_path, size, count, pickled):
+@pytest.mark.parametrize("kind, count", [("whole", 1), ("pickled", 1), ("shards", 11)])
+def test_shards_and_pickled_files_come_in(tmp_path, kind, count):
     theirs = oracle(**SHAPE)
-    theirs.save_pretrained(tmp_path, max_shard_size=size)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB" if kind == "shards" else "1GB")
     files = list(tmp_path.glob("*.safetensors"))
     assert len(files) == count
-    if pickled:
-        # As transformers did before it had safetensors, in torch's first format
-        def renamed(text):
-            return text.replace("model", "pytorch_model").replace("safetensors", "bin")
-        for path in [*files, *tmp_path.glob("*.index.json")]:
-            new = tmp_path / renamed(path.name)
-            if path in files:
-                torch.save(load_file(path), new, _use_new_zipfile_serialization=False)
-            else:
-                new.write_text(renamed(path.read_text()))
-            path.unlink()
+    if kind == "pickled":
+        # In torch's first format, as transformers did before it had safetensors
+        pickled = tmp_path / "pytorch_model.bin"
+        torch.save(load_file(files[0]), pickled, _use_new_zipfile_serialization=False)
+        files[0].unlink()
+        files = [pickled]
     assert_same_model(load_model(str(tmp_path)), theirs)
-    next(tmp_path.glob("*.bin" if pickled else "*.safetensors")).unlink()
+    files[0].unlink()
     with refused(str(tmp_path)):
         load_model(str(tmp_path))
 
 
-def test_rows_that_pad_a_table_are_neither_sampled_nor_part_of_the_loss(tmp_path, monkeypatch):
-    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50304)
+@pytest.mark.parametrize("rows, kept", [
+    # nanoGPT's padding, and a table after transformers' resize_token_embeddings(50258)
+    (50304, 50257), (50258, 50258)])
+def test_rows_that_are_no_tokens_are_never_sampled(tmp_path, texts, monkeypatch, rows, kept):
+    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=rows)
     with torch.no_grad():
-        # These would win every time
+        # These would win time and again
         theirs.transformer.wte.weight[50257:] *= 100
     theirs.save_pretrained(tmp_path)
-    # Logits need no file of a tokenizer
-    monkeypatch.setattr("nanodva.tokenizer.gpt2_tokens", lambda: fail("no network"))
     ours, idx = load_model(str(tmp_path)), torch.arange(100).view(2, 50)
     with torch.no_grad():
         logits = theirs(idx).logits
-        assert logits.argmax(-1).min() >= 50257
-        logits = logits[:, :-1, :50257].flatten(0, 1)
+        assert (logits.argmax(-1) >= 50257).float().mean() > 0.5
+        # Padding is no part of the loss either
+        logits = logits[:, :-1, :kept].flatten(0, 1)
         expected = F.cross_entropy(logits, idx[:, 1:].flatten()).item()
-        assert ours(idx[:, :-1], idx[:, 1:]).item() == pytest.approx(expected, abs=1e-5)
-    assert generate(ours, idx[:, :4], 20, temperature=5.0).max() < 50257
-    with refused("no network"):
+        assert ours(idx[:, :-1], idx[:, 1:]).item() == pytest.approx(expected, rel=1e-5)
+    # Logits needed no file of a tokenizer
+    with monkeypatch.context() as offline, refused("no network"):
+        offline.setattr("nanodva.tokenizer.gpt2_tokens", lambda: fail("no network"))
         generate(ours, "a", 1)
-
-
-def test_a_row_for_an_added_token_is_never_sampled(tmp_path, texts):
-    """As after transformers' resize_token_embeddings(50258)."""
-    theirs = oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50258)
-    with torch.no_grad():
-        theirs.transformer.wte.weight[50257] *= 100
-    theirs.save_pretrained(tmp_path)
-    assert all(len(text) > 50 for text in texts(out_dir=tmp_path, num_samples=2, start="\n",
-                                                max_new_tokens=50))
-    ours = load_model(str(tmp_path))
-    assert ours(torch.arange(50)[None]).argmax(-1).max() == 50257
     assert ours.tokenizer.vocab_size == 50257
+    for text in (generate(ours, "\n", 50), *texts(out_dir=tmp_path, max_new_tokens=50)):
+        assert len(text) > 50
 
 
 def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path, hub, monkeypatch):
-    for main in (sample.main, train.main):
-        with refused("cannot fetch openai-community/gpt2-large from http",
-                     "hf download openai-community/gpt2-large"):
-            main(["--init_from=gpt2-large"])
+    with refused("cannot fetch openai-community/gpt2-large from http",
+                 "hf download openai-community/gpt2-large"):
+        sample.main(["--init_from=gpt2-large"])
     # The mistake comes to light before the download
     with refused("batch_size=0"):
         train.main(["--init_from=gpt2-large", "--batch_size=0"])
@@ -257,19 +241,28 @@ def test_a_folder_of_another_kind_is_refused(tmp_path, portuguese, name, change,
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("damage", [b"{", b"", b"\xff" * 100, b"[]"])
-def test_a_damaged_file_is_refused(tmp_path, name, damage):
+@pytest.mark.parametrize("name, content", [
+    ("config.json", b"{"), ("config.json", b"[]"), ("config.json", b""),
+    ("model.safetensors", b""), ("model.safetensors", b"\xff" * 100),
+    *(("best.pt", checkpoint) for checkpoint in (
+        {"format": FORMAT}, {"format": 2, "model": 3, "model_config": 3, "tokenizer": 3},
+        {"model": 3, "model_args": 3}, {"model": {}, "model_args": {}, "config": 3},
+        {"model": {}, "model_args": {"zzz": 1}}, {"model": {}, "model_args": {"n_layer": 1}},
+        {1: 2}))], ids=str)
+def test_a_file_that_is_damaged_or_only_looks_right_is_refused(tmp_path, name, content):
     saved(tmp_path)
-    (tmp_path / name).write_bytes(damage)
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
     with refused(str(tmp_path)):
         load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("rows", [50257, 50304])
 def test_what_is_assumed_of_tokens_is_said_and_can_be_overridden(tmp_path, capsys, data_dir, rows):
-    write_nanogpt(tmp_path / "ckpt.pt", oracle("gelu", n_layer=1, n_head=1, n_embd=8,
-                                               vocab_size=rows), dataset="lost")
+    theirs = oracle("gelu", n_layer=1, n_head=1, n_embd=8, vocab_size=rows)
+    write_nanogpt(tmp_path, theirs, dataset="lost")
     argv = command_line(dict(out_dir=tmp_path, data_dir=data_dir, num_samples=1, max_new_tokens=5,
                              device="cpu", start="ab"))
     sample.main(argv)
@@ -282,12 +275,11 @@ def test_what_is_assumed_of_tokens_is_said_and_can_be_overridden(tmp_path, capsy
 
 # ---- checkpoints of nanoGPT and of version 3 -----------------------------------------------------
 
-@pytest.mark.parametrize("prefix, masks, bias", [
-    ("", False, True), ("_orig_mod.", False, False), ("module.", True, True),
-    ("_orig_mod.module.", True, False), ("module._orig_mod.", False, True)])
-def test_a_nanogpt_checkpoint_comes_in(tmp_path, prefix, masks, bias):
+@pytest.mark.parametrize("prefix, bias", [
+    ("", True), ("_orig_mod.", False), ("module._orig_mod.", True)])
+def test_a_nanogpt_checkpoint_comes_in(tmp_path, prefix, bias):
     theirs = oracle("gelu", biases=bias, **SHAPE)
-    write_nanogpt(tmp_path / "ckpt.pt", theirs, prefix=prefix, masks=masks, bias=bias)
+    write_nanogpt(tmp_path, theirs, prefix=prefix, bias=bias)
     for source in (tmp_path, tmp_path / "ckpt.pt"):
         ours = load_model(str(source))
         assert ours.config.bias == bias and ours.config.dropout == 0
@@ -296,7 +288,7 @@ def test_a_nanogpt_checkpoint_comes_in(tmp_path, prefix, masks, bias):
 
 def test_a_nanogpt_checkpoint_samples_and_trains_on(run, texts, tmp_path, data_dir):
     theirs = oracle("gelu", **OF_TINY)
-    write_nanogpt(tmp_path / "ckpt.pt", theirs)
+    write_nanogpt(tmp_path, theirs)
     alphabet = prepare_data.read_meta(data_dir / "tiny_char")["tokenizer"]["alphabet"]
     ids = theirs.generate(torch.tensor([[3]]), max_new_tokens=100, do_sample=False)[0]
     assert texts(out_dir=tmp_path, data_dir=data_dir, max_new_tokens=100, temperature=0,
@@ -319,20 +311,9 @@ def test_a_nanogpt_alphabet_is_asked_for_and_checked(tmp_path, data_dir):
     for dataset, words, option in (
             ("lost", "lost/meta.json: run", []), (None, "do not say what their tokens are", []),
             ("lost", "and the weights have 11", ["--dataset=tiny_char"])):
-        write_nanogpt(tmp_path / "ckpt.pt", theirs, dataset)
+        write_nanogpt(tmp_path, theirs, dataset)
         with refused(words):
             sample.main(argv + option)
-
-
-@pytest.mark.parametrize("checkpoint", [
-    {"format": FORMAT}, {"format": 2, "model": 3, "model_config": 3, "tokenizer": 3},
-    {"model": 3, "model_args": 3}, {"model": {}, "model_args": {}, "config": 3},
-    {"model": {}, "model_args": {"zzz": 1}}, {"model": {}, "model_args": {"n_layer": 1}}, {1: 2}],
-    ids=str)
-def test_a_file_that_only_looks_like_a_checkpoint_is_refused(tmp_path, checkpoint):
-    torch.save(checkpoint, tmp_path / "best.pt")
-    with refused(str(tmp_path)):
-        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("system", [system for system in SYSTEMS
@@ -362,13 +343,14 @@ def test_a_checkpoint_of_version_3_samples(system, tmp_path):
 
 # ---- our own, and starting from any --------------------------------------------------------------
 
-def test_settings_that_resolve_to_the_same_do_not_contradict_the_weights(run, tmp_path):
-    run("auto", block="dva", max_iters=1)
+def test_only_settings_that_mean_something_else_contradict_the_weights(run, tmp_path):
+    run(block="dva", max_iters=1)
+    given = dict(init_from=tmp_path / "out", block="dva")
     for same in (dict(rotary=True), dict(value_dim=16)):
-        run("same", init_from=tmp_path / "auto", block="dva", max_iters=1, overwrite=True, **same)
+        assert start_from(train.TrainConfig, given | same)
     for other, words in ((dict(rotary=False), "rotary=False"), (dict(value_dim=8), "value_dim=8")):
         with refused(f"{words} contradicts the weights"):
-            run("other", init_from=tmp_path / "auto", block="dva", **other)
+            start_from(train.TrainConfig, given | other)
 
 
 def test_a_folder_that_is_called_gpt2_is_the_folder(run, texts, tmp_path, monkeypatch, hub):
@@ -383,25 +365,20 @@ def test_a_folder_that_is_called_gpt2_is_the_folder(run, texts, tmp_path, monkey
 
 def test_more_banks_than_the_default_has_layers(tmp_path):
     saved(tmp_path, n_layer=24, n_embd=4)
-    argv = [f"--init_from={tmp_path}", "--block=dva", "--qk_dim=2", "--block_size=8"]
-    cfg, _ = start_from(train.TrainConfig, read_settings(train.TrainConfig,
-                                                         [*argv, "--bank_layers=16"]))
+    given = dict(init_from=tmp_path, block="dva", qk_dim=2, block_size=8, bank_layers=16)
+    cfg, _ = start_from(train.TrainConfig, given)
     assert (cfg.n_layer, cfg.bank_layers) == (24, 16)
-    with refused("bank_layers=25: it must be at most n_layer=24"):
-        train.main([*argv, "--bank_layers=25"])
 
 
-def test_a_longer_window_where_weights_hold_no_positions(run, tmp_path):
-    run(block="dva", rotary="only", max_iters=2)
-    short, long = load_model(tmp_path / "out"), load_model(tmp_path / "out", block_size=64)
-    idx = torch.arange(64)[None] % 23
+def test_a_longer_window_where_weights_hold_no_positions(tmp_path):
+    save_run(tmp_path, shaken(tiny(block="dva", rotary="only")), None)
+    short, long, idx = load_model(tmp_path), load_model(tmp_path, block_size=64), tokens(1, 64)
     with torch.no_grad():
-        torch.testing.assert_close(short(idx[:, :16]), long(idx)[:, :16], atol=1e-5, rtol=0)
+        torch.testing.assert_close(short(idx[:, :16]), long(idx)[:, :16], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("error", [ValueError("too many values to unpack"),
-                                   AttributeError("no attribute 'widht'"),
-                                   RuntimeError("size mismatch"), KeyError("zzz")], ids=repr)
+@pytest.mark.parametrize("error", [ValueError("too many values"), RuntimeError("size mismatch"),
+                                   KeyError("zzz")], ids=repr)
 def test_a_mistake_in_a_readers_block_keeps_its_traceback(run, tmp_path, monkeypatch, error):
     class Mistaken(BLOCKS["mean"]):
         def __init__(self, *args):
@@ -458,16 +435,6 @@ def test_the_pages_lines_of_python_do_what_they_say(run, tmp_path, monkeypatch, 
     ids = torch.tensor([names["model"].tokenizer.encode("abc")])
     expected = attn(x[None], ids, rotary)[0]
     torch.testing.assert_close(attn.c_proj(mixed), expected, atol=1e-6, rtol=1e-4)
-
-
-def test_a_run_starts_from_another_ones_weights_at_step_0(run, trained, tmp_path):
-    _, out = run("tuned", init_from=trained, max_iters=2, lr_decay_iters=2)
-    lines = comparable(tmp_path / "tuned")
-    best = load_checkpoint(trained / "best.pt")["best_val_loss"]
-    assert f"starting from the weights of {trained}" in out
-    # An evaluation has a line of its own
-    assert [line["step"] for line in lines] == [0, 0, 1, 2]
-    assert lines[0]["val_loss"] == pytest.approx(best, abs=1e-6)
 
 
 def test_training_goes_on_with_the_tokens_of_the_weights(tmp_path, data_dir, portuguese, capsys):
