@@ -151,14 +151,11 @@ class Browser:
 
     @contextmanager
     def another_tab(self):
-        ours, self.session = self.session, {}
+        # In front of ours, to which commands still go
         tab = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.call("Target.activateTarget", targetId=tab)
-        self.session = ours
         yield
-        self.session = {}
         self.call("Target.closeTarget", targetId=tab)
-        self.session = ours
 
     def close(self):
         self.process.terminate()

@@ -5,14 +5,14 @@ import time
 
 import pytest
 import torch
-from conftest import refused
+from conftest import command_line, refused
 
 from nanodva.settings import build
 from tools import bench
 
-SHAPE = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=8", "--qk_dim=4",
-         "--vocab_size=19", "--batch_size=2", "--rounds=3", "--dtype=float32",
-         "--max_new_tokens=8", "--num_samples=2", "--device=cpu"]
+SIZES = dict(n_layer=3, n_head=2, n_embd=16, block_size=8, qk_dim=4, vocab_size=19, batch_size=2)
+SHAPE = command_line(SIZES | dict(rounds=3, dtype="float32", max_new_tokens=8, num_samples=2,
+                                  device="cpu"))
 THREE = "--contenders=gpt2,dva:value_dim=32,dva+bank:dtype=bfloat16"
 
 
@@ -41,8 +41,7 @@ def test_it_times_every_contender_in_turn(capsys, monkeypatch):
     for row, ms in zip(rows, (11, 2, 200), strict=True):
         parameters, flops, *rest = numbers(row[3:])
         assert rest == pytest.approx([ms, ms / 11, 16 / ms * 1e3, 16 * flops / ms / 1e6], rel=1e-3)
-        cfg = bench.contender(row[0], dict(n_layer=3, n_head=2, n_embd=16, block_size=8, qk_dim=4,
-                                           vocab_size=19))
+        cfg = bench.contender(row[0], SIZES)
         assert parameters == bench.build_model(cfg).num_params()
 
 
@@ -75,13 +74,12 @@ def test_a_profile_names_the_slowest_operations_of_a_step(capsys):
 
 @pytest.mark.parametrize("argument, message", [
     ("--contenders=gpt2+blank", "only bank can follow the +"),
-    ("--contenders=gtp2", "choose from gpt2"), ("--contenders=", "choose from gpt2"),
+    ("--contenders=gtp2", "choose from gpt2"),
     ("--contenders=dva:qk=3", "unknown setting 'qk'"),
-    ("--contenders=dva:", "then :setting=value"), ("--contenders=dva:help", "then :setting=value"),
-    ("--contenders=dva:n_embd=0", "n_embd=0"), ("--contenders=dva:block=gpt2", "this tool decides"),
-    ("--dtype=int8", "dtype='int8': choose from auto, float32, bfloat16, float16"),
+    ("--contenders=dva:help", "then :setting=value"),
+    ("--contenders=dva:block=gpt2", "this tool decides"),
     ("--contenders=dva:dtype=auto", "say outright which dtype"),
-    ("--what=all", "name one or more of train, sample"), ("--what=", "name one or more"),
+    ("--what=all", "name one or more of train, sample"),
     ("--block=dva", "block on the command line: this tool decides it"),
     ("--n_embd=2000000 --contenders=gpt2", "out of memory (tried to allocate"),
     ("--rounds=0", "rounds=0: it must be at least 1")])
@@ -101,10 +99,9 @@ def test_a_contender_has_a_third_of_banks_unless_it_says_how_many():
     ("adamw", "float32", False), ("muon", "bfloat16", False), ("muon", "float16", False),
     pytest.param("muon", "bfloat16", True, marks=pytest.mark.slow)])
 def test_a_step_learns_in_every_precision(optimizer, dtype, compiled):
-    cfg = build(bench.TrainConfig, dict(
-        block="dva", n_layer=2, n_embd=16, qk_dim=4, block_size=8, vocab_size=19, batch_size=2,
-        gradient_accumulation_steps=2, optimizer=optimizer, dtype=dtype, learning_rate=1e-2,
-        compile=compiled))
+    cfg = build(bench.TrainConfig, SIZES | dict(
+        block="dva", gradient_accumulation_steps=2, optimizer=optimizer, dtype=dtype,
+        learning_rate=1e-2, compile=compiled))
     step = bench.training_step(cfg, torch.device("cpu"))
     losses = [step() for _ in range(20)]
     assert statistics.mean(losses[-3:]) < losses[0] - 0.3

@@ -4,9 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import PLAY, contents, error_of, ids_of, prepare, refused
+from conftest import PLAY, contents, error_of, prepare, refused
 
-from nanodva.dataset import read_meta
+from nanodva.dataset import SPLITS, read_meta
+from nanodva.tokenizer import Tokenizer
 from prepare_data import main
 
 
@@ -45,41 +46,41 @@ def test_a_missing_file_is_shown_with_its_whole_path_and_a_command_for_a_shell(t
 
 # ---- nanoGPT's -----------------------------------------------------------------------------------
 
-def save_as_nanogpt(folder, text, itos, encode):
+def save_as_nanogpt(folder, ids, itos=None):
+    """nanoGPT's files with these ids (train, val); itos is {id: character}."""
     folder.mkdir()
-    for split, part in [("train", text[:4500]), ("val", text[4500:5000])]:
-        np.array(encode(part), dtype=np.uint16).tofile(folder / f"{split}.bin")
+    for split, numbers in zip(SPLITS, ids, strict=True):
+        np.array(numbers, dtype=np.uint16).tofile(folder / f"{split}.bin")
     if itos:
         stoi = {character: i for i, character in itos.items()}
         (folder / "meta.pkl").write_bytes(
             pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi}))
 
 
-def test_nanogpts_characters_are_adopted(tmp_path):
-    text, adopt = PLAY.read_text(), ["x", "--adopt", f"--data_dir={tmp_path}"]
-    # Not in the order of their code points
-    itos = dict(enumerate(sorted(set(text[:5000]), reverse=True)))
-    stoi = {character: i for i, character in itos.items()}
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+def test_nanogpts_data_sets_are_adopted(tmp_path, bpe, kind):
+    texts = PLAY.read_text()[:4500], PLAY.read_text()[4500:5000]
+    adopt = ["x", "--adopt", f"--data_dir={tmp_path}"]
     assert "x does not hold nanoGPT's train.bin and val.bin of uint16" in error_of(*adopt)
-    save_as_nanogpt(tmp_path / "x", text, itos, lambda part: [stoi[c] for c in part])
+    if kind == "char":
+        # Not in the order of their code points
+        alphabet = "".join(sorted(set("".join(texts)), reverse=True))
+        ids = [[alphabet.index(character) for character in text] for text in texts]
+        save_as_nanogpt(tmp_path / "x", ids, dict(enumerate(alphabet)))
+        spec = {"kind": "char", "alphabet": alphabet}
+    else:
+        ids = [[*bpe.encode_ordinary(text), 50256] for text in texts]
+        save_as_nanogpt(tmp_path / "x", ids)
+        spec = Tokenizer({"kind": "gpt2"}).spec
     with refused("--adopt"):
         read_meta(tmp_path / "x")
     main(adopt)
     meta = read_meta(tmp_path / "x", deep=True)
-    assert meta["tokenizer"] == {"kind": "char", "alphabet": "".join(itos.values())}
-    assert meta["tokens"] == {"train": 4500, "val": 500}
-    assert meta["bytes"]["train"] == len(text[:4500].encode())
-    assert ids_of(tmp_path / "x", "train").tolist() == [stoi[c] for c in text[:4500]]
+    assert meta["tokenizer"] == spec
+    for split, text, numbers in zip(SPLITS, texts, ids, strict=True):
+        assert meta["tokens"][split] == len(numbers)
+        assert meta["bytes"][split] == len(text.encode())
     assert "nothing to adopt" in error_of(*adopt)
-
-
-def test_nanogpts_bpe_is_adopted(tmp_path, bpe):
-    save_as_nanogpt(tmp_path / "x", PLAY.read_text(), None,
-                    lambda part: [*bpe.encode_ordinary(part), 50256])
-    main(["x", "--adopt", f"--data_dir={tmp_path}"])
-    meta = read_meta(tmp_path / "x", deep=True)
-    assert meta["tokenizer"]["kind"] == "gpt2"
-    assert meta["bytes"]["train"] == len(PLAY.read_text()[:4500].encode())
 
 
 class Call:
@@ -96,7 +97,7 @@ class Call:
     # Characters, which are not taken for GPT-2's tokens
     (None, "no meta.pkl names them")])
 def test_another_meta_pkl_is_refused_and_runs_nothing(tmp_path, content, words):
-    save_as_nanogpt(tmp_path / "x", PLAY.read_text(), None, lambda part: [7] * len(part))
+    save_as_nanogpt(tmp_path / "x", ([7] * 99, [7] * 9))
     if content is not None:
         (tmp_path / "x" / "meta.pkl").write_bytes(content)
     assert words in error_of("x", "--adopt", f"--data_dir={tmp_path}")

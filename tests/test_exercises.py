@@ -7,11 +7,10 @@ import textwrap
 
 import pytest
 from conftest import PLAY, ROOT, prepare, records
-from test_race import no_processes
+from test_race import stay_here
 
 import model
 from model import DynamicValueAttention
-from tools import race
 
 PAGE = (ROOT / "docs" / "dva.md").read_text().partition("## Exercises")[2]
 SOLUTIONS = (ROOT / "docs" / "solutions.md").read_text()
@@ -41,12 +40,7 @@ def lesson(tmp_path, monkeypatch):
     prepare(tmp_path / "data", "plays_char", f"--input={PLAY}")
     (tmp_path / "config").symlink_to(ROOT / "config")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(race, "workers", no_processes)
-    monkeypatch.setattr(race, "wait", lambda connections, seconds: connections)
-
-
-def final_loss(out_dir):
-    return records(out_dir)[-1]["val_loss"]
+    stay_here(monkeypatch)
 
 
 def test_each_exercise_has_commands_and_folders_of_its_own():
@@ -57,29 +51,28 @@ def test_each_exercise_has_commands_and_folders_of_its_own():
     assert all(f"## {number}. " in SOLUTIONS for number in COMMANDS)
 
 
-def change_forward(monkeypatch, old, new):
-    """What a reader does to DynamicValueAttention.forward: `old`, found once, becomes `new`."""
+def type_in_with(command, old, new):
+    """First change DynamicValueAttention.forward as a reader does: `old`, found once, is `new`."""
     source = textwrap.dedent(inspect.getsource(DynamicValueAttention.forward))
     assert source.count(old) == 1
     names = dict(vars(model))
     exec(source.replace(old, new), names)
-    monkeypatch.setattr(DynamicValueAttention, "forward", names["forward"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DynamicValueAttention, "forward", names["forward"])
+        type_in(command)
 
 
-def test_gates(lesson, monkeypatch, capsys):
+def test_gates(lesson, capsys):
     (with_gate, without, table), (sigmoid, all_three) = COMMANDS[1], COMMANDS[2]
     type_in(with_gate)
-    with monkeypatch.context() as changed:
-        change_forward(changed, " * g\n", "\n")
-        type_in(without)
-    with monkeypatch.context() as changed:
-        line = re.search(r"change the line\s+`(.*?)`.*?to `(.*?)`", PAGE, re.S)
-        change_forward(changed, line[1] + "\n", line[2] + "\n")
-        type_in(sigmoid)
-    losses = [final_loss(folder) for folder in ("out-gate", "out-gate-sigmoid", "out-no-gate")]
+    type_in_with(without, " * g\n", "\n")
+    line = re.search(r"change the line\s+`(.*?)`.*?to `(.*?)`", PAGE, re.S)
+    type_in_with(sigmoid, line[1] + "\n", line[2] + "\n")
+    losses = [records(folder)[-1]["val_loss"]
+              for folder in ("out-gate", "out-gate-sigmoid", "out-no-gate")]
     assert len(set(losses)) == 3
-    for command in (table, all_three):
-        type_in(command)
+    type_in(table)
+    type_in(all_three)
     rows = capsys.readouterr().out.split("| run |")[-1]
     assert re.findall(r"^\| out-\S+ \| 4 \| (\S+) \|", rows, re.M) == [f"{x:.4f}" for x in losses]
 
@@ -89,8 +82,8 @@ def test_positions(lesson):
     # Exercise 1 has trained the first run of the table
     for command in (COMMANDS[1][0], *trainings, table):
         type_in(command)
-    found = [final_loss(word) for word in table if word.startswith("out-")]
-    assert len(set(found)) == 4
+    found = {records(word)[-1]["val_loss"] for word in table if word.startswith("out-")}
+    assert len(found) == 4
 
 
 def test_the_weights_are_those_of_the_solution(capsys):

@@ -12,7 +12,7 @@ import torch
 from conftest import KINDS, refused, runs_differ, shaken, tiny, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import Cache, attend, attend_in_heads, explicit_attention
+from model import Cache, attend, attend_in_heads
 from nanodva import machine
 from nanodva.checkpoints import load_checkpoint
 from nanodva.machine import Stop
@@ -134,35 +134,6 @@ def test_a_run_trains_saves_resumes_and_samples(run, texts, tmp_path, name, dtyp
 
 # ---- a value too wide for a kernel ---------------------------------------------------------------
 
-def wide_inputs(H, D, dtype, device):
-    """q, k, v and the output's gradient as a layer has them, heads side by side in one tensor."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(2, 70, H * width).unflatten(-1, (H, -1)).transpose(1, 2)
-              for width in (D, D, 512, 512)]
-    return [x.to(device, dtype).requires_grad_() for x in inputs]
-
-
-def both_ways(function, q, k, v, upstream, *width):
-    """function's output and its gradients by q, k and v, in float64 on the CPU."""
-    y = function(q, k, v, *width)
-    return [x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, (q, k, v), upstream))]
-
-
-@each_device
-@pytest.mark.parametrize("dtype, allowed", [(torch.float64, 1e-13), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("D, backend", [
-    (64, None), (32, None), (256, None), pytest.param(64, "aot_eager", marks=pytest.mark.slow)])
-def test_a_value_in_heads_is_mixed_as_the_whole(name, dtype, allowed, backend, D):
-    inputs = wide_inputs(1, D, dtype, name)
-    in_heads = attend_in_heads
-    if backend:
-        torch._dynamo.reset()
-        in_heads = torch.compile(in_heads, backend=backend, fullgraph=True, dynamic=False)
-    expected = both_ways(explicit_attention, *(x.to(CPU, torch.float64) for x in inputs))
-    for x, wanted in zip(both_ways(in_heads, *inputs), expected, strict=True):
-        assert (x - wanted).norm() < allowed * wanted.norm()
-
-
 @each_device
 @each_dtype
 def test_a_model_with_its_values_in_heads_has_the_same_gradients(monkeypatch, name, dtype):
@@ -170,17 +141,6 @@ def test_a_model_with_its_values_in_heads_has_the_same_gradients(monkeypatch, na
     expected = gradients_of(DVA_BANK)
     monkeypatch.setattr("model.attend", lambda q, k, v, dropout: attend_in_heads(q, k, v))
     assert_close_gradients(gradients_of(DVA_BANK, torch.device(name), dtype), expected, dtype)
-
-
-def test_heads_that_share_a_query_share_its_memory(monkeypatch):
-    def kernel(q, k, v, **options):
-        assert (q.shape, k.shape, v.shape) == 3 * ((2, 8, 70, 64),)
-        assert q.stride(1) == k.stride(1) == 0 and v.data_ptr() == value.data_ptr()
-        return v
-
-    q, k, value, _ = wide_inputs(1, 64, torch.float32, CPU)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
-    torch.testing.assert_close(attend_in_heads(q, k, value), value)
 
 
 @pytest.mark.parametrize("shape, dropout, chosen", [
@@ -213,33 +173,30 @@ def test_auto_is_the_fastest_device_and_one_that_is_not_there_is_named():
             machine.pick_device(name)
 
 
-@pytest.mark.parametrize("cpuinfo, faster", [
-    ("vendor_id : GenuineIntel\nflags : avx512_bf16 amx_bf16 amx_tile", True),
-    ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16", True),
-    ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16", False),
-    ("vendor_id : AuthenticAMD\nflags : avx2 fma", False), ("Features : fp asimd bf16", False),
-    (None, False)])
-def test_a_cpus_instructions_tell_whether_auto_is_bfloat16(monkeypatch, tmp_path, cpuinfo, faster):
+@pytest.mark.parametrize("cpuinfo, chosen", [
+    ("vendor_id : GenuineIntel\nflags : avx512_bf16 amx_bf16 amx_tile", "bfloat16"),
+    ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16", "bfloat16"),
+    ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16", "float32"),
+    ("vendor_id : AuthenticAMD\nflags : avx2 fma", "float32"),
+    ("Features : fp asimd bf16", "float32"), (None, "float32")])
+def test_a_cpus_instructions_tell_whether_auto_is_bfloat16(monkeypatch, tmp_path, cpuinfo, chosen):
     """As measured on four machines. macOS and Windows have no such file."""
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     if cpuinfo:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
-    chosen = "bfloat16" if faster else "float32"
     mps = torch.device("mps")
     assert machine.pick_dtype("auto", CPU, 64) == chosen
+    assert machine.pick_dtype("auto", CPU, 63) == machine.pick_dtype("auto", mps, 768) == "float32"
     assert machine.pick_sampling_dtype("auto", CPU, 124e6) == chosen
     assert machine.pick_sampling_dtype("auto", CPU, 1e6) == "float32"
-    assert machine.pick_dtype("auto", CPU, 63) == machine.pick_dtype("auto", mps, 768) == "float32"
-    for name in PRECISION:
-        assert machine.pick_dtype(name, CPU, 64) == name
-        assert machine.pick_sampling_dtype(name, CPU, 1e6) == name
+    assert machine.pick_dtype("float16", CPU, 64) == "float16"
+    assert machine.pick_sampling_dtype("float16", CPU, 1e6) == "float16"
 
 
-def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
-    for has_bfloat16, chosen in ((True, "bfloat16"), (False, "float16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                            lambda including_emulation, answer=has_bfloat16: answer)
-        assert machine.pick_dtype("auto", torch.device("cuda"), 64) == chosen
+@pytest.mark.parametrize("has_bfloat16, chosen", [(True, "bfloat16"), (False, "float16")])
+def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch, has_bfloat16, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert machine.pick_dtype("auto", torch.device("cuda"), 64) == chosen
 
 
 @pytest.mark.parametrize("device, missing, flops, is_compiled", [
@@ -285,19 +242,19 @@ def test_too_much_memory_is_one_line_and_other_errors_keep_their_traceback():
 
 def test_stop_keeps_the_first_signal_and_gives_the_handlers_back(capsys):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    # What breaks after a signal is not called a stop
     with pytest.raises(RuntimeError, match="a block's mistake"), Stop() as stop:
         assert stop.signal == 0
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGTERM and stop.agreed(7)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        # What breaks after a signal is not called a stop
         raise RuntimeError("a block's mistake")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert capsys.readouterr().err == "\nfinishing the step; Ctrl-C again stops at once\n"
 
 
-def test_stop_leaves_a_signal_ignored_that_nohup_has_set_so():
+def test_stop_leaves_ctrl_c_ignored_if_the_runs_parent_has_set_it_so():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with Stop() as stop:

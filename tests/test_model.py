@@ -119,24 +119,13 @@ def test_a_bank_starts_as_values_projected_from_the_token_embedding(block):
     model = tiny(block=block, bank_layers=1, vocab_size=101, bias=False)
     attn = model.transformer.h[-1].attn
     assert [layer.attn.bank is None for layer in model.transformer.h] == [True, True, False]
-    # There is no W_v
-    assert attn.c_v is None
+    assert [layer.attn.c_v is None for layer in model.transformer.h] == [False, False, True]
     assert attn.bank.gamma == 1
     embedded = F.layer_norm(model.transformer.wte.weight, (24,))
     # 101 equations for the 24 unknowns of each channel
     w_v = torch.linalg.lstsq(embedded, attn.bank.table).solution.T
     torch.testing.assert_close(embedded @ w_v.T, attn.bank.table, atol=1e-5, rtol=0)
     assert w_v.std().item() == pytest.approx(0.02, rel=0.15)
-
-    # The same layer with W_v in it, which a hook gives the token's embedding for its input
-    oracle = tiny(block=block, vocab_size=101, bias=False)
-    state = {name: p for name, p in model.state_dict().items() if "bank" not in name}
-    state["transformer.h.2.attn.c_v.weight"] = w_v
-    oracle.load_state_dict(state)
-    idx, layer = tokens(2, 16, 101), oracle.transformer.h[2].attn
-    values = F.layer_norm(oracle.transformer.wte(idx), (24,)) @ w_v.T
-    layer.c_v.register_forward_hook(lambda module, args, out: values)
-    torch.testing.assert_close(model(idx), oracle(idx), atol=1e-5, rtol=1e-5)
 
 
 @each_block
@@ -275,7 +264,7 @@ def test_scores_are_not_rounded_before_the_softmax(size, T, S):
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [
     (1, 0, 1), (0.5, 0, 1), (1, 5, 1), (1, 0, 0.9), (1, 0, 0.6), (1, 0, 0.3), (1, 0, 1e-9),
-    (1, 9, 0.8), (0.7, 7, 0.8)])
+    (1, 9, 0.8), (0.7, 7, 0.8), (2, 1, 1)])
 def test_samples_follow_the_probabilities_that_transformers_leaves(temperature, top_k, top_p):
     """
     Of 20,000 rows as many sample a token as its probability says, to 5 standard deviations, and
@@ -295,15 +284,15 @@ def test_samples_follow_the_probabilities_that_transformers_leaves(temperature, 
         assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 20000).sqrt()).all()
 
 
-@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
 @pytest.mark.parametrize("temperature", [0, 1e-40, 1e-6, 1e-4])
-def test_a_temperature_near_0_takes_the_likeliest(temperature, u):
+def test_a_temperature_near_0_takes_the_likeliest(temperature):
     logits = torch.tensor([[1.0, 3.0, 2.0], [-1e4, -2e4, -3e4]])
-    found = sample_token(logits, torch.full((2, 1), u), temperature)
-    assert found.tolist() == [[1], [0]]
+    for uniform in (0.0, 1 - 2**-24):
+        found = sample_token(logits, torch.full((2, 1), uniform), temperature)
+        assert found.tolist() == [[1], [0]]
 
 
-@pytest.mark.parametrize("temperature, top_k", [(0, 0), (1, 0), (1, 3)])
+@pytest.mark.parametrize("temperature, top_k", [(0, 0), (1, 3)])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_no_token_is_sampled_from_logits_that_are_no_numbers(temperature, top_k, wrong):
     logits = torch.zeros(2, 9)
@@ -313,15 +302,6 @@ def test_no_token_is_sampled_from_logits_that_are_no_numbers(temperature, top_k,
 
 
 # ---- texts ---------------------------------------------------------------------------------------
-
-def test_top_k_1_is_the_likeliest_and_padded_rows_are_never_sampled():
-    model, idx = shaken(tiny()), tokens(2, 4)
-    greedy = generate(model, idx, 8, temperature=0)
-    assert torch.equal(generate(model, idx, 8, top_k=1), greedy)
-    assert torch.equal(generate(model, idx, 8, top_k=1, temperature=1e-3), greedy)
-    found = generate(model, idx, 200, num_tokens=5, temperature=5.0)[:, 4:]
-    assert set(found.unique().tolist()) == {0, 1, 2, 3, 4}
-
 
 @each_block
 def test_a_text_does_not_depend_on_how_many_are_made_with_it(block):
@@ -355,7 +335,7 @@ def gradients_of(model, loss):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("dtype, precision", [(None, 1e-5), (torch.bfloat16, 3e-2),
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2),
                                               (torch.float16, 4e-3)])
 @pytest.mark.parametrize("vocab_size", [37, 400])
 def test_the_loss_is_the_same_without_logits(vocab_size, dtype, precision):
@@ -364,31 +344,16 @@ def test_the_loss_is_the_same_without_logits(vocab_size, dtype, precision):
     idx = tokens(2, 301, vocab_size)
     targets = idx[:, 1:].clone()
     targets[0, ::3] = -1
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits, loss = model(idx[:, :-1]), model(idx[:, :-1], targets)
         expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         with torch.no_grad():
             without_gradients = model(idx[:, :-1], targets)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected.float(), atol=1e-3 if dtype else 1e-5, rtol=0)
+    torch.testing.assert_close(loss, expected.float(), atol=min(precision, 1e-3), rtol=0)
     torch.testing.assert_close(without_gradients, loss.detach(), atol=1e-5, rtol=1e-5)
     wanted, found = gradients_of(model, expected), gradients_of(model, loss)
     assert (found - wanted).norm() < precision * wanted.norm()
-
-
-@pytest.mark.parametrize("rows", [1, 7, 30, 4096])
-def test_any_number_of_rows_at_a_time_gives_the_same_loss(rows):
-    x, weight = torch.randn(30, 6).double(), torch.randn(50, 6).double()
-    targets = tokens(1, 30, 50)[0]
-    targets[::4] = -1
-    x.requires_grad_(), weight.requires_grad_()
-    expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1, reduction="sum")
-    wanted = torch.autograd.grad(expected, (x, weight))
-    loss = model_module.HeadLoss.apply(x, weight, targets, torch.float64, rows, True)
-    found = torch.autograd.grad(loss, (x, weight))
-    torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-6)
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("vocab_size", [37, 400])
@@ -406,14 +371,12 @@ def test_only_minus_one_is_ignored(vocab_size):
 def test_the_loss_is_differentiated_once():
     """Its gradients are made with the logits and scaled in place, so all else is refused."""
     model, idx = tiny(vocab_size=400).train(), tokens(2, 16, 400)
-    loss = model(idx, idx)
+    weight, loss = model.lm_head.weight, model(idx, idx)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    with pytest.raises(RuntimeError, match="no second derivatives.* take mean_loss"):
-        torch.autograd.grad(model(idx, idx), model.lm_head.weight, create_graph=True)
-    # As the message says: neither do the fused kernels of attention have them
-    weight = model.lm_head.weight
+    with pytest.raises(RuntimeError, match="no second derivatives.* take mean_loss.*MATH"):
+        torch.autograd.grad(model(idx, idx), weight, create_graph=True)
     with sdpa_kernel(SDPBackend.MATH):
         [gradient] = torch.autograd.grad(mean_loss(model(idx), idx), weight, create_graph=True)
         assert torch.autograd.grad(gradient.square().sum(), weight)[0].any()
@@ -421,13 +384,13 @@ def test_the_loss_is_differentiated_once():
 
 # ---- what is refused -----------------------------------------------------------------------------
 
-def test_a_sequence_longer_than_the_window_is_refused():
+@pytest.mark.parametrize("past", [0, 16])
+def test_a_sequence_longer_than_the_window_is_refused(past):
+    model, cache = tiny(), Cache(17)
+    if past:
+        model(tokens(1, past), cache=cache)
     with pytest.raises(ValueError, match="17 positions do not fit into block_size=16"):
-        tiny()(tokens(1, 17))
-    cache = Cache(17)
-    tiny()(tokens(1, 16), cache=cache)
-    with pytest.raises(ValueError, match="17 positions do not fit into block_size=16"):
-        tiny()(tokens(1, 1), cache=cache)
+        model(tokens(1, 17 - past), cache=cache)
 
 
 @pytest.mark.parametrize("settings, words", [

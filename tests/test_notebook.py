@@ -25,10 +25,8 @@ def test_the_cells_run_one_after_another(tmp_path, monkeypatch, capsys):
                                                            "--eval_interval=2", "--eval_iters=1"]))
     monkeypatch.setattr(model, "BLOCKS", dict(model.BLOCKS))
     # Only a notebook has IPython
-    display = types.ModuleType("IPython.display")
     shown = []
-    display.HTML = shown.append
-    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(HTML=shown.append))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(tmp_path)
     # As in Colab: the project is a folder beside the notebook

@@ -19,19 +19,16 @@ def test_the_learning_rate_warms_up_and_decays():
     cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=24)
     rates = [learning_rate(step, cfg) for step in range(40)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[14] == pytest.approx(0.55)                            # half way down the cosine
-    assert all(earlier > later for earlier, later in zip(rates[4:24], rates[5:25], strict=True))
+    # Quarters of half a cosine
+    assert rates[4:25:5] == pytest.approx([1, 0.868, 0.55, 0.232, 0.1], abs=1e-3)
     assert rates[24:] == pytest.approx([0.1] * 16)
     cfg.decay_lr = False
     assert {learning_rate(step, cfg) for step in range(40)} == {1.0}
-
-
-@pytest.mark.parametrize("warmup, decay", [(0, 0), (0, 10), (10, 10), (10, 0), (1, 1)])
-def test_a_warm_up_as_long_as_the_decay_divides_by_nothing(warmup, decay):
-    cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, lr_decay_iters=decay)
-    rates = [learning_rate(step, cfg) for step in range(30)]
-    assert all(0 < rate <= 1 for rate in rates)
-    assert rates[warmup] == 1.0 and rates[-1] == pytest.approx(0.1)
+    # A warm-up as long as the decay, or longer, divides by nothing
+    for warmup, decay in [(0, 0), (10, 10), (10, 0)]:
+        cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, lr_decay_iters=decay)
+        rates = [learning_rate(step, cfg) for step in range(30)]
+        assert max(rates) == rates[warmup] == 1.0 and rates[-1] == pytest.approx(0.1)
 
 
 # ---- who has which parameters --------------------------------------------------------------------
@@ -39,10 +36,9 @@ def test_a_warm_up_as_long_as_the_decay_divides_by_nothing(warmup, decay):
 @each_system
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_each_parameter_is_in_one_group_with_the_right_optimizer_and_decay(system, optimizer):
-    model = tiny(**system)
+    model, found = tiny(**system), []
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    found = []
-    cfg = TrainConfig(optimizer=optimizer, weight_decay=0.3, embedding_lr=3.0)
+    cfg = TrainConfig(optimizer=optimizer, weight_decay=0.3, embedding_lr=3.0, dtype="float16")
     for group in build_optimizer(model, cfg).param_groups:
         for p in group["params"]:
             name = names[p]
@@ -50,6 +46,7 @@ def test_each_parameter_is_in_one_group_with_the_right_optimizer_and_decay(syste
             in_bank = "attn.bank." in name
             matrix = p.dim() >= 2 and name.startswith("transformer.h.") and not in_bank
             assert (group["kind"] == "muon") == (optimizer == "muon" and matrix), name
+            assert group.get("dtype") == (torch.float16 if group["kind"] == "muon" else None)
             if not in_bank:
                 assert group["weight_decay"] == (0.3 if p.dim() >= 2 else 0), name
                 embeds = name in ("transformer.wte.weight", "transformer.wpe.weight")
@@ -57,45 +54,22 @@ def test_each_parameter_is_in_one_group_with_the_right_optimizer_and_decay(syste
     assert sorted(found) == sorted(names.values())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("block", ["gpt2", "dva"])
-def test_banks_have_groups_of_their_own_with_their_authors_constants(block, optimizer):
+def test_banks_have_groups_of_their_own_with_their_authors_constants(block):
     model = tiny(n_layer=2, block=block, bank_layers=2)
-    own = build_optimizer(model, TrainConfig(optimizer=optimizer, learning_rate=0.01, bank_lr=5.0))
+    own = build_optimizer(model, TrainConfig(learning_rate=0.01, bank_lr=5.0))
     set_learning_rate(own, 0.004)
     groups = {p: group for group in own.param_groups for p in group["params"]}
 
     def constants(p):
-        names = ("kind", "betas", "eps", "weight_decay", "lr")
-        return tuple(groups[p][name] for name in names)
+        return [groups[p][name] for name in ("kind", "betas", "eps", "weight_decay", "lr")]
     for bank in model.banks():
-        assert constants(bank.table) == ("adamw", (0.8, 0.995), 1e-10, 0.01, 5 * 0.004)
+        assert constants(bank.table) == ["adamw", (0.8, 0.995), 1e-10, 0.01, 5 * 0.004]
         # Under DVA the norm divides gamma out, and it is not learned
         assert (bank.gamma in groups) == (block == "gpt2")
         if block == "gpt2":
-            assert constants(bank.gamma) == ("adamw", (0.96, 0.95), 1e-10, 0, 25 * 0.004)
-    assert len(groups[bank.table]["params"]) == 2
+            assert constants(bank.gamma) == ["adamw", (0.96, 0.95), 1e-10, 0, 25 * 0.004]
     assert groups[model.transformer.wte.weight]["lr"] == 0.004
-
-
-@pytest.mark.parametrize("block", ["gpt2", "dva"])
-def test_a_row_of_a_bank_goes_on_moving_after_its_token_was_seen(block):
-    """The dense moments are the reason that banks pay."""
-    model = tiny(block=block, bank_layers=1)
-    own = build_optimizer(model, TrainConfig(learning_rate=1e-2, bank_lr=1.0))
-    table, moved = model.banks()[0].table, []
-    for first_id in (0, 20, 20):                       # ids 0 to 9, and then others
-        idx = torch.arange(first_id, first_id + 10)[None]
-        before = table.detach().clone()
-        model(idx, idx).backward()
-        assert not table.grad.is_sparse
-        own.step()
-        own.zero_grad()
-        moved.append((table - before).detach().norm(dim=1))
-    seen_first, never_seen = slice(0, 10), slice(10, 20)
-    assert (moved[1][seen_first] > 1e-3).all() and (moved[2][seen_first] > 1e-3).all()
-    # Weight decay alone
-    assert all((each[never_seen] < 1e-3).all() for each in moved)
 
 
 def test_adamw_is_torchs_in_its_plainest_form():
@@ -158,12 +132,6 @@ def test_muon_brings_singular_values_near_one(dtype):
             assert x.dtype == dtype
             assert 0.2 < values.min() and values.max() < 1.3 and values.median() > 0.6
     assert not orthogonal(torch.zeros(1, 4, 4), dtype).any()
-
-
-def test_muon_multiplies_in_the_type_of_the_run():
-    for name, dtype in dict(auto=torch.float32, float16=torch.float16).items():
-        own = build_optimizer(tiny(), TrainConfig(optimizer="muon", dtype=name))
-        assert (own.param_groups[0]["kind"], own.param_groups[0]["dtype"]) == ("muon", dtype)
 
 
 def test_a_readers_convolution_is_a_matrix_and_no_embedding():

@@ -6,18 +6,7 @@ import sys
 import numpy as np
 import pytest
 import xxhash
-from conftest import (
-    FORMATS,
-    PLAY,
-    SHAKESPEARE,
-    contents,
-    error_of,
-    ids_of,
-    oracle,
-    prepare,
-    python,
-    refused,
-)
+from conftest import PLAY, SHAKESPEARE, contents, error_of, ids_of, oracle, prepare, python, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,38 +40,25 @@ def make(tmp_path):
 
 @pytest.mark.skipif(SHAKESPEARE is None, reason="Tiny Shakespeare is not here: python "
                     "prepare_data.py shakespeare_char fetches it")
-def test_tiny_shakespeare(make, tmp_path, bpe):
+def test_tiny_shakespeare(make):
     text = SHAKESPEARE.read_text()
     meta, train, val = make(SHAKESPEARE, name="shakespeare_char")
     assert meta["tokens"] == meta["bytes"] == {"train": 1_003_854, "val": 111_540}
     assert meta["tokenizer"] == {"kind": "char", "alphabet": "".join(sorted(set(text)))}
     assert meta["vocab_size"] == 65 and meta["dtype"] == "uint16" and train + val == text
     assert meta["source"] == {"name": "shakespeare_char", "files": [SHAKESPEARE.name]}
-    meta, train, val = make(SHAKESPEARE, name="shakespeare")
+    meta = make(SHAKESPEARE, name="shakespeare")[0]
     assert meta["tokens"] == {"train": 301_966, "val": 36_059}
     assert meta["tokenizer"] == Tokenizer({"kind": "gpt2"}).spec
-    for split, part in ("train", text[:1_003_854]), ("val", text[1_003_854:]):
-        assert ids_of(tmp_path / "shakespeare", split).tolist() == bpe.encode_ordinary(part)
 
 
-def test_the_first_of_gpt2s_tokens(make, speeches):
-    meta, train, val = make(speeches[0] / "jsonl", "--tokenizer=gpt2:1024")
-    assert meta["tokenizer"] == Tokenizer({"kind": "gpt2:1024"}).spec and meta["vocab_size"] == 1024
-    # Ids below the last are text, even if it spells end-of-text
-    spelled = "".join(speeches[1]).count(END)
-    assert (train + val).count(END) == len(speeches[1]) + spelled
-    all_of_them = make({"a.txt": "to be " * 9}, "--tokenizer=gpt2:50257")[0]
-    assert all_of_them["tokenizer"]["kind"] == "gpt2"
-
-
-@pytest.mark.parametrize("unit", [
-    "To be, or not  to be:\n\n\tthat's the  question\r\n \n", "wörd 漢字 \u00a0 x ' 12\x1c\n",
-    "a" + 9 * " ", "a" + 9 * "\n", "Käse🙂 \r\n\r x  "])
-def test_pieces_change_no_token(make, tmp_path, bpe, monkeypatch, unit):
+def test_one_text_is_cut_in_two_and_reading_it_in_pieces_changes_no_token(make, tmp_path, bpe,
+                                                                          monkeypatch):
     monkeypatch.setattr(readers, "PIECE", 500)
     monkeypatch.setattr(dataset, "PIECE", 500)
     path = tmp_path / "long.txt"
-    path.write_bytes((unit * (5000 // len(unit))).encode())
+    path.write_bytes(b"wo  be:\n\n\tq\r\n \n" * 99 + "漢\u00a0 '12\x1c\n🙂 \r\n\r x".encode() * 99 +
+                     b"a         " * 99 + b"a\n\n\n\n\n\n\n" * 99 + PLAY.read_bytes()[:9999])
     make(path, "--val_fraction=0.3")
     # Python reads \n for \r\n
     text = path.read_text()
@@ -144,7 +120,8 @@ def test_plays_need_no_network_and_have_known_bytes(tmp_path):
 
 def test_documents_keep_order_tokens_and_duplicates_together(tmp_path, bpe, speeches):
     source, texts = speeches
-    folder = prepare(tmp_path, "mine", f"--input={source / 'jsonl'}", "--val_fraction=0.3")
+    folder = prepare(tmp_path, "mine", f"--input={source / 'jsonl'}", "--val_fraction=0.3",
+                     "--tokenizer=gpt2:50257")
     # The hash of each text decides: duplicates stay together, and a larger set splits the same way
     for split, bounds in ("val", (0, 0.3)), ("train", (0.3, 1)):
         low, high = (bound * 2**64 for bound in bounds)
@@ -154,6 +131,7 @@ def test_documents_keep_order_tokens_and_duplicates_together(tmp_path, bpe, spee
     meta = read_meta(folder, deep=True)
     assert sum(meta["bytes"].values()) == sum(len(text.encode()) for text in texts)
     assert meta["tokens"] == {"train": 42_388, "val": 12_046}
+    assert meta["tokenizer"] == Tokenizer({"kind": "gpt2"}).spec
     # max_tokens takes whole documents from the front
     ends = np.cumsum([len(bpe.encode_ordinary(text)) + 1 for text in texts])
     folder = prepare(tmp_path, "mine", f"--input={source / 'parquet'}", "--max_tokens=40000",
@@ -162,8 +140,8 @@ def test_documents_keep_order_tokens_and_duplicates_together(tmp_path, bpe, spee
 
 
 def test_every_format_and_any_number_of_workers_give_the_same_bytes(tmp_path, speeches):
-    sets = []
-    for number, kind in enumerate([*FORMATS, FORMATS[-1]]):
+    kinds, sets = sorted(path.name for path in speeches[0].iterdir()), []
+    for number, kind in enumerate([*kinds, kinds[-1]]):
         folder = prepare(tmp_path / str(number), "mine", f"--input={speeches[0] / kind}",
                          f"--num_proc={1 + number % 5}", "--tokenizer=gpt2:1000")
         sets.append(contents(folder))
@@ -180,13 +158,14 @@ def test_characters_end_with_the_document_that_reaches_max_tokens(make):
 
 def test_separated_documents_get_end_of_text_between_them(make):
     stories = [f"Once upon {i} times there was a ship.\n\nIt sank." for i in range(30)]
-    marked, *found = make({"a.txt": f"\n{END}\n".join(stories) + f"\n{END}\n"},
-                          "--tokenizer=gpt2:300")
-    separated, *same = make({"a.txt": "\n\n* * *\n\n".join(stories)}, "--tokenizer=gpt2:300",
-                            r"--separator=\n\n* * *\n\n")
-    assert same == found and len(found[1]) > 0
-    assert marked["source"]["documents"] == separated["source"]["documents"] == 30
-    assert sorted("".join(found).split(END)[:-1]) == sorted(stories)
+    separator, found = "\n\n* * *\n\n", []
+    for mark, *arguments in (f"\n{END}\n",), (separator, r"--separator=\n\n* * *\n\n"):
+        meta, *texts = make({"a.txt": mark.join([*stories, ""])}, "--tokenizer=gpt2:300",
+                            *arguments)
+        assert meta["source"]["documents"] == 30 and texts[1]
+        found.append(texts)
+    assert found[0] == found[1]
+    assert sorted("".join(found[0]).split(END)[:-1]) == sorted(stories)
 
 
 @pytest.mark.parametrize("files, separator, ending, count", [
@@ -242,52 +221,44 @@ def test_val_input_is_val_and_input_is_train(make, tmp_path, tokenizer, end):
     assert val == f"V.{END}" * 30 and train == f"T.{END}" * 2
 
 
-def test_a_text_for_a_model_that_is_there_gets_its_characters(make, tmp_path, trained, data_dir):
-    spec = read_meta(data_dir / "tiny_char")["tokenizer"]
-    (tmp_path / "exported").mkdir()
-    (tmp_path / "exported" / "config.json").write_text(
-        json.dumps({"model_config": {}, "tokenizer": spec}))
-    for source in trained, data_dir / "tiny_char", tmp_path / "exported", trained / "last.pt":
-        meta, train, val = make({"more.txt": "a list of old letters " * 30},
-                                f"--tokenizer={source}")
-        assert meta["tokenizer"] == spec and train + val == "a list of old letters " * 30
-    with refused("lacks '?BZxö': take them out of the text"):
-        make({"more.txt": "Zwölf Boxen? " * 9}, f"--tokenizer={trained}")
+def test_a_text_gets_the_tokens_of_a_run_a_data_set_or_an_exported_model(make, tmp_path, trained,
+                                                                         data_dir):
+    spec, text = read_meta(data_dir / "tiny_char")["tokenizer"], "a list of old letters " * 30
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text(json.dumps({"model_config": {}, "tokenizer": spec}))
+    for source in trained, trained / "last.pt", data_dir / "tiny_char", exported:
+        meta, *texts = make({"more.txt": text}, f"--tokenizer={source}")
+        assert meta["tokenizer"] == spec and "".join(texts) == text
+    words = make({"more.txt": text}, "--tokenizer=gpt2:500", name="words")[0]
+    again = make({"more.txt": text}, f"--tokenizer={tmp_path / 'words'}")[0]
+    assert again["sha256"] == words["sha256"]
 
-
-def test_a_data_sets_tokens_may_be_words(make, tmp_path):
-    text = {"a.txt": PLAY.read_text()[:9999]}
-    first = make(text, "--tokenizer=gpt2:500", name="first")
-    second = make(text, f"--tokenizer={tmp_path / 'first'}", name="second")
-    assert second[0]["sha256"] == first[0]["sha256"]
-    (tmp_path / "empty").mkdir()
-    with refused("empty"):
-        make(text, f"--tokenizer={tmp_path / 'empty'}")
     # What can only be assumed of weights is not taken
-    shape = dict(n_layer=1, n_head=1, n_embd=8, vocab_size=50257)
-    oracle(**shape).save_pretrained(tmp_path / "theirs")
-    with refused("does not say what its tokens are: name its data set, as data/NAME, or gpt2"):
-        make(text, f"--tokenizer={tmp_path / 'theirs'}")
+    oracle(n_layer=1, n_head=1, n_embd=8, vocab_size=50257).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "empty").mkdir()
+    for source, words in [
+            (trained, "lacks '?BZxö': take them out of the text"), (tmp_path / "empty", "empty"),
+            (tmp_path / "theirs", "not say what its tokens are: name its data set, as data/NAME")]:
+        with refused(words):
+            make({"more.txt": "Zwölf Boxen? " * 9}, f"--tokenizer={source}")
 
 
-@pytest.mark.parametrize("name, text, count, in_characters", [
-    ("a.txt", f"A {END} B.\n" * 7 + "C. " * 99, 7, 7),
-    ("a.txt", f"A\n{END}\nB{END}\n" + "C. " * 99, 1, 2),
-    ("a.jsonl", f'{{"text": "A{END}B{END}C"}}\n' * 400, 800, 800),
-    ("a.csv", f"text\n{END} at the start and more\nand at the end {END}\n", 2, 2),
-    ("a.txt", "A. B. endoftext " * 9, 0, 0)])
-def test_end_of_text_inside_a_text_is_counted_and_said(make, capsys, name, text, count,
-                                                       in_characters):
-    for tokenizer, expected in ("gpt2:300", count), ("char", in_characters):
+@pytest.mark.parametrize("name, text, counts", [
+    ("a.txt", f"A {END} B.\n" * 7 + "C. " * 99, (7, 7)),
+    # Such a line ends a document, unless these are characters
+    ("a.txt", f"A\n{END}\nB{END}\n" + "C. " * 99, (1, 2)),
+    ("a.csv", f"text\n{END} at the start and more\nand at the end {END}\n", (2, 2)),
+    ("a.txt", "A. B. endoftext " * 9, (0, 0))])
+def test_end_of_text_inside_a_text_is_counted_and_said(make, capsys, name, text, counts):
+    advice = f"--separator='{END}'"
+    for tokenizer, count in zip(("gpt2:300", "char"), counts, strict=True):
         make({name: text}, f"--tokenizer={tokenizer}")
-        lines = capsys.readouterr().out.splitlines()
-        found = [line for line in lines if line.startswith(f"{END} is ")]
-        assert len(found) == (expected > 0)
-        if found:
-            assert f"is {expected} times inside the texts" in found[0]
-            advice = found[0].split()[-1].replace("'", "")
-            make({name: text}, f"--tokenizer={tokenizer}", advice)
-            assert "inside the texts" not in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert (f"{END} is {count} times inside the texts" in out) == (advice in out) == (count > 0)
+        if count:
+            make({name: text}, f"--tokenizer={tokenizer}", f"--separator={END}")
+            assert advice not in capsys.readouterr().out
 
 
 # ---- kills, failures, mistakes -------------------------------------------------------------------
@@ -323,18 +294,21 @@ def test_killed_it_leaves_the_old_set_or_none_and_then_ends_the_same(tmp_path, s
     assert contents(folder) == whole
 
 
-def test_a_failed_command_leaves_nothing_behind(tmp_path, speeches):
-    data_dir, empty = tmp_path / "new" / "data", tmp_path / "empty.txt"
-    empty.write_text("")
+def test_a_failed_command_leaves_everything_as_it_was(tmp_path, speeches):
+    new, old, file, taken = (tmp_path / name for name in ("new", "old", "file", "taken"))
+    file.write_text("ab")
+    before = contents(prepare(old, "x_char", f"--input={PLAY}"))
     for words, *arguments in [
-            ("each needs at least 2", f"--input={empty}"),
+            ("1 tokens for train and 1 for val, and each needs at least 2", f"--input={file}"),
             ("no text in column 'n', which is 0", f"--input={speeches[0] / 'jsonl'}", "--column=n"),
             ("means nothing", f"--input={speeches[0] / 'parquet'}", "--encoding=latin-1")]:
-        assert words in error_of("mine_char", *arguments, f"--data_dir={data_dir}")
-        assert not contents(data_dir / "mine")
-    before = contents(prepare(data_dir, "mine_char", f"--input={PLAY}"))
-    error_of("mine_char", f"--input={empty}", f"--data_dir={data_dir}")
-    assert contents(data_dir / "mine_char") == before
+        for data_dir in (new, old):
+            assert words in error_of("x_char", *arguments, f"--data_dir={data_dir}")
+    assert contents(new / "x_char") == {} and contents(old / "x_char") == before
+    (taken / "x_char" / "val.bin").mkdir(parents=True)
+    for data_dir, words in [(file, f"cannot write {file}/x_char/lock: Not a directory"),
+                            (taken, "choose another place with --data_dir")]:
+        assert words in error_of("x_char", f"--input={PLAY}", f"--data_dir={data_dir}")
 
 
 def test_a_second_process_of_one_name_is_refused_and_the_first_ends_well(tmp_path, monkeypatch):
@@ -383,15 +357,3 @@ def test_texts_in_the_data_sets_own_folder_stay(tmp_path, inside):
     (["x", f"--input={PLAY}", "--separator=ZZ"], "--separator='ZZ' does not occur")])
 def test_wrong_settings_are_one_line(tmp_path, arguments, words):
     assert words in error_of(*arguments, f"--data_dir={tmp_path}")
-
-
-def test_too_little_text_and_places_that_are_taken(tmp_path):
-    file, folder = tmp_path / "file", tmp_path / "x_char"
-    file.write_text("ab")
-    (folder / "val.bin").mkdir(parents=True)
-    for source, data_dir, message in [
-            (PLAY, file, f"cannot write {file}/x_char/lock: Not a directory"),
-            (file, tmp_path, "1 tokens for train and 1 for val, and each needs at least 2"),
-            (PLAY, tmp_path, "choose another place with --data_dir")]:
-        assert message in error_of("x_char", f"--input={source}", f"--data_dir={data_dir}")
-    assert sorted(contents(folder)) == ["train.bin", "val.bin"]

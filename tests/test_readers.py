@@ -106,6 +106,19 @@ def test_a_broken_line_is_not_read_as_all_that_follows(monkeypatch):
     assert file.tell() < 3000
 
 
+def test_broken_parquet_is_refused(read, speeches):
+    shard = (speeches[0] / "parquet" / "00.parquet").read_bytes()
+    absent = "is absent: choose with --column= from n text"
+    for name, data, column, words in [
+            # Known by its first bytes, too
+            ("a.parquet", shard, "body", absent), ("download", shard, "body", absent),
+            ("a.parquet", shard, "n", "column 'n', which is 0"),
+            ("a.parquet", shard[:1000], "text", "cannot read"),
+            ("a.parquet", shard[:4000] + bytes(400) + shard[4400:], "text", "snappy")]:
+        with refused(name, words):
+            read(name, data, column=column)
+
+
 # ---- packed files, and files that are no text ----------------------------------------------------
 
 @pytest.mark.parametrize("pack, suffix", [(gzip.compress, ".gz"), (lzma.compress, ".xz")])
@@ -127,7 +140,9 @@ def test_packed_files_are_known_by_their_first_bytes(read, pack, suffix):
     ("a.tar", TAR, "tar -xf"), ("a.tar.gz", gzip.compress(TAR, mtime=0), "tar -xf"),
     ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04\x00", "zstd -d"),
     ("a.bz2", b"BZh91AY&SY\x8b\x5e", "bunzip2"), ("photo", b"\xff\xd8\xff\xe0", "is not utf-8"),
-    ("a.doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "pandoc")])
+    ("a.doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "pandoc"),
+    # Not taken for ASCII
+    ("a.txt", "plain text".encode("utf-16-le"), "utf-16-le")])
 def test_what_is_no_text_is_refused_with_the_way_out(read, name, data, way):
     with refused(name, way, "--encoding="):
         read(name, data)
@@ -160,11 +175,6 @@ def test_a_byte_order_mark_tells_the_encoding(read, mark, encoding):
     assert read("a.txt", data) == [decode_text(data, "prompt")] == ["Grüße 🙂\nan alle\nda"]
     table = mark + 'n,text\r\n1,"a\rb"\r\n'.encode(encoding)
     assert read("a.csv", table) == ["a\nb"]
-
-
-def test_utf_16_without_a_mark_is_not_taken_for_ascii(read):
-    with refused("a.txt", "utf-16-le"):
-        read("a.txt", "plain text".encode("utf-16-le"))
 
 
 # ---- documents in one text -----------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT, contents, refused
 
 from tools import report
 
@@ -15,27 +15,23 @@ def seeds(losses):
     return dict(enumerate(losses))
 
 
-@pytest.mark.parametrize("ours, theirs, mean, margin, verdict", [
+@pytest.mark.parametrize("ours, theirs, n, mean, margin, verdict", [
     # Differences -0.1, -0.2, -0.3: mean -0.2, sd 0.1, t(2) = 4.303, margin 4.303 x 0.1 / sqrt(3)
-    ([1.9, 1.8, 1.7], [2.0] * 3, -0.2, 0.24843, "not told apart"),
+    ([1.9, 1.8, 1.7], [2.0] * 3, 3, -0.2, 0.24843, "not told apart"),
     # -0.1, -0.2, -0.3, -0.2, -0.2: sd 0.0707, t(4) = 2.776
-    ([1.9, 1.8, 1.7, 1.8, 1.8], [2.0] * 5, -0.2, 0.08779, "better"),
-    ([2.0] * 5, [1.9, 1.8, 1.7, 1.8, 1.8], 0.2, 0.08779, "worse"),
+    ([1.9, 1.8, 1.7, 1.8, 1.8], [2.0] * 5, 5, -0.2, 0.08779, "better"),
+    ([2.0] * 5, [1.9, 1.8, 1.7, 1.8, 1.8], 5, 0.2, 0.08779, "worse"),
     # Paired: the seeds differ by much more than the contenders
-    ([1.010, 2.011, 3.012], [1.0, 2.0, 3.0], 0.011, 0.00248, "worse")])
-def test_intervals_are_those_of_students_t(ours, theirs, mean, margin, verdict):
+    ([1.010, 2.011, 3.012], [1.0, 2.0, 3.0], 3, 0.011, 0.00248, "worse"),
+    # Only the seeds that both have finished: one has no interval
+    ([1.0], [2.0, 9.0], 1, -1.0, None, "not told apart"),
+    ([1.0, None], [1.0, 1.0], 2, None, None, "broken")])
+def test_intervals_are_those_of_students_t(ours, theirs, n, mean, margin, verdict):
     found = report.compare(seeds(ours), seeds(theirs))
+    ends = [None, None] if margin is None else [mean - margin, mean + margin]
     assert [found[name] for name in ("low", "mean", "high")] == pytest.approx(
-        [mean - margin, mean, mean + margin], abs=1e-5)
-    assert (found["n"], found["verdict"]) == (len(ours), verdict)
-
-
-def test_what_has_no_interval():
-    assert report.compare({1: 1.0}, {1: 2.0}) == {"mean": -1.0, "low": None, "high": None, "n": 1,
-                                                  "verdict": "not told apart"}
-    assert report.compare({1: 1.0, 2: None}, {1: 1.0, 2: 1.0})["verdict"] == "broken"
-    # Only the seeds that both have finished
-    assert report.compare({1: 5.0, 2: 1.0}, {2: 3.0, 3: 9.0})["mean"] == -2.0
+        [ends[0], mean, ends[1]], abs=1e-5)
+    assert (found["n"], found["verdict"]) == (n, verdict)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 4, 9, 10])
@@ -67,23 +63,23 @@ def results_of(name="2x16", against=(), **facts):
             "choosing": 2, "against": list(against), "contenders": facts}
 
 
-def rows_of(text):
-    return {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
-
-
 def test_the_table_compares_each_with_the_others_and_none_with_itself():
     facts = dict(gpt2=fact(), dva=fact("dva", [(1.0, 1.6), (1.0, 1.4)], seconds=5.0),
                  broke=fact(losses=[(1.0, 2.0), None]))
     text = report.table(results_of(against=["dva"], **facts))
-    rows = rows_of(text)
-    assert "| 2.0000 ± 0.1414 | 2 |  | +0.5000 [+0.5000, +0.5000] worse |" in rows["gpt2"]
-    assert "| 0.500 | 0.02 | 1.5000 ± 0.1414 | 2 | -0.5000 [-0.5000, -0.5000] better |  |" in (
-        rows["dva"])
-    assert rows["broke"].endswith("| 2.0000 | 2 | broken | broken |")
-    assert "abacus" in text and "0123456789ab" in text
-    # Only the settings in which trials differ
-    assert ("- dva, 3 trials. learning_rate 0.01: 2.0000; * learning_rate 0.02: 1.5000; "
-            "learning_rate 0.04: broken\n") in text
+    for part in ("| 2.0000 ± 0.1414 | 2 |  | +0.5000 [+0.5000, +0.5000] worse |\n| dva |",
+                 "| 0.500 | 0.02 | 1.5000 ± 0.1414 | 2 | -0.5000 [-0.5000, -0.5000] better |  |\n",
+                 "| 2.0000 | 2 | broken | broken |\n", "abacus", "0123456789ab",
+                 # Only the settings in which trials differ
+                 "- dva, 3 trials. learning_rate 0.01: 2.0000; * learning_rate 0.02: 1.5000; "
+                 "learning_rate 0.04: broken\n"):
+        assert part in text
+
+
+def curve_in(svg, stroke):
+    """[(x, y), ...] of the first line that is drawn with a stroke."""
+    path = re.search(rf'd="M ([^"]+)"[^>]*stroke: {stroke}', svg)[1]
+    return [tuple(map(float, point.split())) for point in path.split("L")]
 
 
 def test_pictures_name_their_lines_and_let_the_page_shine_through(tmp_path):
@@ -123,21 +119,16 @@ def rungs():
     return races
 
 
-def test_the_multiplier_is_the_compute_for_the_same_loss(tmp_path):
+def test_the_multiplier_is_the_compute_for_the_same_loss():
     races = rungs()
-    assert report.best_of(races[0], "dva") == "dva" and report.best_of(races[0], "x") is None
     a, b = report.power_law(report.frontier(races, "gpt2", "flops"))
     assert math.exp(a) == pytest.approx(20) and b == pytest.approx(0.1)
-    ours, theirs = (races[0]["contenders"][name] for name in ("dva", "gpt2"))
-    gap = report.compare(report.losses_of(ours), report.losses_of(theirs))
-    assert report.multiplier(ours, theirs, gap, b, "flops") == pytest.approx([0.5] * 3)
     # A loss 1 % above theirs, with an interval of 1 %, at the same compute
-    gap = {"mean": 0.01, "low": 0.0, "high": 0.02}
     theirs = fact(losses=[(1.0, 1.0)] * 2)
-    assert report.multiplier(theirs, theirs, gap, b, "flops") == pytest.approx(
-        [1.01 ** 10, 1.0, 1.02 ** 10])
-    gap = {"mean": 0.01, "low": None, "high": None}
-    assert report.multiplier(theirs, theirs, gap, b, "flops")[1:] == [None, None]
+    for low, high, ends in ((0.0, 0.02, [1.0, 1.02 ** 10]), (None, None, [None, None])):
+        gap = {"mean": 0.01, "low": low, "high": high}
+        assert report.multiplier(theirs, theirs, gap, b, "flops") == pytest.approx(
+            [1.01 ** 10, *ends])
 
 
 def test_a_ladder_is_written_from_small_to_large(tmp_path, capsys):
@@ -201,12 +192,6 @@ def test_the_losses_of_a_run_are_drawn_beside_it(tmp_path, capsys):
     assert scale < 0 and heights == pytest.approx([2.0, 3.0, 1.0, 2.5, 1.5], abs=1e-3)
 
 
-def curve_in(svg, stroke):
-    """[(x, y), ...] of the first line that is drawn with a stroke."""
-    path = re.search(rf'd="M ([^"]+)"[^>]*stroke: {stroke}', svg)[1]
-    return [tuple(map(float, point.split())) for point in path.split("L")]
-
-
 def test_several_runs_are_one_picture_and_unlike_texts_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i in range(6):
@@ -226,21 +211,17 @@ def test_several_runs_are_one_picture_and_unlike_texts_are_named(tmp_path, monke
     assert "the same text" in printed and "windows" not in printed and Path("two.svg").exists()
 
 
-@pytest.mark.parametrize("argv, message", [
-    ([], "which run shall be drawn"), (["--ladder=empty"], "ladder='empty' holds no race"),
-    (["empty", "--picture=empty/metrics.jsonl"], "is there and is no .svg: name a new file"),
-    (["nowhere"], "no nowhere/metrics.jsonl: give the out_dir"),
-    (["empty"], "metrics.jsonl holds no evaluation yet")])
-def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, argv, message):
+@pytest.mark.parametrize("argv, metrics, message", [
+    ([], b"", "which run shall be drawn"), (["--ladder=run"], b"", "ladder='run' holds no race"),
+    (["run", "--picture=run/metrics.jsonl"], b"", "is there and is no .svg: name a new file"),
+    (["nowhere"], b"", "no nowhere/metrics.jsonl: give the out_dir"),
+    (["run"], b'{"step": 0}\n', "metrics.jsonl holds no evaluation yet"),
+    *[(["run"], damaged, "metrics.jsonl is damaged")
+      for damaged in (b"garbage\n", b"[]\n", b'{"step": 1}\n\xff\n')]])
+def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, argv, metrics, message):
     monkeypatch.chdir(tmp_path)
-    write_run(Path("empty"), [])
+    Path("run").mkdir()
+    Path("run", "metrics.jsonl").write_bytes(metrics)
     with refused(message):
         report.main(argv)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["metrics.jsonl"]
-
-
-@pytest.mark.parametrize("content", [b"garbage\n", b"[]\n", b'{"step": 1}\n\xff\n'])
-def test_damaged_metrics_are_one_line(tmp_path, content):
-    (tmp_path / "metrics.jsonl").write_bytes(content)
-    with refused("metrics.jsonl is damaged"):
-        report.main([str(tmp_path)])
+    assert contents(tmp_path) == {"run": None, "run/metrics.jsonl": metrics}

@@ -1,5 +1,4 @@
 """Sampling: prompts of every kind, good and bad, and texts that follow from their seed."""
-import codecs
 import io
 import itertools
 import re
@@ -68,9 +67,19 @@ def test_every_block_writes_text_in_every_precision(run, texts, tmp_path, block)
 
 # ---- prompts -------------------------------------------------------------------------------------
 
-def stdin(monkeypatch, data):
-    """Make these bytes the standard input."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+@pytest.fixture
+def written(trained, monkeypatch, capsys):
+    """written(data, **settings): (texts, errors) of sample.py; data is its standard input."""
+    def written(data=b"", **settings):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        settings = dict(out_dir=trained, max_new_tokens=20, device="cpu") | settings
+        try:
+            sample.main(command_line(settings))
+        finally:
+            out, err = capsys.readouterr()
+            written.texts = out.split(BETWEEN)[:-1]
+        return written.texts, err
+    return written
 
 
 @pytest.mark.parametrize("start, alphabet, prompt", [
@@ -84,37 +93,18 @@ def test_a_prompt_is_what_was_meant(start, alphabet, prompt):
     assert sample.read_prompt(start, Tokenizer({"kind": "char", "alphabet": alphabet})) == prompt
 
 
-@pytest.mark.parametrize("data", [b"\xef\xbb\xbfab\r\nc\rd", "ab\r\nc\rd".encode("utf-16"),
-                                  codecs.BOM_UTF16_BE + "ab\r\nc\rd".encode("utf-16-be")])
-def test_a_prompt_is_read_by_the_rules_for_a_text(data, tmp_path, monkeypatch):
-    tokenizer = Tokenizer({"kind": "char", "alphabet": "\nabcd"})
-    (tmp_path / "prompt.txt").write_bytes(data)
+@pytest.mark.parametrize("start", ["FILE:{}/prompt.txt", "FILE:~/prompt.txt", "-"])
+def test_a_prompt_is_read_by_the_rules_for_a_text(written, tmp_path, monkeypatch, start):
+    """test_readers.py has the other byte-order marks and line ends."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for path in (tmp_path, "~"):
-        assert sample.read_prompt(f"FILE:{path}/prompt.txt", tokenizer) == "ab\nc\nd"
-    stdin(monkeypatch, data)
-    assert sample.read_prompt("-", tokenizer) == "ab\nc\nd"
-    (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
-    with refused("prompt.txt is not utf-8: byte 0xff in b'ab\\xff'; save it in UTF-8"):
-        sample.read_prompt("FILE:~/prompt.txt", tokenizer)
-    stdin(monkeypatch, b"\xff")
-    with refused("the prompt standard input is not utf-8"):
-        sample.read_prompt("-", tokenizer)
-
-
-@pytest.fixture
-def written(trained, monkeypatch, capsys):
-    """written(data, **settings): (texts, errors) of sample.py; data is its standard input."""
-    def written(data=b"", **settings):
-        stdin(monkeypatch, data)
-        settings = dict(out_dir=trained, max_new_tokens=20, device="cpu") | settings
-        try:
-            sample.main(command_line(settings))
-        finally:
-            out, err = capsys.readouterr()
-            written.texts = out.split(BETWEEN)[:-1]
-        return written.texts, err
-    return written
+    prompt, start = tmp_path / "prompt.txt", start.format(tmp_path)
+    for data in (b"\xef\xbb\xbfab c", "ab c".encode("utf-16")):
+        prompt.write_bytes(data)
+        [text], _ = written(data, start=start, num_samples=1)
+        assert text.startswith("ab c") and len(text) == 24
+    prompt.write_bytes(b"ab\xff")
+    with refused("the prompt ", "is not utf-8: byte 0xff in b'ab\\xff'; save it in UTF-8"):
+        written(b"ab\xff", start=start)
 
 
 @pytest.mark.parametrize("length", [16, 17, 1000])

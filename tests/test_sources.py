@@ -1,11 +1,11 @@
-"""sources.py: files of every kind, good and broken, and downloads from servers of our own."""
+"""sources.py: files, folders and globs, and downloads from servers of our own."""
 import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from conftest import PLAY, SHARD, contents, error_of, prepare, python
+from conftest import PLAY, contents, error_of, prepare, python, refused
 
 from nanodva import sources
 from nanodva.dataset import read_meta
@@ -27,6 +27,11 @@ def test_files_folders_globs_and_names_with_special_characters(tmp_path, capsys)
         found = find("input", PrepareConfig("mine", str(value)))
         assert found == [str(folder / name) for name in names]
         assert ("skipped" in capsys.readouterr().out) == (value == folder)
+    for name in texts:
+        (folder / name).unlink()
+    (folder / "chat.csv").write_text("who,said\na,b\n")
+    with refused("1 .png", "1 .csv without a column 'text'", "--column", "FOLDER/**/*.py"):
+        find("input", PrepareConfig("mine", str(folder)))
 
 
 def test_only_what_is_meant_is_read_from_a_folder(tmp_path, capsys):
@@ -50,56 +55,26 @@ def test_only_what_is_meant_is_read_from_a_folder(tmp_path, capsys):
     for label in ("8 hidden", "2 .pdf", "1 .py", "1 without a suffix", "pdftotext", "--column",
                   "2 .json without a column 'text'", "1 .csv without a column 'text'", "/**/*.py"):
         assert label in skipped
-    (folder / "clean.py").write_text("import os\n" * 30)
-    prepare(tmp_path, "x_char", f"--input={folder / '*.py'}")
-    assert capsys.readouterr().out.startswith("reading 1 .py\n")
-
-
-def test_a_folder_without_texts_says_what_is_there(tmp_path):
-    for name in ("photo.png", "chat.csv"):
-        (tmp_path / name).write_text("who,said\na,b\n")
-    message = error_of("x", f"--input={tmp_path}")
-    assert "1 .png" in message and "1 .csv without a column 'text'" in message
-    assert "--column" in message and "FOLDER/**/*.py" in message
-
-
-def test_broken_input_is_one_line_that_names_the_place(tmp_path, speeches):
-    """test_readers.py has that of the other formats."""
-    shard = (speeches[0] / "parquet" / "00.parquet").read_bytes()
-    no_column, too_short = "is absent: choose with --column= from n text", "each needs at"
-    for name, data, words, *arguments in [
-            # Parquet is known by its first bytes, too
-            ("a.parquet", shard, no_column, "--column=body"),
-            ("download", shard, no_column, "--column=body"),
-            ("a.parquet", shard, "column 'n', which is 0", "--column=n"),
-            ("a.parquet", shard[:1000], "cannot read"),
-            ("a.parquet", shard[:4000] + bytes(400) + shard[4400:], "snappy"),
-            ("a.txt", b"abc\n" * 250_000 + b"x y \xff", "byte 0xff in b'"),
-            ("b.txt", b"", too_short), ("c.jsonl", b"", too_short)]:
-        (tmp_path / name).write_bytes(data)
-        assert words in error_of("x_char", f"--input={tmp_path / name}", *arguments,
-                                 f"--data_dir={tmp_path}")
 
 
 # ---- downloads -----------------------------------------------------------------------------------
 
 def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
-    data_dir = f"--data_dir={tmp_path / 'data'}"
-    # The fixture gpt2_files has set HF_HUB_OFFLINE.
-    for arguments in ["openwebtext", "--max_tokens=1000"], ["mine", "--input=hf:nobody/nothing@1"]:
-        message = error_of(*arguments, data_dir)
-        assert "huggingface.co" in message and "--input=PATH" in message
     monkeypatch.setattr(sources, "SHAKESPEARE", (tmp_path / "none").as_uri())
-    message = error_of("shakespeare_char", data_dir)
-    assert "--input=PATH" in message and "python prepare_data.py plays_char" in message
+    # conftest.py has set HF_HUB_OFFLINE
+    for words, *arguments in [("huggingface.co", "openwebtext", "--max_tokens=1000"),
+                              ("huggingface.co", "mine", "--input=hf:nobody/nothing@1"),
+                              ("python prepare_data.py plays_char", "shakespeare_char")]:
+        message = error_of(*arguments, f"--data_dir={tmp_path / 'data'}")
+        assert words in message and "--input=PATH" in message
     assert not (tmp_path / "data").exists()
 
 
 def test_a_name_on_the_hub_is_never_taken_for_a_folder(tmp_path, monkeypatch):
-    for name in ("hf:", "hf:@main", "hf:/", "hf:a/b/c", "hf:../a", "hf:user/", "hf:a b"):
-        assert f"{name}: " in error_of("mine", f"--input={name}", f"--data_dir={tmp_path}")
     monkeypatch.chdir(tmp_path)
     Path("some/set").mkdir(parents=True)
+    for name in ("hf:", "hf:@main", "hf:/", "hf:a/b/c", "hf:../a", "hf:user/", "hf:a b"):
+        assert f"{name}: " in error_of("mine", f"--input={name}")
     for name in ("hf:some/set", "hf:some/set@main"):
         assert "some/set is also the name of something in this folder: give that with " \
             "--input=some/set" in error_of("mine", f"--input={name}")
@@ -161,8 +136,6 @@ configs:
   data_files: "*.parquet"
 - config_name: late
   data_files: [{split: train, path: 01.parquet}]
-- config_name: lines
-  data_files: 00.jsonl.gz
 ---
 """
 # Each data set is prepared in a folder of its own, and how that ended is printed, as JSON
@@ -182,34 +155,31 @@ PREPARE_EACH = """if True:
 def test_a_hub_data_set_is_read_through_the_cache_and_its_configuration_named(tmp_path, speeches):
     """All in one process, since the package datasets takes a second to import."""
     Hub.folder = tmp_path / "hub"
-    Hub.downloads.clear()
     shutil.copytree(speeches[0] / "parquet", Hub.folder)
-    shutil.copy(speeches[0] / "jsonl.gz" / "00.jsonl.gz", Hub.folder)
     (Hub.folder / "README.md").write_text(CONFIGURATIONS)
+    names = ["hf:some/set:all", "hf:some/set:all@main", "hf:some/set:late", "hf:some/set",
+             "hf:some/set:middle", "hf:nobody/nothing"]
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        names = [f"hf:some/set{name}" for name in (":all", ":all@main", "", ":middle", ":late",
-                                                   ":lines")]
-        result = python(PREPARE_EACH, tmp_path, *names, "hf:nobody/nothing", HF_HUB_OFFLINE="0",
+        result = python(PREPARE_EACH, tmp_path, *names, HF_HUB_OFFLINE="0",
                         HF_HOME=str(tmp_path / "cache"),
                         HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
     ends = json.loads(result.stdout.splitlines()[-1])
-    assert ends[0] == ends[1] == ends[4] == ends[5] == "done"
+    assert ends[:3] == ["done"] * 3
     found = contents(tmp_path / "0" / "mine")
     assert found == contents(tmp_path / "1" / "mine")
-    # The second time both files were in the cache
-    assert sorted(name for name in Hub.downloads if name != "README.md") == \
-        ["00.jsonl.gz", "00.parquet", "01.parquet"]
     local = prepare(tmp_path / "local", "mine", f"--input={speeches[0] / 'parquet'}")
     assert found["train.bin"] == (local / "train.bin").read_bytes()
+    # The second time both files were in the cache
+    assert sorted(name for name in Hub.downloads if name != "README.md") == \
+        ["00.parquet", "01.parquet"]
     shards = [f"hf://datasets/some/set@{Hub.commit}/{number}.parquet" for number in ("00", "01")]
-    files = [read_meta(tmp_path / number / "mine")["source"]["files"] for number in ("0", "4")]
+    files = [read_meta(tmp_path / number / "mine")["source"]["files"] for number in ("0", "2")]
     assert files == [shards, shards[1:]]
-    assert read_meta(tmp_path / "5" / "mine")["source"]["documents"] == SHARD
 
     # No configuration is named, or none of its own; no such set
-    for message, source in (ends[2], names[2]), (ends[3], names[3]), (ends[6], "hf:nobody/nothing"):
-        assert message.startswith(f"{source}: ") and "hf:REPO:CONFIGURATION" in message
-        assert source == "hf:nobody/nothing" or all(
-            name in message for name in ("all", "late", "lines"))
+    for name, message in zip(names[3:], ends[3:], strict=True):
+        assert message.startswith(f"{name}: ") and "hf:REPO:CONFIGURATION" in message
+    for message in ends[3:5]:
+        assert "all" in message and "late" in message

@@ -54,12 +54,11 @@ def test_characters():
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (4, None)
     assert tokenizer.encode("é🙂a") == [2, 3, 0] and tokenizer.encode("") == []
     assert tokenizer.decode([2, 3]) == "é🙂".encode()
-    with pytest.raises(ValueError, match="alphabet 'abé🙂' lacks 'yz'"):
-        tokenizer.encode("azy")
     chinese = "".join(map(chr, range(0x4E00, 0x9E00)))
-    with pytest.raises(ValueError, match="lacks 'z'") as error:
-        Tokenizer({"kind": "char", "alphabet": chinese}).encode("z")
-    assert len(str(error.value)) < 300
+    for alphabet, words in [("abé🙂", "alphabet 'abé🙂' lacks 'yz'"), (chinese, "lacks 'ayz'")]:
+        with refused(words) as error:
+            Tokenizer({"kind": "char", "alphabet": alphabet}).encode("azy")
+        assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("kind", ["gpt2:256", "gpt2:50258", "gpt2:", "gpt2:4e3", "gpt2:-5",
@@ -99,10 +98,8 @@ def test_specs_are_compared_by_the_ids_that_they_give():
     # Version 2 wrote the kind alone
     assert same_tokenizer(full, {"kind": "gpt2:300"}) and same_tokenizer({"kind": "gpt2:300"}, full)
     foreign = full | {"tokens": " ".join(reversed(full["tokens"].split()))}
-    letters = {"kind": "char", "alphabet": "ab"}
-    for spec in (other, {"kind": "gpt2:301"}, {"kind": "gpt2"}, foreign, letters):
+    for spec in (other, {"kind": "gpt2:301"}, foreign, {"kind": "char", "alphabet": "ab"}):
         assert not same_tokenizer(full, spec) and same_tokenizer(spec, spec)
-    assert not same_tokenizer(letters, {"kind": "char", "alphabet": "ba"})
 
 
 @given(st.text())
