@@ -206,18 +206,18 @@ def test_of_few_documents_equal_ones_are_treated_alike(make, tmp_path, bpe):
 
 # ---- a val of one's own, the tokens of a model, marks inside texts -------------------------------
 
-@pytest.mark.parametrize("tokenizer, end", [("gpt2:300", END), ("char", "")])
-def test_val_input_is_val_and_input_is_train(make, tmp_path, tokenizer, end):
-    for name, text in ("valid.txt", "Val.\n" * 9), ("more.jsonl", '{"text": "Ay, there"}\n'):
-        (tmp_path / name).write_text(text)
-    meta, train, val = make({"train.txt": "To be.\n" * 9}, f"--tokenizer={tokenizer}",
-                            f"--val_input={tmp_path / 'valid.txt'},{tmp_path / 'more.jsonl'}")
-    assert train == "To be.\n" * 9 + end and val == "Val.\n" * 9 + end + "Ay, there" + end
+def test_val_input_is_val_and_input_is_train(make, tmp_path):
+    valid, more = tmp_path / "valid.txt", tmp_path / "more.jsonl"
+    valid.write_text("Val.\n" * 9)
+    more.write_text('{"text": "Ay, there"}\n')
+    meta, train, val = make({"train.txt": "To be.\n" * 9}, "--tokenizer=gpt2:300",
+                            f"--val_input={valid},{more}")
+    assert train == "To be.\n" * 9 + END and val == "Val.\n" * 9 + END + "Ay, there" + END
     assert meta["source"]["files"] == ["train.txt", "valid.txt", "more.jsonl"]
     # As TinyStories comes. max_tokens counts train alone
-    (tmp_path / "valid.txt").write_text(f"V.\n{END}\n" * 30)
-    meta, train, val = make({"train.txt": f"T.\n{END}\n" * 30}, "--max_tokens=5",
-                            f"--val_input={tmp_path / 'valid.txt'}", "--tokenizer=gpt2:300")
+    valid.write_text(f"V.\n{END}\n" * 30)
+    _, train, val = make({"train.txt": f"T.\n{END}\n" * 30}, "--max_tokens=5",
+                         f"--val_input={valid}", "--tokenizer=gpt2:300")
     assert val == f"V.{END}" * 30 and train == f"T.{END}" * 2
 
 
