@@ -1,7 +1,4 @@
-"""
-Shared by all tests: a tiny data set, tiny runs of the real scripts, and a block as a reader of the
-README would write it, over which every test that is parametrised over BLOCKS runs, too.
-"""
+"""Shared by all tests: a tiny data set, tiny runs of the real scripts, and two readers' blocks."""
 import gc
 import gzip
 import importlib.util
@@ -58,10 +55,7 @@ SHAKESPEARE = next((path for path in (ROOT.parent / "shared" / "data" / "tinysha
 # ---- the systems under test ----------------------------------------------------------------------
 
 class RunningMeanBlock(nn.Module):
-    """
-    x + W mean(norm(x_j) for j <= i) + b; x is (B, T, C). Its bias is called attn.bias, as are the
-    causal masks in old GPT-2 files.
-    """
+    """x + W mean(norm(x_j) for j <= i) + b. Its attn.bias has the name of masks in old files."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -171,8 +165,8 @@ def arguments(data_dir, tmp_path):
 @pytest.fixture
 def run(arguments, capsys, tmp_path):
     """
-    run(out_dir, **changes): train.main() in this process -> (exit status, what it printed). What
-    the user did wrong is raised, as UserError. With init_from="resume" the changes alone are given.
+    run(out_dir, **changes): train.main() in this process -> (exit status, what it printed), or
+    UserError. With init_from="resume" the changes alone are given.
     """
     def run(out_dir="out", **changes):
         is_resume = changes.get("init_from") == "resume"
@@ -258,8 +252,8 @@ def message_of(function, *arguments):
 @pytest.fixture
 def at_step(monkeypatch):
     """
-    at_step(step, action): call action() once, in that step of a run: before its forward pass, or
-    with function="learning_rate" before the evaluation that may be due.
+    at_step(step, action): call action() once, before the forward pass of that step, or with
+    function="learning_rate" before the evaluation that may be due.
     """
     def at_step(wanted, action, function="seed_dropout"):
         original, waiting = getattr(train, function), [action]
@@ -336,10 +330,7 @@ def largest_difference(a, b):
 
 
 def runs_differ(a, b):
-    """
-    The largest |difference| between two runs: weights, optimizers, scaler, step and best loss in
-    last.pt and best.pt, and the metrics of every step.
-    """
+    """The largest |difference| of two runs' last.pt, best.pt and metrics of every step."""
     largest = largest_difference(comparable(a), comparable(b))
     for name in ("last.pt", "best.pt"):
         first, second = ({key: value for key, value in load_checkpoint(Path(folder, name)).items()
@@ -431,8 +422,8 @@ def oracle(activation="gelu_new", biases=True, **shape):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """
-    hub(name, **shape): a random GPT-2 in an otherwise empty cache of the Hugging Face hub; its
-    names have no prefix, and masks are among its weights, as in OpenAI's files.
+    hub(name, **shape): a random GPT-2 in an otherwise empty cache of the Hugging Face hub, with
+    masks and without prefixes, as in OpenAI's files.
     """
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))

@@ -414,8 +414,9 @@ def test_only_checkpoints_are_opened_and_none_can_run_code(trained, tmp_path, mo
     assert not Path("harm").exists()
 
 
-def test_a_folder_that_is_deleted_during_a_run_is_made_again(run, at_step, tmp_path):
-    at_step(7, lambda: shutil.rmtree(tmp_path / "a"))
-    assert run("a/b")[0] == 0
-    assert load_checkpoint(tmp_path / "a" / "b" / "last.pt")["step"] == 12
-    assert records(tmp_path / "a" / "b")[-1]["step"] == 12
+@pytest.mark.parametrize("log_interval", [1, 100])
+def test_a_folder_that_is_deleted_during_a_run_is_made_again(run, at_step, tmp_path, log_interval):
+    """For a record of a step, or for the checkpoint of a stop, if that comes first."""
+    at_step(7, lambda: (shutil.rmtree(tmp_path / "a"), signal.raise_signal(signal.SIGTERM)))
+    assert run("a/b", log_interval=log_interval)[0] == 143
+    assert load_checkpoint(tmp_path / "a" / "b" / "last.pt")["step"] == 8

@@ -26,21 +26,16 @@ def own(request, tmp_path_factory):
 # ---- transformers --------------------------------------------------------------------------------
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right", "within"])
-def test_padded_rows_are_computed_as_if_alone(own, side):
-    (model, folder), width = own, 40
-    theirs = loaded(folder)
-    mask = torch.zeros(3, width, dtype=torch.long)
-    for row, length in enumerate((5, 17, width)):
-        first = {"left": width - length, "right": 0, "within": (width - length) // 2}[side]
-        mask[row, first:first + length] = 1
-    if side == "within":
-        mask[1, [15, 20]] = 0
-    idx = tokens(3, width, V=65)
+def test_padded_rows_are_computed_as_if_alone(own):
+    model, theirs, idx = own[0], loaded(own[1]), tokens(4, 40, V=65)
+    # A whole row, padding on the left, on the right, and on both sides and within
+    mask = torch.ones_like(idx)
+    mask[1, :35] = mask[2, 17:] = mask[3, :11] = mask[3, 28:] = mask[3, [15, 20]] = 0
     found = theirs(idx, attention_mask=mask, output_hidden_states=True)
     for row, is_text in enumerate(mask.bool()):
-        alone = theirs(idx[row, is_text][None], output_hidden_states=True)
-        assert (alone.logits[0] - model(idx[row, is_text][None])[0]).abs().max() < 1e-5
+        text = idx[row, is_text][None]
+        alone = theirs(text, output_hidden_states=True)
+        assert (alone.logits - model(text)).abs().max() < 1e-5
         assert (found.logits[row, is_text] - alone.logits[0]).abs().max() < 1e-5
         for state, state_alone in zip(found.hidden_states, alone.hidden_states, strict=True):
             assert (state[row, is_text] - state_alone[0]).abs().max() < 1e-5
@@ -157,26 +152,23 @@ def test_states_embeddings_and_the_model_without_its_head(own, tmp_path):
 def test_what_is_not_supported_is_refused_by_name(tmp_path):
     _, folder = exported(tmp_path, block="dva")
     theirs, base, idx = loaded(folder), loaded(folder, "AutoModel"), tokens(2, 20, V=65)
-    for name, value in dict(output_attentions=True, position_ids=idx, token_type_ids=idx).items():
-        for model in (theirs, base):
-            with pytest.raises(ValueError, match=f"{name} is not supported"):
-                model(idx, **{name: value})
-    with pytest.raises(ValueError, match="past_key_values of other models are not supported"):
-        theirs(idx, past_key_values=())
-    with pytest.raises(ValueError, match="use_cache is not supported"):
-        base(idx, use_cache=True)
+    for model, given, words in (
+            *((model, {name: value}, f"{name} is not supported") for model in (theirs, base)
+              for name, value in dict(output_attentions=True, position_ids=idx,
+                                      token_type_ids=idx).items()),
+            (base, dict(use_cache=True), "use_cache is not supported"),
+            (theirs, dict(past_key_values=()), "past_key_values of other models are not supported"),
+            (theirs, dict(attention_mask=torch.zeros(2, 1, 20, 20)), "give one of .2, 20., and"),
+            (theirs, dict(inputs_embeds=torch.zeros(2, 20, 32)), "either input_ids or inputs_emb"),
+            (theirs, dict(input_ids=None), "either input_ids or inputs_embeds"),
+            (theirs, dict(input_ids=tokens(1, 65)), "65 positions do not fit into the window of")):
+        with pytest.raises(ValueError, match=words):
+            model(**dict(input_ids=idx) | given)
     assert theirs(idx, output_attentions=False, use_cache=None).loss is None
-    for given in (dict(), dict(input_ids=idx, inputs_embeds=torch.zeros(2, 20, 32))):
-        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
-            theirs(**given)
-    with pytest.raises(ValueError, match="give one of .2, 20., and no cache"):
-        theirs(idx, attention_mask=torch.zeros(2, 1, 20, 20))
     for options in (dict(prompt_lookup_num_tokens=3), dict(output_attentions=True,
                                                            return_dict_in_generate=True)):
         with pytest.raises(ValueError, match="stateful|output_attentions is not supported"):
             theirs.generate(idx[:1], max_new_tokens=5, **options)
-    with pytest.raises(ValueError, match="65 positions do not fit into the window of 64"):
-        theirs(tokens(1, 65))
 
 
 # ---- other packages ------------------------------------------------------------------------------
