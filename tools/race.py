@@ -23,9 +23,9 @@ by seed, since equal seeds see equal batches, with the 95 % interval of Student'
 With --minutes the race takes two steps of each contender first and says what fits: fewer seeds,
 then shorter runs, then smaller models. It tries only the rates and choices that are given.
 
-Seconds are a run's steps times the median time of its step, measured with one thread and in turn
-with the first contender's; on a CPU the time of other programs does not count. A folder in
---results gets runs.jsonl (a line for each finished run), results.json, table.md and race.svg. A run
+Seconds are a run's steps times the time of its step, the lower quartile of many, measured with one
+thread and in turn with the first contender's; on a CPU the time of other programs does not count,
+but they share its caches: let none run meanwhile. A folder in --results gets runs.jsonl (a line for each finished run), results.json, table.md and race.svg. A run
 in runs.jsonl is never made again, whatever has changed in the code: its line names the commit. The
 same command goes on where it was stopped.
 """
@@ -85,6 +85,9 @@ LOCAL = ("out_dir", "data_dir", "overwrite", "log_interval", "eval_interval", "e
 LAST = 0.02
 # The rates that are tried beyond those given while the best is at an end, up to so many
 RATES, MOST_RATES = ("learning_rate", "bank_lr"), 10
+# So many steps of one model are timed before the next model's turn: a run has the caches to itself,
+# and the first step after another model's is slower, by 10 % at 128 channels
+TURN = 10
 # Points of a run's curve: means of the training loss. Each batch is new, so far as the text goes.
 POINTS = 30
 # With --minutes: fewer steps show little, so smaller models come first; tokens of each half that
@@ -121,7 +124,7 @@ class RaceConfig(Contender):
     lrs: str = "3e-3,6e-3,1.2e-2"            # learning rates to begin with
     bank_lrs: str = "16,32,64"               # rates of the banks to begin with, in learning rates
     evaluated: int = 262144                  # tokens of each half that are evaluated
-    rounds: int = 100                        # timed steps of each contender
+    rounds: int = 100                        # timed steps of each contender, ten in a row
     jobs: int = 1                            # runs at a time, a thread each; 0: only the tables
     # Without a preset: nanoGPT's laptop size
     dataset: str = "shakespeare_char"        # folder in data_dir, made by prepare_data.py
@@ -211,6 +214,8 @@ class Race:
         inherited = known.get(block)
         settings = dict(inherited["settings"]) if inherited else self.shared | {"block": block}
         settings |= {name: values[0] for name, values in choices.items()}
+        if not known:
+            settings["match"] = "tokens"                               # it is the reference
         if plus and "bank_layers" not in choices:
             settings["bank_layers"] = settings["n_layer"] - 2 * settings["n_layer"] // 3
         # None stands for the best value so far, its half and its double
@@ -553,8 +558,9 @@ def announce(news, race, under_way, pace, deadline):
 
 def measure(race, settings):
     """
-    Time a step of each of these settings with one thread, in turn with the yardstick: the settings
-    that were timed first. Returns the seconds that passed as a multiple of the measured ones.
+    Time a step of each of these settings with one thread, in turn with the yardstick, the settings
+    that were timed first: the lower quartile of race.rounds steps, TURN of them at a time. Returns
+    the seconds that passed as a multiple of the measured ones.
     """
     plan, timing, device = race.plan, race.timing, pick_device(race.rules.device)
     shapes = dict.fromkeys([*list(timing)[:1], *map(shape_of, settings)])
@@ -564,21 +570,25 @@ def measure(race, settings):
     # On a CPU the time of other programs does not count
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     steps = {shape: training_step(cfg, device) for shape, cfg in cfgs.items()}
-    times, began = {shape: [] for shape in shapes}, time.perf_counter()
-    for _ in tqdm(range(WARM_UP + race.rounds), "timing", leave=False, delay=2, disable=None):
+    times, began, spent = {shape: [] for shape in shapes}, time.perf_counter(), 0.0
+    turns = math.ceil(race.rounds / TURN)
+    for _ in tqdm(range(turns), "timing", leave=False, delay=2, disable=None):
         for shape, step in steps.items():
-            start = clock()
-            step()
-            times[shape].append((clock() - start) / batch_tokens(cfgs[shape]))
-    pace = (time.perf_counter() - began) / sum(
-        sum(times[shape]) * batch_tokens(cfgs[shape]) for shape in shapes)
+            for i in range(WARM_UP + min(TURN, race.rounds)):
+                start = clock()
+                step()
+                seconds = clock() - start
+                spent += seconds
+                if i >= WARM_UP:
+                    times[shape].append(seconds / batch_tokens(cfgs[shape]))
+    pace = (time.perf_counter() - began) / spent
     torch.set_num_threads(threads)
-    first, *_ = times = {shape: found[WARM_UP:] for shape, found in times.items()}
-    plan.setdefault("seconds_per_token", statistics.median(times[first]))
+    # The fastest quarter ends where other programs, which share caches and memory, disturb least
+    best = {shape: np.quantile(found, 0.25).item() for shape, found in times.items()}
+    first = next(iter(best))
+    plan.setdefault("seconds_per_token", best[first])
     for shape in shapes:
-        # Turn by turn, so that a drift of the machine cancels
-        ratios = [ours / theirs for ours, theirs in zip(times[shape], times[first], strict=True)]
-        timing.setdefault(shape, round(statistics.median(ratios), 4))
+        timing.setdefault(shape, round(best[shape] / best[first], 4))
     save(race)
     return pace
 
