@@ -219,6 +219,7 @@ def test_a_lesson_by_hand(panel):
     assert panel.text("#model")[0].startswith("your model: 1 dva layers")
     # More steps go on from there
     panel.click("#more", until=IS_OVER + " && lesson.runs[0].step === 40")
+    panel.until("$('progress').textContent.includes('40 of 40 steps')")
     assert panel.value("lesson.runs[0].losses.length") == 40
 
 
@@ -274,7 +275,8 @@ def test_a_race_gives_both_the_same_seconds(panel):
 def test_the_model_of_the_page_learns_on(panel):
     panel.choose("block", "page")
     train_there(panel, "page")
-    # It begins where the page's model is
+    # It begins with the weights of the page's model
+    assert panel.value("weightsOf(models[0]).every((x, n) => lesson.moments[0].weights[n] === x)")
     first, *_, last = panel.value("lesson.runs[0].vals.map(([, loss]) => loss)")
     assert last < first - 0.1
     assert panel.value("lesson.runs[0].lesson.settings.bank_layers") == 1
