@@ -221,8 +221,9 @@ def test_several_seeds_choose_by_their_mean(entered):
 
 
 def test_equal_time_waits_for_the_reference_and_its_own_settings(entered, monkeypatch):
-    text = "gpt2=gpt2:n_head=1|2,dva=dva:qk_dim=8|4,time=dva:match=time"
-    entry = entered(contenders=text)
+    # The reference cannot match its own time
+    text = "gpt2=gpt2:n_head=1|2,dva=dva:qk_dim=8|4:match=tokens,time=dva:match=time"
+    entry = entered(contenders=text, match="time")
     assert {label for label, _ in entry.survey()[1]} == {"gpt2", "dva"}
 
     def measure(entry, settings):
@@ -235,7 +236,7 @@ def test_equal_time_waits_for_the_reference_and_its_own_settings(entered, monkey
     # Two heads and short queries win
     found = settle(entry, lambda run: distance(run.learning_rate, 0.03) - 2 * (
         run.n_head == 2 and run.block == "gpt2") - (run.qk_dim == 4))
-    assert found["dva"]["runs"][0].max_iters == 12
+    assert [found[label]["runs"][0].max_iters for label in ("gpt2", "dva")] == [12, 12]
     assert found["time"]["runs"][0].max_iters == 12 * 2 / 0.4
     assert [run.lr_decay_iters for [run] in found["time"]["trials"]] == [60] * 3
 
