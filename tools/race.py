@@ -23,7 +23,7 @@ by seed, since equal seeds see equal batches, with the 95 % interval of Student'
 With --minutes the race takes two steps of each contender first and says what fits: fewer seeds,
 then shorter runs, then smaller models. It tries only the rates and choices that are given.
 
-Seconds are a run's steps times the time of its step, the lower quartile of many, measured with one
+Seconds are a run's steps times the time of its step, that of the fastest tenth, measured with one
 thread and in turn with the first contender's; on a CPU the time of other programs does not count,
 but they share its caches: let none run meanwhile. A folder in --results gets runs.jsonl (a line for each finished run), results.json, table.md and race.svg. A run
 in runs.jsonl is never made again, whatever has changed in the code: its line names the commit. The
@@ -559,7 +559,7 @@ def announce(news, race, under_way, pace, deadline):
 def measure(race, settings):
     """
     Time a step of each of these settings with one thread, in turn with the yardstick, the settings
-    that were timed first: the lower quartile of race.rounds steps, TURN of them at a time. Returns
+    that were timed first: the fastest tenth of race.rounds steps, TURN of them at a time. Returns
     the seconds that passed as a multiple of the measured ones.
     """
     plan, timing, device = race.plan, race.timing, pick_device(race.rules.device)
@@ -583,8 +583,8 @@ def measure(race, settings):
                     times[shape].append(seconds / batch_tokens(cfgs[shape]))
     pace = (time.perf_counter() - began) / spent
     torch.set_num_threads(threads)
-    # The fastest quarter ends where other programs, which share caches and memory, disturb least
-    best = {shape: np.quantile(found, 0.25).item() for shape, found in times.items()}
+    # Other programs, which share caches and memory, disturb the fastest tenth of the steps least
+    best = {shape: np.quantile(found, 0.1).item() for shape, found in times.items()}
     first = next(iter(best))
     plan.setdefault("seconds_per_token", best[first])
     for shape in shapes:
