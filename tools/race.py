@@ -25,9 +25,10 @@ then shorter runs, then smaller models. It tries only the rates and choices that
 
 Seconds are a run's steps times the time of its step, that of the fastest tenth, measured with one
 thread and in turn with the first contender's; on a CPU the time of other programs does not count,
-but they share its caches: let none run meanwhile. A folder in --results gets runs.jsonl (a line for each finished run), results.json, table.md and race.svg. A run
-in runs.jsonl is never made again, whatever has changed in the code: its line names the commit. The
-same command goes on where it was stopped.
+but they share its caches: let none run meanwhile. A folder in --results gets runs.jsonl (a line for
+each finished run), results.json, table.md and race.svg. A run in runs.jsonl is never made again,
+whatever has changed in the code: its line names the commit. The same command goes on where it was
+stopped.
 """
 import hashlib
 import json
@@ -564,7 +565,8 @@ def measure(race, settings):
     """
     plan, timing, device = race.plan, race.timing, pick_device(race.rules.device)
     shapes = dict.fromkeys([*list(timing)[:1], *map(shape_of, settings)])
-    cfgs = {shape: build(TrainConfig, race.shared | json.loads(shape)) for shape in shapes}
+    # Without the race's own settings: what a shape leaves out is train.py's default
+    cfgs = {shape: build(TrainConfig, json.loads(shape)) for shape in shapes}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # On a CPU the time of other programs does not count
