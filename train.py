@@ -98,8 +98,6 @@ class TrainConfig(ModelConfig):
         if self.decay_lr and self.min_lr > self.learning_rate:
             fail(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: lower it, or "
                  f"say --decay_lr=False")
-        if self.wandb_log and not importlib.util.find_spec("wandb"):
-            fail("wandb_log=True needs the package wandb:  pip install wandb")
         if self.init_from not in ("scratch", "resume", "auto", *OPENAI):
             if not Path(self.init_from).exists():
                 fail(f"init_from={self.init_from!r}: choose from scratch, resume, auto, "
@@ -217,6 +215,8 @@ def train(cfg, device, stop, checkpoint=None, weights=None):
     if cfg.gradient_accumulation_steps % WORLD:
         fail(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} does not divide among "
              f"{WORLD} processes: use a multiple of {WORLD}")
+    if cfg.wandb_log and not importlib.util.find_spec("wandb"):
+        fail("wandb_log=True needs the package wandb:  pip install wandb")
     step = checkpoint["step"] if checkpoint else 0
     machine.check_equal({"step": step, "seed": cfg.seed}, "out_dir must be on a disk they share")
     data = open_data(cfg)

@@ -133,6 +133,7 @@ class RunFolder:
                 how = f"start from its weights with --init_from={self.path} and another --out_dir"
             fail(f"{self.path} holds a run, {' and '.join(saved)}: {how}, replace it with "
                  f"--overwrite=True, or give another --out_dir")
+        self.wrote_best = False
         # The file that the records go to
         self.records = self.aside if saved and not checkpoint else self.metrics
         if not checkpoint:
@@ -202,7 +203,11 @@ class RunFolder:
         began = time.monotonic()
         self.path.mkdir(parents=True, exist_ok=True)
         save(checkpoint, self.path / name)
+        self.wrote_best = self.wrote_best or name == "best.pt"
         if name == "last.pt":
+            if self.records == self.aside and not self.wrote_best:
+                # It is the best of the run that this one has just replaced
+                (self.path / "best.pt").unlink(missing_ok=True)
             if self.records.exists():
                 os.replace(self.records, self.metrics)
             self.records = self.metrics

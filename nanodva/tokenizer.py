@@ -155,8 +155,8 @@ def read_tokenizer(folder, rows=None):
             json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
             for name in ("config.json", "tokenizer.json", "vocab.json", "tokenizer_config.json"))
         spec = config.get("nanodva_tokenizer") or config.get("tokenizer")
-        if isinstance(spec, dict):
-            # tools.convert has written the spec itself
+        if isinstance(spec, dict) and not (spec == {"kind": "gpt2"} and (parts or ids)):
+            # tools.convert has written the spec itself, but for tokens that have files
             return spec
         if parts:
             words, ids = parts["pre_tokenizer"], parts["model"]["vocab"]
@@ -179,7 +179,7 @@ def read_tokenizer(folder, rows=None):
                   for word in sorted(ids, key=ids.get) if ids[word] != end]
         text = as_text(tokens)
         if as_gpt2 and hashlib.sha256(text.encode()).hexdigest() == GPT2_TOKENS:
-            return {"kind": "gpt2"}
+            return {"kind": "gpt2", "tokens": text}
         # tiktoken joins the two tokens whose union has the lowest id, and these files name the
         # pairs to join: it is the same if these are the pairs that tiktoken joins last.
         special = ids.keys() - BYTE_OF.keys() - {left + right for left, right in merges}

@@ -42,6 +42,9 @@ def load_model(source, **changes):
     settings to change: dropout, gelu, a smaller block_size. Raises UserError, a ValueError, for a
     source that cannot be read and for changes that contradict the weights.
     """
+    unknown = ", ".join(changes.keys() - {field.name for field in fields(ModelConfig)})
+    if unknown:
+        fail(f"load_model() knows no settings {unknown}: see ModelConfig in model.py")
     weights = read_weights(source)
     if weights["assumed"]:
         print(weights["assumed"], file=sys.stderr)
@@ -275,7 +278,7 @@ def read_folder(folder):
     if "model_config" in theirs:
         state = {name.removeprefix("gpt."): p for name, p in state.items()}
         return {"model": state, "model_config": theirs["model_config"],
-                "tokenizer": theirs.get("tokenizer")}
+                "tokenizer": read_tokenizer(folder)}
     for key, allowed in CONFIG.items():
         if theirs.get(key, allowed[0]) not in allowed:
             fail(f"{folder}/config.json: {key}={theirs[key]!r} is not GPT-2: it has "

@@ -110,6 +110,13 @@ def test_a_new_run_that_comes_to_nothing_leaves_the_old_one(run, finished, tmp_p
     assert after == finished
 
 
+def test_a_run_that_replaces_another_leaves_no_best_of_it(run, finished, tmp_path, at_step):
+    """sample.py would take it for the best of the run that is there now."""
+    at_step(2, lambda: signal.raise_signal(signal.SIGTERM))
+    assert "no best" in run(overwrite=True)[1]
+    assert set(contents(tmp_path / "out")) == {"last.pt", "metrics.jsonl"}
+
+
 def test_a_folder_without_a_checkpoint_counts_as_empty(run, tmp_path):
     """A first run that broke leaves its metrics, and needs no --overwrite."""
     (tmp_path / "out").mkdir()

@@ -87,6 +87,16 @@ def test_resume_keeps_its_architecture_and_its_folder(run, finished, tmp_path, n
     assert after == finished
 
 
+def test_a_run_with_wandb_goes_on_where_that_is_not_installed(run, finished, tmp_path,
+                                                              monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    last = load_checkpoint(tmp_path / "out" / "last.pt")
+    save(last | {"config": last["config"] | {"wandb_log": True}}, tmp_path / "out" / "last.pt")
+    with refused("pip install wandb"):
+        run(init_from="resume", max_iters=13)
+    assert run(init_from="resume", max_iters=13, wandb_log=False)[0] == 0
+
+
 def test_resume_with_other_settings_says_so_and_means_it(run, finished, tmp_path):
     changes = dict(learning_rate=1e-5, min_lr=1e-6, weight_decay=0.3, beta2=0.9, dropout=0.2,
                    max_iters=14)

@@ -32,6 +32,7 @@ import train
 from model import generate
 from nanodva.checkpoints import FORMAT, load_checkpoint
 from nanodva.errors import fail
+from nanodva.tokenizer import Tokenizer
 from nanodva.weights import OPENAI, load_model, read_weights, start_from
 from tools import convert, explain
 
@@ -88,7 +89,8 @@ def test_a_hugging_face_gpt2_comes_in_and_writes_the_same(tmp_path, activation, 
     # Positions are cropped and never made up
     assert_same_model(load_model(str(tmp_path), block_size=8, dropout=0.1), theirs)
     for changes, words in ((dict(block_size=129), "they have 128 positions"),
-                           (dict(n_layer=4), "they have n_layer="), (dict(gelu="new"), "choose")):
+                           (dict(n_layer=4), "they have n_layer="), (dict(gelu="new"), "choose"),
+                           (dict(block_sise=8), "no settings block_sise")):
         with refused(words):
             load_model(str(tmp_path), **changes)
 
@@ -206,7 +208,8 @@ def test_gpt2s_own_tokens_are_recognised(tmp_path, gpt2_files):
                       ("merges.txt", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")):
         (tmp_path / name).write_bytes((gpt2_files / key).read_bytes())
     weights = read_weights(tmp_path)
-    assert (weights["tokenizer"], weights["assumed"]) == ({"kind": "gpt2"}, "")
+    # With the tokens themselves, so nothing has to be fetched
+    assert (weights["tokenizer"], weights["assumed"]) == (Tokenizer({"kind": "gpt2"}).spec, "")
 
 
 # What a file says that is no GPT-2's: (its name, how to make it so, the error)

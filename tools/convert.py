@@ -84,8 +84,8 @@ def main(argv=None):
     if weights["assumed"]:
         print(weights["assumed"])
     model, spec, state = weights["model_config"], weights["tokenizer"], weights["model"]
-    if spec and spec["kind"] == "gpt2":
-        # The spec may carry 0.6 MB of tokens, which get files of their own
+    if spec and spec["kind"] == "gpt2" and cfg.to == "hf":
+        # Its 0.6 MB of tokens get files of their own
         spec = {"kind": "gpt2"}
     tokenizer = Tokenizer(weights["tokenizer"]) if spec and cfg.to == "hf" else None
     # safetensors keeps one of two tied weights
