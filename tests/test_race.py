@@ -16,9 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, command_line, ids_of, message_of
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from nanodva.settings import build, read_settings
+from model import GPT
+from nanodva.optimizers import build_optimizer
+from nanodva.settings import build, change, read_settings
 from nanodva.weights import load_model
 from tools import race
 
@@ -290,6 +293,29 @@ def test_every_second_window_chooses_and_the_others_are_reported(argv, here, dat
     assert together[0] == 0 and together[-1] > 450 and set(np.diff(together)) <= {16, 32}
 
 
+@pytest.mark.parametrize("block", ["gpt2", "dva"])
+def test_the_flops_of_muon_are_those_that_torch_counts(block):
+    cfg = build(train.TrainConfig, dict(block=block, n_layer=2, n_head=2, n_embd=16, qk_dim=8,
+                                        block_size=8, vocab_size=32, optimizer="muon"))
+    model = GPT(cfg)
+    optimizer = build_optimizer(model, cfg)
+    model(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == race.muon_flops(cfg) > 0
+    assert race.muon_flops(change(cfg, optimizer="adamw")) == 0
+
+
+def test_a_shape_is_timed_with_its_own_settings(entered, monkeypatch):
+    """Also if they are train.py's defaults, and the race begins with others."""
+    timed = []
+    monkeypatch.setattr(race, "training_step", lambda cfg, device: timed.append(cfg) or (lambda: 0))
+    entry = entered(contenders="gpt2:n_head=1,dva:qk_dim=64:n_head=12", n_head=2)
+    race.measure(entry, [found["settings"] for found in entry.survey()[0].values()])
+    assert [(cfg.block, cfg.n_head, cfg.qk_dim, cfg.n_embd) for cfg in timed] == [
+        ("gpt2", 1, 8, 16), ("dva", 12, 64, 16)]
+
+
 # ---- minutes -------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -299,7 +325,8 @@ def timed(argv, here, monkeypatch, capsys):
     whose steps take so many seconds when they are timed, and `slower` times that in its runs.
     """
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name, value in dict(EVALUATED=64, STARTING=0, outline=lambda cfg: None).items():
+    for name, value in dict(EVALUATED=64, STARTING=0, outline=lambda cfg: None,
+                            muon_flops=lambda cfg: 0).items():
         monkeypatch.setattr(race, name, value)
 
     def timed(seconds, slower=1.0, **changes):

@@ -24,7 +24,9 @@ def seeds(losses):
     # Paired: the seeds differ by much more than the contenders
     ([1.010, 2.011, 3.012], [1.0, 2.0, 3.0], 3, 0.011, 0.00248, "worse"),
     # Only the seeds that both have finished: one has no interval
-    ([1.0], [2.0, 9.0], 1, -1.0, None, "not told apart"),
+    ([1.0], [2.0, 9.0], 1, -1.0, None, "too few seeds"),
+    # sd 0, so an interval without 0
+    ([1.0, 2.0], [1.5, 2.5], 2, -0.5, 0.0, "too few seeds"),
     ([1.0, None], [1.0, 1.0], 2, None, None, "broken")])
 def test_intervals_are_those_of_students_t(ours, theirs, n, mean, margin, verdict):
     found = report.compare(seeds(ours), seeds(theirs))
@@ -64,12 +66,14 @@ def results_of(name="2x16", against=(), **facts):
 
 
 def test_the_table_compares_each_with_the_others_and_none_with_itself():
-    facts = dict(gpt2=fact(), dva=fact("dva", [(1.0, 1.6), (1.0, 1.4)], seconds=5.0),
-                 broke=fact(losses=[(1.0, 2.0), None]))
+    facts = dict(gpt2=fact(losses=[(1.0, 2.1), (1.0, 1.9), (1.0, 2.0)]),
+                 dva=fact("dva", [(1.0, 1.6), (1.0, 1.4), (1.0, 1.5)], seconds=5.0),
+                 broke=fact(losses=[(1.0, 2.0), None]), early=fact("dva", [(1.0, 1.6)]))
     text = report.table(results_of(against=["dva"], **facts))
-    for part in ("| 2.0000 ± 0.1414 | 2 |  | +0.5000 [+0.5000, +0.5000] worse |\n| dva |",
-                 "| 0.500 | 0.02 | 1.5000 ± 0.1414 | 2 | -0.5000 [-0.5000, -0.5000] better |  |\n",
+    for part in ("| 2.0000 ± 0.1000 | 3 |  | +0.5000 [+0.5000, +0.5000] worse |\n| dva |",
+                 "| 0.500 | 0.02 | 1.5000 ± 0.1000 | 3 | -0.5000 [-0.5000, -0.5000] better |  |\n",
                  "| 2.0000 | 2 | broken | broken |\n", "abacus", "0123456789ab",
+                 "| 1.6000 | 1 | -0.5000 too few seeds | +0.0000 too few seeds |\n",
                  # Only the settings in which trials differ
                  "- dva, 3 trials. learning_rate 0.01: 2.0000; * learning_rate 0.02: 1.5000; "
                  "learning_rate 0.04: broken\n"):
@@ -112,10 +116,13 @@ def rungs():
         races.append(results_of(
             name, gpt2=fact(losses=losses(compute), flops=compute, seconds=compute / 1e11),
             dva=fact("dva", losses(2 * compute), flops=compute, seconds=compute / 1e11),
-            # None of these counts: one takes too long, the others have banks or AdamW
-            **{f"dva{i}": fact("dva", [(0.1, 0.1)] * 2, flops=1.0, **other) for i, other in
-               enumerate((dict(seconds=compute / 9e10), dict(bank_layers=1, seconds=1.0),
-                          dict(optimizer="adamw", seconds=1.0)))}))
+            # None of these counts: one takes too long, others have banks or AdamW, one lacks a
+            # seed, and of one a run broke
+            **{f"dva{i}": fact("dva", **dict(losses=[(0.1, 0.1)] * 2, flops=1.0) | other)
+               for i, other in enumerate((
+                   dict(seconds=compute / 9e10), dict(bank_layers=1, seconds=1.0),
+                   dict(optimizer="adamw", seconds=1.0), dict(losses=[(0.1, 0.1)], seconds=1.0),
+                   dict(losses=[(0.1, 0.1), None], seconds=1.0)))}))
     return races
 
 

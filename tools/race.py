@@ -64,6 +64,7 @@ from model import ModelConfig
 from nanodva.checkpoints import load_checkpoint
 from nanodva.dataset import open_data, table_rows
 from nanodva.machine import Stop, autocast, pick_compile, pick_device, pick_dtype
+from nanodva.optimizers import parameter_groups
 from nanodva.settings import PathName, build, check, read_settings
 from nanodva.weights import load_model, outline
 from tools.bench import WARM_UP, compile_or_fail, machine_name, training_step
@@ -656,13 +657,22 @@ def facts_of(race):
             "settings": settings_of(cfg), "block": cfg.block, "n_layer": cfg.n_layer,
             "n_embd": cfg.n_embd, "optimizer": cfg.optimizer, "bank_layers": cfg.bank_layers,
             "learning_rate": cfg.learning_rate, "trials": trials, "tokens": line["tokens"],
-            "parameters": line["parameters"], "flops": line["tokens"] * line["flops_per_token"],
+            "parameters": line["parameters"],
+            "flops": line["tokens"] * line["flops_per_token"] + cfg.max_iters * muon_flops(cfg),
             "seconds": line["tokens"] * rate,
             "losses": {line["seed"]: None if line["broken"] else [line["val"], line["test"]]
                        for line in lines},
             "curve": [[points[0][0] * batch_tokens(cfg), round(statistics.fmean(
                 loss for _, loss in points), 4)] for points in curves]}
     return facts
+
+
+def muon_flops(cfg):
+    """FLOPs of Muon in one step: for each matrix X, five times X X^T, its square, and that by X."""
+    if cfg.optimizer != "muon":
+        return 0
+    sides = [sorted((len(p), p[0].numel())) for p in parameter_groups(outline(cfg))["matrices"]]
+    return sum(5 * (4 * short**2 * long + 2 * short**3) for short, long in sides)
 
 
 def save(race):

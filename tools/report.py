@@ -47,19 +47,21 @@ def compare(ours, theirs):
     """
     {"mean", "low", "high", "n", "verdict"} of the differences ours - theirs of {seed: loss}, over
     the seeds that both have: their mean, and the ends of its 95 % interval by Student's t. The
-    verdict is better, worse, or not told apart if the interval holds 0; broken if a loss is None.
+    verdict is better, worse, or not told apart if the interval holds 0; too few seeds below three;
+    broken if a loss is None.
     """
     pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     if not pairs or any(None in pair for pair in pairs):
         return {"mean": None, "low": None, "high": None, "n": len(pairs), "verdict": "broken"}
     differences = [a - b for a, b in pairs]
     n, mean = len(differences), statistics.fmean(differences)
-    low, high, verdict = None, None, "not told apart"
+    low, high, verdict = None, None, "not told apart" if n > 2 else "too few seeds"
     if n > 1:
         # For more seeds this is a little wider than need be
         margin = STUDENT[min(n - 1, 10) - 1] * statistics.stdev(differences) / math.sqrt(n)
         low, high = mean - margin, mean + margin
-        verdict = "better" if high < 0 else "worse" if low > 0 else verdict
+    if n > 2 and not low <= 0 <= high:
+        verdict = "better" if high < 0 else "worse"
     return {"mean": mean, "low": low, "high": high, "n": n, "verdict": verdict}
 
 
@@ -124,7 +126,8 @@ def table_row(label, results):
     for other in dict.fromkeys([first, *results["against"]]):
         if other in facts:
             gap = compare(losses_of(fact), losses_of(facts[other]))
-            row[f"minus {other}"] = "" if other == label else gap_text(gap)
+            pairs = "" if gap["n"] == len(fact["losses"]) else f", n = {gap['n']}"
+            row[f"minus {other}"] = "" if other == label else gap_text(gap) + pairs
     return row
 
 
@@ -221,14 +224,17 @@ def draw_race(results, path, labels=None, over="seconds"):
 def best_of(results, block):
     """
     The label of the block's best contender that takes at most 1.05 of the reference's seconds, with
-    Muon and without banks. The half that chooses settings chooses it; None if there is none.
+    Muon and without banks, or None: by the reported seeds on the other half of the windows. One
+    with a broken run or without a seed of the reference does not count.
     """
-    facts = results["contenders"]
-    most = 1.05 * next(iter(facts.values()))["seconds"]
-    losses = {label: spread(losses_of(fact, half=0).values())["mean"]
-              for label, fact in facts.items()
-              if fact["block"] == block and fact["seconds"] <= most
-              and fact["optimizer"] == "muon" and not fact["bank_layers"]}
+    facts, losses = results["contenders"], {}
+    reference = next(iter(facts.values()))
+    for label, fact in facts.items():
+        found = losses_of(fact, half=0)
+        whole = None not in found.values() and reference["losses"].keys() <= found.keys()
+        if fact["block"] == block and fact["seconds"] <= 1.05 * reference["seconds"] and whole \
+                and fact["optimizer"] == "muon" and not fact["bank_layers"]:
+            losses[label] = spread(found.values())["mean"]
     return min(losses, key=losses.get, default=None)
 
 
