@@ -15,6 +15,7 @@ contenders = (
     + "four heads=heads:momentum=0.9:n_head=4:n_embd=96:match=time:learning_rate=0.024,"
     + "GPT-2 block first=first:momentum=0.9:n_head=6:n_embd=96:match=time:learning_rate=0.024,"
     + "GPT-2 block last=last:momentum=0.9:n_head=6:n_embd=96:match=time:learning_rate=0.024,"
+    + "attention alone=attention:n_head=3:n_embd=96:match=time:learning_rate=0.024|0.012,"
     + "values 144 wide=dva:momentum=0.9:n_embd=72:value_dim=144:match=time:learning_rate=0.024,"
     + "with a bank=dva+bank:momentum=0.9:n_embd=96:match=time:learning_rate=0.024:bank_lr=64")
 against = "dva 3 x 96"

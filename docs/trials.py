@@ -1,11 +1,12 @@
 """
-Small changes to DVA that keep its idea, as blocks to race. docs/race.md says what they showed.
+Small changes to DVA, as blocks to race. docs/race.md says what they showed.
 
     python docs/trials.py config/race_ladder.py config/race_trials.py
 
-    heads    DVA with n_head heads of qk_dim channels each: several queries for each position
-    first    one GPT-2 block, then DVA blocks
-    last     DVA blocks, then one GPT-2 block
+    heads      DVA with n_head heads of qk_dim channels each: several queries for each position
+    attention  GPT-2's attention without an MLP: what is left of DVA without its gate and norm
+    first      one GPT-2 block, then DVA blocks
+    last       DVA blocks, then one GPT-2 block
 
 All other settings are those of tools.race. A GPT-2 block among DVA blocks needs heads as wide as
 DVA's one: n_embd / n_head = qk_dim.
@@ -21,7 +22,7 @@ from nanodva.errors import run_script
 from torch import nn
 
 import model
-from model import DVABlock, DynamicValueAttention, GPT2Block
+from model import CausalSelfAttention, DVABlock, DynamicValueAttention, GPT2Block
 from tools import race
 
 
@@ -40,6 +41,10 @@ class HeadsBlock(DVABlock):
     attention = SeveralHeads
 
 
+class AttentionBlock(DVABlock):
+    attention = CausalSelfAttention
+
+
 def first(config, layer):
     return (DVABlock if layer > 0 else GPT2Block)(config, layer)
 
@@ -49,7 +54,7 @@ def last(config, layer):
 
 
 # The processes of a race import this file, too, and so know these blocks
-model.BLOCKS |= {"heads": HeadsBlock, "first": first, "last": last}
+model.BLOCKS |= {"heads": HeadsBlock, "attention": AttentionBlock, "first": first, "last": last}
 
 if __name__ == "__main__":
     run_script(lambda: race.main(script="docs/trials.py"))

@@ -172,11 +172,11 @@ def trial(block, **settings):
                                   vocab_size=50, block_size=16, rotary=True) | settings))
 
 
-@pytest.mark.parametrize("block", ["heads", "first", "last"])
+@pytest.mark.parametrize("block", ["heads", "attention", "first", "last"])
 def test_a_trial_block_learns_and_decodes_with_a_cache(trials, block):
     gpt, idx = trial(block), torch.randint(50, (2, 16))
-    kinds = {"heads": [trials.HeadsBlock] * 3, "first": [GPT2Block, DVABlock, DVABlock],
-             "last": [DVABlock, DVABlock, GPT2Block]}
+    kinds = {"heads": [trials.HeadsBlock] * 3, "attention": [trials.AttentionBlock] * 3,
+             "first": [GPT2Block, DVABlock, DVABlock], "last": [DVABlock, DVABlock, GPT2Block]}
     assert [type(layer) for layer in gpt.transformer.h] == kinds[block]
     gpt(idx, idx).backward()
     assert all(p.grad is not None for p in gpt.parameters())
