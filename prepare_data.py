@@ -50,7 +50,7 @@ class PrepareConfig:
     separator: str = ""        # splits texts into documents; default: <|endoftext|> lines of a .txt
     encoding: str = ""         # of text files; by default UTF-8, or what a byte-order mark says
     val_fraction: float = -1.0  # share of val; -1 is 0.1, and for openwebtext nanoGPT's 0.0005
-    max_tokens: int = 0        # stop after the document that reaches it; 0 takes everything
+    max_tokens: int = 0        # stop with the document that reaches it; own val texts extra; 0: all
     num_proc: int = 0          # threads that encode; by default the number of cores
     check: bool = False        # prepare nothing: verify the sizes and sha256 of what is there
     adopt: bool = False        # prepare nothing: describe nanoGPT's train.bin, val.bin, meta.pkl
@@ -67,6 +67,10 @@ class PrepareConfig:
         if self.val_input and (not self.input or self.val_fraction != -1):
             fail(f"val_input={self.val_input!r}: it goes with --input=PATH, the text for train, "
                  "and without --val_fraction")
+        self.is_plays = self.name in ("plays", "plays_char") and not self.input
+        if self.is_plays and self.val_fraction != -1:
+            fail(f"val_fraction={self.val_fraction}: the plays come with four of them for val; "
+                 "leave it out")
         self.tokenizer = self.tokenizer or ("char" if self.name.endswith("_char") else "gpt2")
         self.spec = find_spec(self.tokenizer)
         self.is_char = self.spec["kind"] == "char"
@@ -154,7 +158,6 @@ def whole_words(pieces):
 def read_documents(paths, val_paths, config):
     """Yield each document with its split: (text, "train") or (text, "val"); val_paths first."""
     import xxhash
-    is_plays = config.name in ("plays", "plays_char") and not config.input
     for position, path in enumerate([*val_paths, *paths]):
         separator, ending = config.separator, ""
         if config.is_char:
@@ -163,7 +166,7 @@ def read_documents(paths, val_paths, config):
         elif readers.reader_of(path) is readers.read_plain:
             separator = separator or END_LINE
         for text in readers.read_texts(path, config, separator):
-            text = plain(text) if is_plays else text
+            text = plain(text) if config.is_plays else text
             # A hash rather than a random number: equal documents are in the same split.
             is_val = position < len(val_paths) if val_paths else \
                 xxhash.xxh3_64_intdigest(text.encode()) < config.val_fraction * 2**64
@@ -221,8 +224,11 @@ def prepare(config, paths, val_paths, partial):
     encoded = dataset.encode_all(read("encoding"), tokenizer.spec, config.num_proc, end)
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
     count, marks, first = dataset.write_ids(until(max_tokens, encoded, counted), partial, dtype)
-    if config.separator and count <= len(everything):
-        fail(f"--separator={config.separator!r} does not occur in {paths[0]}")
+    # Without separators each file is one document
+    if config.separator and kinds == {readers.read_plain} and count == len(everything) and not any(
+            readers.has_separator(path, config) for path in everything):
+        others = " and the other texts" if len(everything) > 1 else ""
+        fail(f"--separator={config.separator!r} does not occur in {paths[0]}{others}")
     if marks and END_OF_TEXT not in config.separator:
         print(f"{END_OF_TEXT} is {marks:,} times inside the texts, as ordinary tokens: if it ends "
               f"a document there, add --separator='{END_OF_TEXT}'")

@@ -175,6 +175,12 @@ def read_plain(path, config, separator):
         yield from without_empty(map(without_marks, texts) if separator == END_LINE else texts)
 
 
+def has_separator(path, config):
+    """Whether config.separator occurs in a plain file."""
+    with open_text(path, config) as file:
+        return len(list(itertools.islice(split(characters(file), config.separator), 2))) == 2
+
+
 def read_json(path, config):
     """The text of each object: one on every line, or all in one array, or one after the other."""
     with open_text(path, config) as file:

@@ -204,6 +204,18 @@ def test_of_few_documents_equal_ones_are_treated_alike(make, tmp_path, bpe):
     assert ids_of(tmp_path / "x", "val").tolist() == ids[cut:] * 4
 
 
+def test_a_separator_is_missing_only_if_no_file_has_it(make):
+    one, two = {"a.txt": "the first--the second"}, {"a.txt": "the first--", "b.txt": "the second--"}
+    for files, separator, tokens, documents in [
+            (two, "--", 0, 2), (two, "ZZ", 1, 1), (one, "--", 1, 1),
+            ({"a.csv": "text\na b c d\n"}, "--", 0, 1)]:
+        meta = make(files, f"--separator={separator}", f"--max_tokens={tokens}",
+                    "--val_fraction=0.5", "--tokenizer=char")[0]
+        assert meta["source"]["documents"] == documents
+    with refused("--separator='ZZ' does not occur in", "a.txt and the other texts"):
+        make(two, "--separator=ZZ")
+
+
 # ---- a val of one's own, the tokens of a model, marks inside texts -------------------------------
 
 def test_val_input_is_val_and_input_is_train(make, tmp_path):
@@ -347,6 +359,7 @@ def test_texts_in_the_data_sets_own_folder_stay(tmp_path, inside):
     (["x", "--input=a", "--val_fraction=1"], "val_fraction=1.0: it must lie between 0 and 1"),
     (["x", "--input=a", "--val_fraction=0"], "--val_input=PATH names texts of your own for val"),
     (["plays", "--val_input=a"], "val_input='a': it goes with --input=PATH"),
+    (["plays_char", "--val_fraction=0.3"], "val_fraction=0.3: the plays come with four of them"),
     (["x", "--input=a", "--val_input=b", "--val_fraction=0.2"], "without --val_fraction"),
     (["x", "--input=a", "--num_proc=-1"], "num_proc=-1"),
     (["x", "--input=a", "--max_tokens=-1"], "max_tokens=-1"),
