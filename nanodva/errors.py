@@ -125,7 +125,7 @@ def only_writer(folder, patience=0, setting="out_dir"):
         return
     with naming_file("write", path, fix):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
+        file = open(path, "a+", encoding="utf-8", errors="replace")
     with file:
         end = time.monotonic() + patience
         while not try_lock(file):

@@ -14,7 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, contents, full_disk, records, refused, runs_differ, send
+from conftest import ROOT, contents, full_disk, python, records, refused, runs_differ, send
 
 import prepare_data
 import sample
@@ -226,6 +226,17 @@ def test_a_second_run_in_a_folder_is_refused(run, finished, tmp_path, at_step, m
                 pass
     at_step(0, another)
     assert run("new", max_iters=1)[0] == 0
+
+
+def test_a_lock_names_a_machine_in_letters_that_the_system_does_not_write(tmp_path):
+    code = """if True:
+        import platform, sys
+        from nanodva.errors import only_writer
+        platform.node = lambda: "b\\xfcro"
+        with only_writer(sys.argv[1]):
+            pass"""
+    python(code, tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0").check_returncode()
+    assert (tmp_path / "lock").read_bytes().endswith("on büro".encode())
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])

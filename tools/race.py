@@ -402,8 +402,8 @@ def carry_out(run, evaluated, with_test):
     """
     folder, device = Path(run.out_dir), pick_device(run.device)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log), \
-            Stop() as stop:
+    with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), \
+            redirect_stderr(log), Stop() as stop:
         torch.compiler.reset()
         compile_or_fail()
         saved, broken, losses = folder / "last.pt", None, {}
