@@ -5,7 +5,7 @@ Dynamic Value Attention (DVA) in plain Python, all of it: from a list of names t
     python docs/microdva.py lines.txt     # the same with short lines of your own
 
 Read it from top to bottom: that is the lesson. Position i attends to the positions j <= i. model.py
-computes the same with --block=dva, only faster. In the spirit of Andrej Karpathy's microgpt.
+computes the same faster, with --block=dva --rotary=only. In the spirit of Karpathy's microgpt.
 """
 # ruff: noqa: B905
 import cmath
