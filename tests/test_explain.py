@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from browser import QUIET, differ
-from conftest import ROOT, command_line, refused, save_run, shaken, tiny
+from conftest import ROOT, command_line, ids_of, prepare, refused, save_run, shaken, tiny
 
 from model import BLOCKS, generate, rotate
+from nanodva.dataset import SPLITS, read_meta
 from nanodva.tokenizer import Tokenizer
 from tools import explain as tool
 
@@ -104,6 +105,14 @@ def test_what_no_page_can_hold_is_one_line(write, tmp_path, monkeypatch):
         model.transformer.h[0].attn.c_q.weight[0, 0] = 1e6
     with refused("h.0.attn.c_q.weight", "65504"):
         write(save_run(ours, model, CHARACTERS.spec))
+
+
+def test_the_page_is_the_same_if_texts_have_another_encoding_here(write, tmp_path, monkeypatch):
+    run = save(tmp_path / "run", **DVA)
+    page = write(run)[0].read_bytes()
+    # pathlib asks this function, and on Windows gets
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *rest: encoding or "cp1252")
+    assert write(run)[0].read_bytes() == page
 
 
 # ---- a real browser ------------------------------------------------------------------------------
@@ -385,6 +394,20 @@ def test_against_another_run(browser, show, tmp_path, data_dir, tiny_char):
     check_expected(browser, other, tokenizer.encode(browser.value("$('text').value"))[-48:])
 
 
+def test_texts_of_documents_come_without_the_token_between_them(browser, show, tmp_path):
+    text = "\n<|endoftext|>\n".join(f"{n}. " * n + "\n\nThe end." for n in range(60))
+    (tmp_path / "chat.txt").write_text(text)
+    folder = prepare(tmp_path, "chat", f"--input={tmp_path / 'chat.txt'}", "--tokenizer=gpt2:300")
+    tokenizer = Tokenizer(read_meta(folder)["tokenizer"])
+    show(dict(tokens=tokenizer.spec, dataset="chat"), "abc", data_dir=tmp_path)
+    train, val = (tokenizer.decode(ids_of(folder, split)).decode().split("<|endoftext|>")
+                  for split in SPLITS)
+    unseen, passage, library = browser.value("(async () =>"
+                                             " [data.unseen, data.passage, await libraryText()])()")
+    assert unseen == max(val, key=len) and passage and unseen.startswith(passage)
+    assert library == "\n".join(train)
+
+
 # The beginning is outside the window, where many tokens are one piece of text
 @pytest.mark.parametrize("shape, end", [(DVA, "\n"), (WORDS, "\u2028\\")], ids=["dva", "words"])
 def test_text_stays_text(browser, show, tmp_path, shape, end):
@@ -471,6 +494,13 @@ def test_the_guessing_game(browser, show, data_dir, tiny_char):
         assert score.startswith(f"“{came}” came: {'right' if right else 'not your guess'}.")
         assert "you 1," in score and score.endswith(f"of {tries}.")
         assert browser.text("#expected b") and browser.value("state.place") == place
+    # Another place or model is another question
+    browser.click("#play")
+    browser.value("$('text').focus()")
+    browser.press("ArrowLeft", until=f"game.answer === null && {QUIET}")
+    browser.click("#play")
+    browser.choose("chosen", "0")
+    assert browser.text("#expected b") and browser.text("#score") == [score]
 
 
 @pytest.mark.parametrize("block", ["dva", "gpt2"])

@@ -153,6 +153,7 @@ def test_workers_and_kernels_change_nothing(page, block):
 @pytest.mark.parametrize("changes, text, message", [
     (dict(n_embd=20), TEXT, "n_embd is 20: here it must be a multiple of 8"),
     (dict(block="gpt2", n_embd=48), TEXT, "n_embd / n_head is 12"),
+    (dict(value_dim=12), TEXT, "value_dim is 12"),
     ({}, "too short", "the text has 9 characters, and needs more than 330"),
     ({}, "", "the text has 0 characters"),
     # What no memory holds is found by a worker
@@ -223,6 +224,27 @@ def test_a_lesson_by_hand(panel):
     assert panel.value("lesson.runs[0].losses.length") == 40
 
 
+def test_a_model_keeps_the_text_that_it_was_trained_on(panel):
+    train_there(panel, steps=5)
+    panel.value(r"setLesson('b\r\nc\rd', 'other.txt'); 0")
+    panel.until("$('trouble').textContent.startsWith('the text has 5 characters')")
+    assert panel.value("lesson.text") == "b\nc\nd"
+    unseen = TEXT[int(0.9 * len(TEXT)):]
+    saved = panel.value("""(() => {
+      const page = new DOMParser().parseFromString(pageOf(chosenModel()), "text/html");
+      const { models: [{ dataset, passage }], ...data } = JSON.parse(
+        page.getElementById("data").textContent);
+      return [dataset, passage, data.passage, data.unseen, data.foot];
+    })()""")
+    assert saved == ["your text", unseen[:256], unseen[:256], unseen[:3000],
+                     "Trained in a browser on your text."]
+    panel.click("#think")
+    assert panel.text("#model")[0].partition("trained on ")[2].startswith("your text.")
+    assert "validation split of your text, which it was not" in panel.text("#origin")[0]
+    panel.choose("chosen", "0")
+    assert "validation split of your text." in panel.text("#origin")[0]
+
+
 def begin_and_pause(panel):
     """Pause from within the page: a fast machine is done before a click gets there."""
     give(panel, steps=300)
@@ -256,6 +278,16 @@ def test_a_hidden_tab_and_a_sleeping_device_lose_nothing(panel):
         panel.value("pause(); 0")
         panel.until(IS_OVER)
     panel.until("$('slept').textContent === 'It went on while this tab was in the background.'")
+    # Nothing went on
+    panel.value("$('slept').textContent = ''; 0")
+    with panel.another_tab():
+        panel.until("document.hidden")
+    panel.until("!document.hidden")
+    # The last step takes an hour, with all of the validation split
+    panel.value("lesson.began -= 3600e3;"
+                "hear(lesson.runs[0], { step: 300, isLast: true, whole: 1 });"
+                "lesson.began += 3600e3; lesson.runs[0].at -= 3600; 0")
+    assert panel.text("#slept") == [""]
     # The next message comes an hour later
     panel.value("lesson.began -= 3600e3; hear(lesson.runs[0], { step: 301, loss: 1 }); 0")
     slept, = panel.text("#slept")

@@ -30,7 +30,7 @@ import torch
 
 from model import ModelConfig, rotate
 from nanodva.settings import PathName, check, load_settings
-from nanodva.tokenizer import Tokenizer, same_tokenizer
+from nanodva.tokenizer import END_OF_TEXT, Tokenizer, same_tokenizer
 from nanodva.weights import build_model, read_weights
 from prepare_data import read_meta
 from sample import encode_prompt, find_tokenizer, read_prompt
@@ -184,14 +184,18 @@ def resolved(config):
     return asdict(config) | {"rotary": rotary, "value_dim": config.value_width}
 
 
-def stored(name, model, dataset, rows):
-    """A model as the page takes it, with the logits after a window of ids, for it to compare."""
+def stored(name, model, dataset, rows, passage):
+    """
+    A model as the page takes it, with the logits after a window of ids, for it to compare. It was
+    not trained on the passage, a text.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(rows, (model.config.block_size,), generator=generator)
     with torch.no_grad():
         logits = model(ids[None])[0, -1, :64]
     numbers = b"".join(p.detach().numpy().astype("<f2").tobytes() for p in model.parameters())
     return {"name": name, "dataset": TITLES.get(dataset, dataset), "config": resolved(model.config),
+            "passage": passage,
             "parameters": [(path, p.numel()) for path, p in model.named_parameters()],
             "numbers": base64.b64encode(numbers).decode(),
             "check": {"ids": ids.tolist(), "logits": logits.tolist()}}
@@ -225,14 +229,19 @@ def texts(dataset, size, cfg):
         return "", "", b""
     tokenizer = Tokenizer(meta["tokenizer"])
 
-    def start_of(split, count):
+    def documents(split, count):
+        """The texts of a split's first `count` tokens, without the end-of-text between them."""
         ids = np.fromfile(folder / f"{split}.bin", dtype=meta["dtype"], count=count).tolist()
-        return tokenizer.decode(ids).decode(errors="ignore")
+        text = tokenizer.decode(ids).decode(errors="ignore")
+        # Characters have no such token
+        return [text] if tokenizer.end_of_text is None else text.split(END_OF_TEXT)
 
-    text = start_of("val", 8000)
-    ids = tokenizer.encode(text.partition("\n\n")[2] or text)
+    # The page has no end-of-text, so the passage is of one document
+    longest = max(documents("val", 8000), key=len)
+    rest = longest.partition("\n\n")[2]
+    ids = tokenizer.encode(rest if len(rest) > len(longest) / 2 else longest)
     parts = [tokenizer.decode(ids[:count]).decode(errors="ignore") for count in (3000, size)]
-    library = start_of("train", LONGEST_TEXT)[:LONGEST_TEXT]
+    library = "\n".join(documents("train", LONGEST_TEXT))[:LONGEST_TEXT]
     return *parts, zlib.compress(library.encode(), 9)
 
 
@@ -256,8 +265,10 @@ def main(argv=None):
     window = min(model.config.block_size for model, _, _ in runs.values())
     unseen, passage, library = texts(dataset, min(256, window), cfg)
     names = list(runs) if cfg.against else ["The model"]
-    data = {"models": [stored(name, model, of, tokenizer.vocab_size) for name, (model, _, of)
-                       in zip(names, runs.values(), strict=True) if is_known],
+    data = {"models": [stored(name, model, of, tokenizer.vocab_size,
+                              passage if of == dataset else "")
+                       for name, (model, _, of) in zip(names, runs.values(), strict=True)
+                       if is_known],
             "recorded": None if is_known else recorded(model, ids[-size:], tokenizer, cfg),
             "kind": tokenizer.spec["kind"], "tokens": list(tokens), "size": tokenizer.vocab_size,
             "start": start, "write": added, "temperature": cfg.temperature, "seed": cfg.seed,
@@ -268,8 +279,9 @@ def main(argv=None):
     # No text in the data can end the script element that holds it
     parts = {"DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
              "LIBRARY": base64.b64encode(library).decode(),
-             **{path.stem.upper(): path.read_text() for path in HERE.glob("*.js")}}
-    template = (HERE / "explain.html").read_text()
+             **{path.stem.upper(): path.read_text(encoding="utf-8")
+                for path in HERE.glob("*.js")}}
+    template = (HERE / "explain.html").read_text(encoding="utf-8")
     page = re.sub(r"{{([A-Z]+)}}", lambda found: parts[found[1]], template)
     folder = cfg.out_dir if Path(cfg.out_dir).is_dir() else ""
     dest = Path(cfg.dest or Path(folder, "explain.html"))

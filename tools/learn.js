@@ -733,6 +733,7 @@ class Lesson {
     const ids = this.encode(codes), cut = Math.floor(0.9 * ids.length);
     const [train, val] = [ids.slice(0, cut), ids.slice(cut)];
     this.check(train, val);
+    this.val = val;
     const count = all.probe ? 1 : workers ?? workersFor(all);
     const source = document.getElementById("learn").textContent;
     Lesson.url ??= URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
@@ -772,9 +773,9 @@ class Lesson {
     return ids;
   }
   check(train, val) {
-    const { block_size: T, n_embd: C, n_head, qk_dim, block } = this.config;
-    const widths = { block_size: T, n_embd: C, ...block === "dva" ? { qk_dim }
-      : { "n_embd / n_head": C / n_head } };
+    const { block_size: T, n_embd: C, n_head, qk_dim, value_dim, block } = this.config;
+    const widths = { block_size: T, n_embd: C, ...block === "dva"
+      ? { qk_dim, value_dim: value_dim || C } : { "n_embd / n_head": C / n_head } };
     for (const [name, width] of Object.entries(widths))
       if (width % 8) throw Error(`${name} is ${width}: here it must be a multiple of 8`);
     if (Math.min(train.length, val.length) <= T)

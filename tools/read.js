@@ -82,15 +82,17 @@ function unpack(base64) {
 }
 
 class Model {
-  // The parameters have the names that they have in Python: this.transformer.h[0].attn.c_q.weight
-  constructor({ name, config, dataset, parameters, numbers, vocab = pageVocab }) {
+  // The parameters have the names that they have in Python: this.transformer.h[0].attn.c_q.weight.
+  // `unseen` is a text that it was not trained on, and `passage` the start of it.
+  constructor({ name, config, dataset, parameters, numbers, passage, unseen, vocab = pageVocab }) {
     const all = typeof numbers === "string" ? unpack(numbers) : numbers;
     let at = 0;
     for (const [path, count] of parameters) {
       const keys = path.split("."), last = keys.pop();
       keys.reduce((node, key) => node[key] ??= {}, this)[last] = all.subarray(at, at += count);
     }
-    Object.assign(this, { name, config, dataset, vocab, parameters, numbers: all, count: at });
+    Object.assign(this, { name, config, dataset, vocab, parameters, numbers: all, count: at,
+                          passage, unseen });
     this.blocks = Object.values(this.transformer.h);
     // The head, without rows that are no token
     this.head = { weight: this.transformer.wte.weight.subarray(0, vocab.size * config.n_embd) };
@@ -655,8 +657,11 @@ const test = () => work("test", async job => {
   const size = Math.min(...runs.map(({ model }) => model.config.block_size));
   const ids = idsIn(list).slice(0, size), count = ids.length - 1;
   const writers = new Set(state.written.filter(w => text.includes(w.start)).map(w => w.by));
-  $("origin").textContent = (!text ? "Type or paste a text." : text === data.passage
-    ? `This is from the validation split of ${model.dataset}, which it was not trained on.`
+  // A model of whose validation split this text is, if there is one
+  const source = [model, ...models].find(({ passage }) => passage === text);
+  $("origin").textContent = (!text ? "Type or paste a text." : source
+    ? `This is from the validation split of ${source.dataset}${
+        source === model ? ", which it was not trained on" : ""}.`
     : writers.size ? `${[...writers].join(" and ")} wrote a part of this text, which favours it.`
     : "This is a text of yours.") + (count < idsIn(list).length - 1
       ? ` Its first ${size} tokens count.` : "") + ` ${unknownIn(list)}`.trimEnd();
@@ -695,6 +700,7 @@ function takeAway() {
 }
 
 function chooseModel(model) {
+  game.answer = null;
   const { name, config, blocks, count, dataset } = state.model = model, text = textOf(state.pieces);
   const isOther = vocab !== model.vocab;
   vocab = model.vocab;
@@ -810,7 +816,9 @@ const start = () => work("check", async job => {
   [state.model] = models;
   putText(encode(data.start.slice(-MOST_TEXT)));
   document.addEventListener("selectionchange", () => {
-    if (document.activeElement === $("text") && placeOfCursor() !== state.place) look();
+    if (document.activeElement !== $("text") || placeOfCursor() === state.place) return;
+    game.answer = null;
+    look();
   });
   for (const model of models) addModel(model);
   chooseModel(models[0]);

@@ -22,9 +22,11 @@ async function libraryText() {
   return packed && inflate(bytesOfBase64(packed));
 }
 // The text to learn: what is pasted, dropped, chosen or typed, and else the one that the page holds
-async function setLesson(text, name) {
+async function setLesson(given, name) {
+  // As a text field does
+  const text = given.replace(/\r\n?/g, "\n");
   Object.assign(lesson, text ? { text: text.slice(0, MOST_LESSON), name }
-    : { text: await libraryText(), name: data.title });
+    : { text: await libraryText(), name: `this page's part of ${data.title}` });
   // A field of a few thousand characters stays quick
   $("lesson").readOnly = text.length > 3000;
   if (!text || text.length > 3000) $("lesson").value = text.slice(0, 3000);
@@ -100,7 +102,8 @@ function begin(blocks, stepsOf = () => +$("steps").value) {
   for (const id of ["written", "slept", "trouble"]) $(id).textContent = "";
   try {
     for (const block of blocks) {
-      const run = { block, name: blockNames[block], losses: [], vals: [], at: 0 };
+      const run = { block, name: blockNames[block], source: lesson.name, losses: [], vals: [],
+                    at: 0 };
       run.lesson = new Lesson({ ...settingsOf(block), steps: stepsOf(block), workers },
                               message => hear(run, message));
       run.lesson.done.catch(complain);
@@ -113,8 +116,9 @@ function begin(blocks, stepsOf = () => +$("steps").value) {
 }
 function hear(run, message) {
   const { step, loss, val, weights, isLast } = message, at = elapsed();
-  // A device that sleeps stops its workers, and wakes them where they were
-  if (run.at && at - run.at > 10 + 20 * run.at / (step + 1)) {
+  // A device that sleeps stops its workers, and wakes them where they were. The last step takes as
+  // long as the validation split is.
+  if (run.at && !isLast && at - run.at > 10 + 20 * run.at / (step + 1)) {
     lesson.rested += 1000 * (at - run.at);
     $("slept").textContent = `The device slept for ${Math.round(at - run.at)} s. Nothing is lost.`;
   }
@@ -187,9 +191,10 @@ function showProgress() {
   }, 100);
 }
 const isAllOver = () => lesson.runs.every(run => run.isOver);
+const stepsDone = () => total(lesson.runs.map(({ step = 0 }) => step));
 document.addEventListener("visibilitychange", () => {
-  if (document.hidden) lesson.wasBusy = !isAllOver();
-  else if (lesson.wasBusy)
+  if (document.hidden) lesson.stepsBefore = stepsDone();
+  else if (stepsDone() > lesson.stepsBefore)
     $("slept").textContent = "It went on while this tab was in the background.";
 });
 
@@ -229,11 +234,13 @@ function weightsOf({ config, parameters, numbers }) {
   for (const [path, count] of parameters) found[path] = numbers.subarray(at, at += count);
   return Float32Array.from(Object.keys(shapesOf(config)).flatMap(path => [...found[path]]));
 }
-const modelOf = ({ lesson: { config, tokens } }, name, numbers) => new Model({
-  name, config, numbers, dataset: lesson.name,
-  vocab: vocabOf({ tokens, kind: "char", size: tokens.length }),
-  parameters: Object.entries(shapesOf(config)).map(([path, [rows, width]]) => [path, rows * width])
-});
+function modelOf({ source, lesson: { config, tokens, val } }, name, numbers) {
+  const startOf = count => Array.from(val.subarray(0, count), id => tokens[id]).join("");
+  return new Model({ name, config, numbers, dataset: source,
+    passage: startOf(256), unseen: startOf(3000),
+    vocab: vocabOf({ tokens, kind: "char", size: tokens.length }), parameters:
+    Object.entries(shapesOf(config)).map(([path, [rows, width]]) => [path, rows * width]) });
+}
 function addMoment(run, step, val, weights) {
   const name = lesson.runs.length > 1 ? `your ${run.block}` : "your model";
   lesson.moments.push({ run, step, val, weights, name });
@@ -263,12 +270,11 @@ function chosenModel() {
 }
 // All panels show the model of this moment, and the test takes a text that it has not seen
 function think() {
-  const { text } = lesson;
-  data.unseen = text.slice(Math.floor(0.9 * text.length)).slice(0, 3000);
-  data.passage = data.unseen.slice(0, 256);
-  $("passage").value = data.passage;
+  const model = chosenModel();
+  data.unseen = model.unseen;
+  $("passage").value = model.passage;
   $("play").hidden = false;
-  addModel(chosenModel());
+  addModel(model);
   $("text").scrollIntoView({ block: "center" });
 }
 
@@ -295,15 +301,15 @@ function base64(bytes) {
 }
 // This page, with another model: a string of HTML
 function pageOf(model) {
-  const { name, config, dataset, parameters, numbers, vocab } = model;
-  const stored = { name, config, dataset, parameters,
+  const { name, config, dataset, parameters, numbers, vocab, passage, unseen } = model;
+  const stored = { name, config, dataset, parameters, passage,
     numbers: base64(new Uint8Array(Uint16Array.from(numbers, toHalf).buffer)) };
   const read = new Model({ ...stored, vocab }), memory = read.memory();
-  const ids = idsOf(model, lesson.text || data.passage).slice(0, config.block_size);
+  const ids = idsOf(model, unseen).slice(0, config.block_size);
   for (const id of ids) read.read(memory, id);
   stored.check = { ids, logits: [...read.logits(memory, ids.length - 1)].slice(0, 64) };
   const { kind, tokens, size } = vocab, copy = { ...data, models: [stored], kind, tokens, size,
-    start: "\n", write: 120, foot: `Trained in a browser on ${dataset}.` };
+    passage, unseen, start: "\n", write: 120, foot: `Trained in a browser on ${dataset}.` };
   const page = pristine.cloneNode(true);
   // No text in the data can end the script element that holds it
   page.querySelector("#data").textContent = JSON.stringify(copy).replaceAll("<", "\\u003c");
