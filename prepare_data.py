@@ -239,6 +239,12 @@ def prepare(config, paths, val_paths, partial):
     if not is_single:
         source["documents"] = count
     tokens = dataset.write_meta(partial, tokenizer, dtype, source)["tokens"]
+    if has_end and count > 100 and tokens["val"]:
+        ends = np.flatnonzero(np.memmap(partial / "val.bin", dtype) == tokenizer.end_of_text)
+        share = np.diff(ends, prepend=-1).max(initial=0) / tokens["val"]
+        if share > 0.05:
+            print(f"one text is {share:.0%} of val, and so of every loss on val: leave it out, or "
+                  "give val a larger share")
     # A model learns from a token and the one after it
     if min(tokens.values()) < 2:
         fail(f"{config.name}: {tokens['train']:,} tokens for train and {tokens['val']:,} for val, "

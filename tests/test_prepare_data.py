@@ -256,6 +256,19 @@ def test_a_text_gets_the_tokens_of_a_run_a_data_set_or_an_exported_model(make, t
             make({"more.txt": "Zwölf Boxen? " * 9}, f"--tokenizer={source}")
 
 
+@pytest.mark.parametrize("count, longest, said", [
+    (150, 9, False), (150, 5000, True),
+    # Of a few texts each is a large part
+    (50, 5000, False)])
+def test_one_text_that_is_much_of_val_is_said(make, tmp_path, capsys, count, longest, said):
+    rows = [json.dumps({"text": f"Text {i} of many."}) for i in range(count)]
+    val = [json.dumps({"text": "Some words. " * (longest if i == 7 else 9)}) for i in range(40)]
+    (tmp_path / "val.jsonl").write_text("\n".join(val))
+    make({"a.jsonl": "\n".join(rows)}, "--tokenizer=gpt2:300",
+         f"--val_input={tmp_path}/val.jsonl")
+    assert ("of every loss on val" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("name, text, counts", [
     ("a.txt", f"A {END} B.\n" * 7 + "C. " * 99, (7, 7)),
     # Such a line ends a document, unless these are characters
