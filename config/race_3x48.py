@@ -22,6 +22,7 @@ contenders = (
     + "dva in equal time=dva:match=time,"
     + "gpt2 AdamW=gpt2:optimizer=adamw:learning_rate=1.2e-2|2.4e-2:warmup=0.1|0.03,"
     + "dva AdamW=dva:optimizer=adamw:learning_rate=1.2e-2|2.4e-2:warmup=0.1|0.03,"
+    + "dva 96 wide at 0.012 in equal time=dva:n_embd=96:match=time:learning_rate=0.012,"
     + "gpt2 bank=gpt2+bank,"
     + "dva bank=dva+bank")
 against = "gpt2 of 2 x 72 in equal time,gpt2 AdamW,gpt2 bank"
