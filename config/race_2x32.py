@@ -19,7 +19,6 @@ contenders = (
     + "gpt2 of 1 x 48 in equal time=gpt2:n_layer=1:n_embd=48:match=time,"
     + "gpt2 of 1 x 64 in equal time=gpt2:n_layer=1:n_embd=64:match=time,"
     + "dva of as many parameters 42 wide=dva:n_embd=42,"
-    + "dva at the rate of dva in equal time=dva:learning_rate=0.012,"
     + "dva of 3 x 40 in equal time=dva:n_layer=3:n_embd=40:match=time,"
     + "dva of as many parameters 6 layers=dva:n_layer=6,"
     + "gpt2 AdamW=gpt2:optimizer=adamw:learning_rate=6e-3|1.2e-2|2.4e-2:warmup=0.1|0.03,"
