@@ -201,7 +201,7 @@ def test_the_looks_and_the_readers_are_those_of_each_pairs_own_value(browser, sh
         expected = written @ (model.lm_head.weight[4] * model.transformer.ln_f.weight)
         assert differ(found[layer], expected) < 1e-4
 
-    # The readers before the newest one, the one that differs most from it first
+    # The page sorts the earlier readers by how much they differ from the newest
     layer, key = browser.value("[+$('layer').value, state.key]")
     read = values[layer][key:, key]
     cosines = torch.cosine_similarity(read[:-1], read[-1:]).sort().values.tolist()

@@ -57,7 +57,8 @@ def test_one_text_is_cut_in_two_and_reading_it_in_pieces_changes_no_token(make, 
     monkeypatch.setattr(readers, "PIECE", 500)
     monkeypatch.setattr(dataset, "PIECE", 500)
     path = tmp_path / "long.txt"
-    path.write_bytes(b"wo  be:\n\n\tq\r\n \n" * 99 + "漢\u00a0 '12\x1c\n🙂 \r\n\r x".encode() * 99 +
+    path.write_bytes(b"wo  be:\n\n\tq\r\n \n" * 99 +
+                     "漢\u00a0 '12\x1c\n🙂 \r\n\r x".encode() * 99 +
                      b"a         " * 99 + b"a\n\n\n\n\n\n\n" * 99 + PLAY.read_bytes()[:9999])
     make(path, "--val_fraction=0.3")
     # Python reads \n for \r\n

@@ -55,7 +55,8 @@ def test_characters():
     assert tokenizer.encode("é🙂a") == [2, 3, 0] and tokenizer.encode("") == []
     assert tokenizer.decode([2, 3]) == "é🙂".encode()
     chinese = "".join(map(chr, range(0x4E00, 0x9E00)))
-    for alphabet, words in [("abé🙂", "alphabet 'abé🙂' lacks 'yz'"), (chinese, "lacks 'ayz'")]:
+    for alphabet, words in [
+            ("abé🙂", "alphabet 'abé🙂' lacks 'yz'"), (chinese, "lacks 'ayz'")]:
         with refused(words) as error:
             Tokenizer({"kind": "char", "alphabet": alphabet}).encode("azy")
         assert len(str(error.value)) < 300
